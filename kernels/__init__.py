@@ -1,1 +1,5 @@
-"""Implementations of prefix attention; the plain-JAX reference, which specifies them, is `bicache_jax.attention`."""
+"""Prefix attention behind one function: which implementation runs is decided here and nowhere else."""
+
+from bicache_jax.kernels.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from bicache_jax.kernels.dispatch import PrefixAttention as PrefixAttention
+from bicache_jax.kernels.dispatch import prefix_attention as prefix_attention

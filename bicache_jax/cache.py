@@ -1,0 +1,126 @@
+"""The pytrees that travel through the jitted programs; all frozen, none ever changed in place.
+
+Layout `[..., K, P, H]`, heads before tokens: a layer's KV are read by head as contiguous `[P, H]` tiles. Keys are
+cached after rotary embedding, since a prefix's positions never move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixCache:
+    """What G prefixes leave behind when each is encoded alone.
+
+    Attributes:
+        k: rotated keys of layers 0.. (as many as the largest boundary in use needs, `b + 1`).
+        v: values of the same layers.
+        hidden: hidden states in front of the layers in `boundaries`.
+        boundaries: the layers whose input is kept; L marks an unused slot.
+        length: tokens of each prefix; the rest of P is padding.
+    """
+
+    k: Float[Array, "Ls G K P H"]
+    v: Float[Array, "Ls G K P H"]
+    hidden: Float[Array, "J G P D"]
+    boundaries: Int[Array, " J"]
+    length: Int[Array, " G"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def hidden_at(self, boundary: Int[Array, ""] | int) -> Float[Array, "G P D"]:
+        """Hidden states in front of layer `boundary`, which must be one of `boundaries`."""
+        slot = jnp.argmax(self.boundaries == boundary)
+        return jax.lax.dynamic_index_in_dim(self.hidden, slot, keepdims=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeepCache:
+    """Prefix KV of layers `b + 1 .. L - 1` per row: born in a refresh step, dead at the end of its interval.
+
+    Attributes:
+        k: rotated keys; slot i holds layer `b + 1 + i`.
+        v: values of the same layers.
+    """
+
+    k: Float[Array, "Ld B K P H"]
+    v: Float[Array, "Ld B K P H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The denoising state of B rows between two dispatches: tokens, counters and keys, no KV.
+
+    A row's suffix lies as `[response | rest of the prompt | padding]` (families that shift logits:
+    `[last prompt token | response | rest | padding]`). Attention sees positions only, so the order is free, and the
+    response stands at the same place in every row.
+
+    Attributes:
+        tokens: suffix tokens in that order.
+        positions: position of each suffix token in the whole sequence.
+        valid: False for padding.
+        prefix_index: the prefix (of the batch's G) that the row uses.
+        key: noise key of the request.
+        step: denoising steps made since the row began; the refresh counter.
+        block: current block.
+        block_step: denoising steps made in the current block.
+        done: the response is complete, or the row is padding.
+        forward_passes: forward passes made for the row.
+    """
+
+    tokens: Int[Array, "B U"]
+    positions: Int[Array, "B U"]
+    valid: Bool[Array, "B U"]
+    prefix_index: Int[Array, " B"]
+    key: Key[Array, " B"]
+    step: Int[Array, " B"]
+    block: Int[Array, " B"]
+    block_step: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    forward_passes: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What the rows of a batch share, as traced scalars: changing a value never compiles anew.
+
+    Attributes:
+        boundary: b.
+        refresh_interval: N.
+        num_blocks: blocks of the response.
+        block_length: tokens of a block.
+        block_steps: denoising steps of a block.
+        temperature: scale of the Gumbel noise; 0 means argmax.
+        remasking: index into `bicache_jax.unmask.RULES`.
+    """
+
+    boundary: Int[Array, ""]
+    refresh_interval: Int[Array, ""]
+    num_blocks: Int[Array, ""]
+    block_length: Int[Array, ""]
+    block_steps: Int[Array, ""]
+    temperature: Float[Array, ""]
+    remasking: Int[Array, ""]
+
+
+def index_prefixes(cache: PrefixCache, index: Int[Array, " g"]) -> PrefixCache:
+    """The prefixes at `index`, as a cache of their own."""
+    return PrefixCache(
+        k=cache.k[:, index],
+        v=cache.v[:, index],
+        hidden=cache.hidden[:, index],
+        boundaries=cache.boundaries,
+        length=cache.length[index],
+    )

@@ -1,0 +1,159 @@
+"""The vocabulary of the library: frozen configuration types, all hashable and safe as static arguments of `jax.jit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+Policy = Literal["none", "naive", "bicache"]
+Remasking = Literal["low_confidence", "random"]
+POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
+REMASKING: tuple[Remasking, ...] = ("low_confidence", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a diffusion LM, whatever its family.
+
+    Attributes:
+        family: `llada` or `dream`; picks the checkpoint map.
+        vocab_size: V, rows of the embedding and of the head (padding rows of the checkpoint included).
+        d_model: D, width of the residual stream.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; divides N.
+        head_dim: H.
+        d_mlp: F, width of the SwiGLU MLP.
+        rope_theta: base of the rotary embedding.
+        norm_eps: epsilon of every RMSNorm.
+        max_length: longest sequence (prompt + response) the checkpoint was made for.
+        mask_id: id of the mask token.
+        eos_ids: ids that end a response.
+        qkv_bias: whether query, key and value projections have a bias.
+        bias: whether the attention output and the MLP projections have a bias.
+        norm_bias: whether the norms have a bias.
+        head_bias: whether the head has a bias.
+        tied: whether the head is the embedding.
+        shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
+    """
+
+    family: str
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_mlp: int
+    rope_theta: float
+    norm_eps: float
+    max_length: int
+    mask_id: int
+    eos_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    bias: bool = False
+    norm_bias: bool = False
+    head_bias: bool = False
+    tied: bool = False
+    shift_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads=} and {self.num_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head size, got {self.head_dim=}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id must be a token of the vocabulary, got {self.mask_id=} and {self.vocab_size=}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How the KV of a shared prefix are reused.
+
+    Attributes:
+        policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`.
+        boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
+        table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
+        refresh_interval: N, denoising steps between two recomputations of the deep prefix KV.
+        batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
+        min_prefix: shortest automatically detected prefix (tokens) that is worth a cache of its own.
+    """
+
+    policy: Policy = "bicache"
+    boundary: int | Literal["auto"] = "auto"
+    table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
+    refresh_interval: int = 16
+    batch_boundary: Literal["own", "min"] = "own"
+    min_prefix: int = 16
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.boundary != "auto" and (not isinstance(self.boundary, int) or self.boundary < 0):
+            raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
+        if self.policy == "none" and self.boundary != "auto":
+            raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
+        if self.refresh_interval < 1:
+            raise ValueError(f"refresh_interval must be >= 1, got {self.refresh_interval}")
+        if self.batch_boundary not in ("own", "min"):
+            raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
+        if self.min_prefix < 1:
+            raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a canvas is denoised (LLaDA, arXiv 2502.09992, section 2.4 and appendix A).
+
+    Attributes:
+        gen_length: response tokens.
+        steps: denoising steps over the whole response; None: one token a step.
+        block_length: tokens of a semi-autoregressive block; None: the whole response.
+        temperature: 0 takes the argmax; above, Gumbel noise times the temperature is added to the logits.
+        remasking: which masked tokens are unmasked first.
+        seed: seed of the noise; a request's own seed replaces it.
+    """
+
+    gen_length: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    remasking: Remasking = "low_confidence"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gen_length < 1:
+            raise ValueError(f"gen_length must be >= 1, got {self.gen_length}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"block_length must be >= 1, got {self.block_length}")
+        if self.gen_length % self.block_size:
+            raise ValueError(
+                f"gen_length must be a multiple of block_length, got {self.gen_length} and {self.block_length}"
+            )
+        if self.num_steps % self.num_blocks:
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for {self.num_blocks} blocks"
+                f" of {self.block_size} tokens"
+            )
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.gen_length if self.block_length is None else self.block_length
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the response."""
+        return self.gen_length // self.block_size
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps over the whole response."""
+        return self.gen_length if self.steps is None else self.steps

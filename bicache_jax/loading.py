@@ -1,0 +1,115 @@
+"""Loading a model: the one place that knows families, checkpoints, tokenizers and bundled files together."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bicache_jax.boundary import fingerprint
+from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
+from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.tokenizer import load_tokenizer
+from bicache_jax.types import BicacheError, Model
+
+DTYPES = ("auto", "float32", "bfloat16")
+EXAMPLE = "example"
+
+
+def resolve_dtype(dtype: Any) -> jnp.dtype:
+    """`auto` is float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        BicacheError: the dtype is none of `auto`, `float32`, `bfloat16`.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    elif isinstance(dtype, str) and dtype not in DTYPES:
+        raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    resolved = jnp.dtype(dtype)
+    if resolved not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {resolved.name!r}")
+    return resolved
+
+
+def find_folder(path: str | Path) -> Path:
+    """The checkpoint folder: a local path, `example` for the bundled model, or a hub id to download.
+
+    Raises:
+        BicacheError: there is no such folder and it cannot be downloaded.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if str(path) == EXAMPLE:
+        return Path(str(importlib.resources.files("bicache_jax") / "data" / "example"))
+    if folder.exists():
+        raise BicacheError(f"{path}: not a folder; name the folder that holds config.json and *.safetensors")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise BicacheError(f"{path}: no such folder; name a checkpoint folder, a hub id (owner/name) or 'example'")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise BicacheError(
+            f"{path}: no such folder; to download it as a hub id install the extra: pip install 'bicache-jax[hub]'"
+        ) from None
+    try:
+        wanted = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many kinds; each is a reason in its first line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BicacheError(f"{path}: no such folder, and the hub download failed: {reason}") from None
+
+
+def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Any = None) -> Model:
+    """Loads a checkpoint in Hugging Face layout.
+
+    Args:
+        path: folder with `config.json` and `*.safetensors` (tokenizer files optional), a hub id, or `example`.
+        dtype: `auto`, `float32` or `bfloat16`.
+        mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
+        mesh: reserved for sharded loading; must be None.
+
+    Returns:
+        The model.
+
+    Raises:
+        BicacheError: one line that names the file and the fault.
+    """
+    if mesh is not None:
+        raise BicacheError("mesh: sharded loading is not available in this version; leave it out")
+    folder = find_folder(path)
+    source = folder / "config.json"
+    fields = read_json(source)
+    model_type = fields.get("model_type")
+    family = next((f for f in FAMILIES.values() if str(model_type).lower() in f.MODEL_TYPES), None)
+    if family is None:
+        known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
+        raise BicacheError(f"{source}: model_type is {model_type!r}, supported: {known}")
+    with SafetensorsFolder(folder) as tensors:
+        try:
+            config = family.config_from_hf(fields, tensors.names, str(source))
+            if mask_id is not None:
+                config = dataclasses.replace(config, mask_id=mask_id)
+        except ValueError as error:
+            raise BicacheError(f"{source}: {error}") from None
+        wanted = abstract(config, resolve_dtype(dtype))
+        params = load_params(tensors, family.tensor_map(config), wanted)
+        mark = fingerprint(fields, *_headers_and_norms(tensors))
+    tokenizer = load_tokenizer(folder)
+    ends = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
+    config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
+    return Model(config=config, params=params, tokenizer=tokenizer, fingerprint=mark, name=str(path))
+
+
+def _headers_and_norms(
+    tensors: SafetensorsFolder,
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[tuple[str, np.ndarray]]]:
+    headers = {name: tensors.header(name) for name in sorted(tensors.names)}
+    norms = [(name, tensors.tensor(name)) for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+    return headers, norms

@@ -1,0 +1,174 @@
+"""The transformer that LLaDA and Dream share: one NNX block, stacked over layers, run by pure functions.
+
+`Block` defines and initialises one layer. Its parameters are stacked with a leading `L`, split from the static graph
+once, and from then on a plain pytree: `{"embed": [V, D], "layers": {... [L, ...]}, "norm": {...}, "head": [V, D]}`
+(no `head` where it is tied to the embedding; a `head_bias` where the checkpoint has one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bicache_jax.attention import Attention
+from bicache_jax.config import ModelConfig
+from bicache_jax.models.rope import rotate
+from bicache_jax.numerics import precision
+
+Params = Any
+LayerParams = Any
+
+
+class Norm(nnx.Module):
+    """RMSNorm as the published code has it: statistics in float32, rounded before scale and bias are applied."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype):
+        """Initialises the scale to one and the bias, where there is one, to zero."""
+        self.epsilon = config.norm_eps
+        self.scale = nnx.Param(jnp.ones((config.d_model,), dtype))
+        self.bias = nnx.Param(jnp.zeros((config.d_model,), dtype)) if config.norm_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Norms the last axis."""
+        x32 = x.astype(jnp.float32)
+        x = (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)).astype(x.dtype)
+        x = x * self.scale[...]
+        return x if self.bias is None else x + self.bias[...]
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Initialises the layer's parameters in `dtype`."""
+        def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                features_in,
+                features_out,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=dtype,
+                precision=precision(dtype),
+                kernel_init=nnx.initializers.normal(config.d_model**-0.5),
+                rngs=rngs,
+            )
+
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.attention_norm = Norm(config, dtype=dtype)
+        self.q = linear(config.d_model, query_size, config.qkv_bias)
+        self.k = linear(config.d_model, kv_size, config.qkv_bias)
+        self.v = linear(config.d_model, kv_size, config.qkv_bias)
+        self.o = linear(query_size, config.d_model, config.bias)
+        self.mlp_norm = Norm(config, dtype=dtype)
+        self.gate = linear(config.d_model, config.d_mlp, config.bias)
+        self.up = linear(config.d_model, config.d_mlp, config.bias)
+        self.down = linear(config.d_mlp, config.d_model, config.bias)
+
+    def mlp(self, x_btd: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """SwiGLU of the normed residual stream."""
+        normed = self.mlp_norm(x_btd)
+        return self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+
+
+@functools.lru_cache(maxsize=64)
+def _graphs(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[Block], nnx.GraphDef[Norm]]:
+    """The static halves of a block and of the final norm."""
+    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: Norm(config, dtype=dtype)))[0]
+
+
+def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters, normal with standard deviation `D ** -0.5`; `abstract` gives their shapes."""
+    dtype = jnp.dtype(dtype)
+    embed_key, head_key, layer_key = jax.random.split(key, 3)
+
+    def table(key: Array) -> Float[Array, "V D"]:
+        return jax.random.normal(key, (config.vocab_size, config.d_model), dtype) * jnp.asarray(
+            config.d_model**-0.5, dtype
+        )
+
+    def block(key: Array) -> LayerParams:
+        return nnx.to_pure_dict(nnx.state(Block(config, dtype=dtype, rngs=nnx.Rngs(key))))
+
+    params = {
+        "embed": table(embed_key),
+        "layers": jax.vmap(block)(jax.random.split(layer_key, config.num_layers)),
+        "norm": nnx.to_pure_dict(nnx.state(Norm(config, dtype=dtype))),
+    }
+    if not config.tied:
+        params["head"] = table(head_key)
+    if config.head_bias:
+        params["head_bias"] = jnp.zeros((config.vocab_size,), dtype)
+    return params
+
+
+def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of the parameters, nothing computed: the one declaration that loaders and shardings follow."""
+    return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """`bicache_jax.backbone.Backbone` for the LLaDA and Dream block; static and hashable, parameters are arguments.
+
+    Attributes:
+        config: the architecture.
+        attention: prefix attention to use.
+    """
+
+    config: ModelConfig
+    attention: Attention
+
+    def _block(self, layer: LayerParams) -> Block:
+        dtype = layer["q"]["kernel"].dtype
+        return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(layer))
+
+    def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Token embeddings."""
+        return params["embed"][ids]
+
+    def _heads(self, x: Array, heads: int) -> Array:
+        return x.reshape(*x.shape[:2], heads, self.config.head_dim).swapaxes(1, 2)
+
+    def query(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
+    ) -> Float[Array, "B N T H"]:
+        """Rotated queries of a layer."""
+        with jax.named_scope("query"):
+            block = self._block(layer)
+            q = self._heads(block.q(block.attention_norm(x_btd)), self.config.num_heads)
+            return rotate(q, positions_bt, self.config.rope_theta)
+
+    def key_value(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Rotated keys, and values, of a layer."""
+        with jax.named_scope("key_value"):
+            block = self._block(layer)
+            normed = block.attention_norm(x_btd)
+            k, v = (self._heads(project(normed), self.config.num_kv_heads) for project in (block.k, block.v))
+            return rotate(k, positions_bt, self.config.rope_theta), v
+
+    def finish(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], attended_bnth: Float[Array, "B N T H"]
+    ) -> Float[Array, "B T D"]:
+        """The rest of a layer once its heads have attended: output projection, residuals, MLP."""
+        with jax.named_scope("finish"):
+            block = self._block(layer)
+            merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], self.config.num_heads * self.config.head_dim)
+            x_btd = x_btd + block.o(merged)
+            return x_btd + block.mlp(x_btd)
+
+    def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The norm in front of the head."""
+        return nnx.merge(_graphs(self.config, x.dtype)[1], nnx.State(params["norm"]))(x)
+
+    def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
+        """Rows of the LM head, and its bias where there is one."""
+        return params["embed"] if self.config.tied else params["head"], params.get("head_bias")

@@ -1,0 +1,40 @@
+"""The golden checkpoints: tiny random models with outputs of the published decoding loops."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
+from bicache_jax.config import ModelConfig
+from bicache_jax.models import FAMILIES, abstract
+
+DATA = Path(__file__).parent / "data"
+FOLDERS = {"llada": DATA / "llada-mha", "dream": DATA / "dream-gqa"}
+
+
+@functools.cache
+def model(family: str) -> tuple[ModelConfig, Any]:
+    """Config and float32 parameters of a golden checkpoint."""
+    folder = FOLDERS[family]
+    with SafetensorsFolder(folder) as tensors:
+        config = FAMILIES[family].config_from_hf(read_json(folder / "config.json"), tensors.names, "config.json")
+        return config, load_params(tensors, FAMILIES[family].tensor_map(config), abstract(config, jnp.float32))
+
+
+@functools.cache
+def expected(family: str) -> dict[str, np.ndarray]:
+    """Recorded arrays by name."""
+    with np.load(FOLDERS[family] / "expected.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def cases(family: str) -> dict[str, dict[str, Any]]:
+    """Settings of every case by name."""
+    return json.loads((FOLDERS[family] / "cases.json").read_text())["cases"]
