@@ -1,0 +1,77 @@
+"""The command `bicache`: one file a subcommand, and one place that turns faults into an exit status and a line.
+
+A subcommand is a module with `HELP`, `DESCRIPTION`, `EPILOG`, `add_arguments(parser)` and `run(args) -> int`. It
+imports jax inside `run` only, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from bicache_jax.cli import generate
+from bicache_jax.cli.options import Parser, version
+from bicache_jax.types import BicacheError
+
+COMMANDS = {"generate": generate}
+
+EXIT_FAULT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog="bicache", description="Runs diffusion language models (LLaDA, Dream) in JAX with BiCache prefix caching."
+    )
+    parser.add_argument("--version", action="version", version=f"bicache {version()}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments; those of the process by default.
+
+    Returns:
+        0 if all is well, 2 for bad flags and unreadable files, 3 if some results are errors, 130 after Ctrl-C, 141
+        where the reader of standard output went away.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args = build_parser().parse_args(argv)
+            status = COMMANDS[args.command].run(args)
+            sys.stdout.flush()  # a closed pipe shows up here, not in the interpreter's last breath
+            return status
+    except BicacheError as error:
+        print(f"bicache: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAULT
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt)
+        print(f"bicache: interrupted{'; ' + reason if reason else ''}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is buffered has no reader any more, and flushing it at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, UserWarning):  # ours; deprecations in libraries are no business of the user
+        print(f"bicache: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,155 @@
+"""The one place of the command that knows the library: loading, parsing, and running an engine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bicache_jax.cli.inputs import Requests
+from bicache_jax.cli.options import version
+from bicache_jax.config import CacheConfig, SamplingConfig
+from bicache_jax.journal import Key, Record
+from bicache_jax.types import BicacheError, Request, Result
+
+
+class Run:
+    """A loaded model and an engine, made from flags. Importing jax takes a second, so it happens here."""
+
+    def __init__(self, args: argparse.Namespace, cache: CacheConfig, sampling: SamplingConfig) -> None:
+        """Loads the model.
+
+        Args:
+            args: the flags.
+            cache: how prefixes are reused, but for the boundary table.
+            sampling: how canvases are denoised.
+
+        Raises:
+            BicacheError: the model or the table cannot be read, or they do not go together.
+        """
+        from bicache_jax.boundary import load_table
+        from bicache_jax.engine import Engine
+        from bicache_jax.loading import load_model
+
+        _start_compilation_cache(args.compilation_cache, enabled=not args.no_compilation_cache)
+        table = load_table(args.boundary_table) if args.boundary_table is not None else None
+        self._model = load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
+        if table is not None:
+            cache = dataclasses.replace(cache, table=table.table)
+        self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
+        self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size)
+
+    @property
+    def stats(self) -> Any:
+        """The engine's counts."""
+        return self._engine.stats
+
+    def parse(self, requests: Requests) -> list[Request | Result]:
+        """Tokenises requests; a bad line becomes the result that says so."""
+        from bicache_jax.requests import parse_requests
+
+        model = self._model
+        return parse_requests(
+            requests.lines,
+            config=model.config,
+            tokenizer=model.tokenizer,
+            sampling=self._sampling,
+            source=requests.source,
+        )
+
+    def describe(self, requests: Sequence[Request]) -> str:
+        """What would be run, for people."""
+        return self._engine.plan(requests).describe()
+
+    def identity(self, requests: Requests) -> dict[str, Any]:
+        """Everything that determines results, by the names the user knows."""
+        tokens = hashlib.sha256()
+        for request in requests.valid:
+            tokens.update(json.dumps(dataclasses.astuple(request)).encode())
+        cache = dataclasses.asdict(self._cache)
+        if cache["table"] is not None:
+            cache["table"] = {str(ratio): layers for ratio, layers in sorted(cache["table"].items())}
+        if cache["batch_boundary"] == "min":  # only then do results depend on who is batched with whom
+            cache["batch_size"] = self._batch_size
+        return {
+            "version": version(),
+            "model": self._model.fingerprint,
+            "dtype": str(self._model.params["embed"].dtype),
+            "mask_id": self._model.config.mask_id,
+            **cache,
+            **dataclasses.asdict(self._sampling),
+            "input": requests.digest,
+            "tokens": tokens.hexdigest(),  # the input through tokenizer and chat template
+        }
+
+    def stream(self, requests: Sequence[Request], finished: Mapping[Key, Record], *, partial: bool) -> Iterator[Record]:
+        """Runs what is not finished.
+
+        Args:
+            requests: all requests that can run: a prefix is what a request shares with the others of the file, the
+                finished ones included.
+            finished: results there are already.
+            partial: whether to yield unfinished results at interval edges.
+
+        Yields:
+            Results as they happen; unfinished ones have no finish reason.
+        """
+        from jax.errors import JaxRuntimeError
+
+        requests = self._with_prefixes(requests)
+        try:
+            while todo := remaining(requests, finished):
+                first = {request.id: sample for request, sample in todo}
+                for result in self._engine.stream([request for request, _ in todo], partial=partial):
+                    yield {**result.to_json(), "sample": result.sample + first[result.id]}
+                finished = {**finished, **{(r.id, s + i): {} for r, s in todo for i in range(r.n)}}
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise BicacheError("the device is out of memory: choose a smaller --batch-size") from error
+
+    def _with_prefixes(self, requests: Sequence[Request]) -> list[Request]:
+        raise NotImplementedError
+
+
+def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[tuple[Request, int]]:
+    """What is left to run.
+
+    Args:
+        requests: all requests.
+        finished: finished (id, sample).
+
+    Returns:
+        Requests, each with the number of its first sample: one gapless stretch of samples per request, so that the
+        engine's sample numbers can be told apart. Where there are gaps, call again when that is done.
+    """
+    todo = []
+    for request in requests:
+        missing = [sample for sample in range(request.n) if (request.id, sample) not in finished]
+        if not missing:
+            continue
+        first = missing[0]
+        n = next((i for i, sample in enumerate(missing) if sample != first + i), len(missing))
+        sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + first)
+        todo.append((dataclasses.replace(request, sampling=sampling, n=n), first))
+    return todo
+
+
+def _start_compilation_cache(folder: str | None, *, enabled: bool) -> None:
+    """Lets XLA keep compiled programs for the next run, unless the user has set that up already."""
+    from bicache_jax.compilation import use_persistent_cache
+
+    if not enabled or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(folder) if folder is not None else Path(home) / "bicache-jax" / "xla"
+    try:
+        use_persistent_cache(path)
+    except OSError as error:
+        if folder is not None:
+            raise BicacheError(f"cannot write --compilation-cache {folder}: {error.strerror}") from error

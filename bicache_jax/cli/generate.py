@@ -1,0 +1,212 @@
+"""`bicache generate`: requests in, results out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from bicache_jax.cli import backend
+from bicache_jax.cli.inputs import Requests, read_requests
+from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.cli.outputs import open_output, write_event
+from bicache_jax.cli.report import Progress, closing_line
+from bicache_jax.config import POLICIES, REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.journal import Record
+from bicache_jax.types import BicacheError, Result
+
+HELP = "answer a file of requests"
+DESCRIPTION = """\
+Answers requests with a diffusion language model. Prompts that share a prefix have it encoded once.
+
+A request is a JSON object on a line of its own, with one of
+  "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
+and optionally "id", "prefix_len" (tokens), "gen_length", "steps", "seed", "n" (samples), "answer" (to be scored)."""
+EPILOG = """\
+exit status: 0 all is well, 2 bad flags or an unreadable file, 3 some requests have an error as their result,
+130 interrupted (finished results are kept in OUTPUT.journal; the same command with --resume goes on).
+
+examples:
+  bicache generate --model example --input examples/requests.jsonl --output out.jsonl
+  bicache generate --model ./LLaDA-8B-Instruct --input - --output - --gen-length 256 --steps 128 --block-length 32"""
+
+EXIT_ERRORS = 3
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `generate`."""
+    files = parser.add_argument_group("input and output")
+    files.add_argument("--input", required=True, metavar="FILE", help="requests, JSON lines; - reads standard input")
+    files.add_argument(
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="results, JSON lines in input order, written whole at the end; - writes standard output (default: -)",
+    )
+    files.add_argument("--resume", action="store_true", help="go on with OUTPUT.journal after a run that was cut short")
+    files.add_argument(
+        "--stream",
+        action="store_true",
+        help="write results to standard output as they happen, unfinished ones (finish_reason null) included",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
+    )
+    model.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    model.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
+    )
+
+    cache = parser.add_argument_group("cache")
+    cache.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="bicache",
+        help="none: no prefix cache; naive: reuse the prefix in all layers, as a causal model would; bicache: in"
+        " shallow layers, refreshed in deep ones (default: %(default)s)",
+    )
+    cache.add_argument(
+        "--boundary",
+        type=boundary,
+        default="auto",
+        metavar="auto|INT",
+        help="layers that count as shallow; auto: from the boundary table, by the prefix's share of the sequence"
+        " (default: %(default)s)",
+    )
+    cache.add_argument(
+        "--boundary-table", metavar="FILE", help="boundary table to use for 'auto' (default: the model's own)"
+    )
+    cache.add_argument(
+        "--refresh-interval",
+        type=integer(1),
+        default=16,
+        metavar="N",
+        help="denoising steps from one refresh of the deep layers to the next (default: %(default)s)",
+    )
+    cache.add_argument(
+        "--batch-boundary",
+        choices=("own", "min"),
+        default="own",
+        help="own: each request its own boundary; min: requests batched together take their smallest, which makes"
+        " results depend on their neighbours (default: %(default)s)",
+    )
+
+    decoding = parser.add_argument_group("decoding", "a request's own gen_length, steps and seed go before these")
+    decoding.add_argument(
+        "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
+    )
+    decoding.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
+    decoding.add_argument(
+        "--block-length",
+        type=integer(1),
+        metavar="N",
+        help="tokens of a block; blocks are finished left to right (default: gen-length)",
+    )
+    decoding.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: most likely tokens (default: %(default)s)"
+    )
+    decoding.add_argument(
+        "--remasking",
+        choices=REMASKING,
+        default="low_confidence",
+        help="which tokens stay masked for later steps (default: %(default)s)",
+    )
+    decoding.add_argument(
+        "--seed",
+        type=integer(0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="seed of the noise; sample i of a request takes seed + i (default: %(default)s)",
+    )
+
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
+    running.add_argument(
+        "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
+    )
+    compilation = running.add_mutually_exclusive_group()
+    compilation.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept for the next run (default: bicache-jax/ in the user's cache folder)",
+    )
+    compilation.add_argument("--no-compilation-cache", action="store_true", help="keep none")
+    running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `bicache generate`; returns the exit status."""
+    cache, sampling = _configurations(args)
+    requests = read_requests(args.input)
+    with ExitStack() as stack:
+        output = None
+        if not args.dry_run:  # the output comes before the model: a fault of its must not cost a load
+            output = open_output(args.output, args.input, resume=args.resume, stream=args.stream)
+            stack.callback(output.close)
+        run = backend.Run(args, cache, sampling)
+        requests.items = run.parse(requests)
+        if output is None:
+            return _dry_run(run, requests)
+
+        output.begin(requests, run.identity(requests))
+        resumed = len(output.finished)
+        if args.stream:
+            for item in requests.items:
+                if isinstance(item, Result):
+                    write_event(item.to_json())
+        progress = stack.enter_context(Progress(requests, resumed, quiet=args.quiet))
+        try:
+            for record in run.stream(requests.valid, output.finished, partial=args.stream):
+                if args.stream:
+                    write_event(record)
+                if record["finish_reason"] is not None:
+                    output.add(record)
+                    progress.update()
+            records = output.finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(output.hint) from None
+    if not args.quiet:
+        print(closing_line(records, requests, run.stats, resumed), file=sys.stderr)
+    return _status(records)
+
+
+def _configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfig]:
+    if args.policy == "none" and args.boundary_table is not None:
+        raise BicacheError("--policy none keeps no prefix cache, so it takes no --boundary-table")
+    if args.boundary != "auto" and args.boundary_table is not None:
+        raise BicacheError(f"--boundary {args.boundary} leaves --boundary-table without use: give one of them")
+    if args.policy == "naive" and (args.boundary != "auto" or args.boundary_table is not None):
+        raise BicacheError("--policy naive has its boundary at the last layer: --policy bicache takes another one")
+    cache = from_flags(
+        CacheConfig,
+        policy=args.policy,
+        boundary=args.boundary,
+        refresh_interval=args.refresh_interval,
+        batch_boundary=args.batch_boundary,
+    )
+    sampling = from_flags(
+        SamplingConfig,
+        gen_length=args.gen_length,
+        steps=args.steps,
+        block_length=args.block_length,
+        temperature=args.temperature,
+        remasking=args.remasking,
+        seed=args.seed,
+    )
+    return cache, sampling
+
+
+def _dry_run(run: backend.Run, requests: Requests) -> int:
+    print(run.describe(requests.valid))
+    errors = [item.to_json() for item in requests.items if isinstance(item, Result)]
+    for error in errors:
+        print(f"bicache: {error['error']}", file=sys.stderr)
+    return _status(errors)
+
+
+def _status(records: Sequence[Record]) -> int:
+    return EXIT_ERRORS if any(record["finish_reason"] == "error" for record in records) else 0

@@ -1,0 +1,79 @@
+"""What subcommands share on the command line: the parser, argument types, and configurations made from flags."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from bicache_jax.types import BicacheError
+
+C = TypeVar("C")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose faults are one line, and whose flags have no abbreviations that a later flag breaks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage, which is a screen long."""
+        raise BicacheError(f"{message} (see {self.prog} --help)")
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The argument type of integers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            bound = f">= {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be an integer {bound}, got {text!r}")
+        return value
+
+    return parse
+
+
+def boundary(text: str) -> int | str:
+    """The argument type of `--boundary`: `auto` or a number of layers."""
+    if text == "auto":
+        return text
+    try:
+        return integer(0)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be 'auto' or an integer >= 0, got {text!r}") from None
+
+
+def from_flags(make: Callable[..., C], **fields: Any) -> C:
+    """Makes a configuration and says its complaints in the words of the command line.
+
+    Args:
+        make: a configuration class that raises ValueError, naming fields.
+        **fields: its fields, named like their flags.
+
+    Raises:
+        BicacheError: the values do not go together; fields are named as flags.
+    """
+    try:
+        return make(**fields)
+    except ValueError as error:
+        message = str(error)
+        for name in fields:
+            # Only a leading "steps" is the flag; further on it is a word.
+            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}\b"
+            message = re.sub(pattern, "--" + name.replace("_", "-"), message)
+        raise BicacheError(message) from None
+
+
+def version() -> str:
+    """The installed release, or `unknown` in a checkout that was never installed."""
+    try:
+        return importlib.metadata.version("bicache-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

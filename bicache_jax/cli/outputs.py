@@ -1,0 +1,155 @@
+"""The output: a file that is whole or not there, with a journal beside it; or a stream, in order."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bicache_jax.cli.inputs import STANDARD, Requests
+from bicache_jax.journal import Journal, Key, Record, dump, journal_path, write_atomic
+from bicache_jax.types import BicacheError
+
+
+class Output:
+    """Takes finished results as they come; keeps them in memory only.
+
+    Attributes:
+        finished: results by (id, sample).
+    """
+
+    def __init__(self) -> None:
+        self.finished: dict[Key, Record] = {}
+
+    def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
+        """Called once, when it is known what is to be run.
+
+        Args:
+            requests: the parsed input.
+            run: everything that determines results.
+        """
+        self._requests = requests
+
+    def add(self, record: Record) -> None:
+        """Takes a finished result."""
+        self.finished[record["id"], record["sample"]] = record
+
+    def finish(self) -> list[Record]:
+        """Completes the output; returns all results in input order."""
+        return list(self._requests.assemble(self.finished))
+
+    def close(self) -> None:
+        """Lets go of the output, complete or not."""
+
+    @property
+    def hint(self) -> str:
+        """What an interrupted user should know."""
+        return ""
+
+
+class StreamOutput(Output):
+    """Writes each result to a stream as soon as all before it are there."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
+        """Writes the errors that come before the first result."""
+        super().begin(requests, run)
+        self._due = requests.follow(self.finished)
+        self._write()
+
+    def add(self, record: Record) -> None:
+        """Takes a finished result and writes what is due."""
+        super().add(record)
+        self._write()
+
+    def _write(self) -> None:
+        for record in self._due:
+            if record is None:
+                break
+            self._stream.write(dump(record))
+        self._stream.flush()
+
+
+class FileOutput(Output):
+    """Writes a file by one rename at the end, and until then a journal."""
+
+    def __init__(self, path: str, *, resume: bool) -> None:
+        """Opens the journal, so that a fault shows before anything is computed."""
+        super().__init__()
+        self.path = path
+        if Path(path).is_dir():
+            raise BicacheError(f"--output {path} is a folder: name a file in it")
+        if not Path(path).parent.is_dir():
+            raise BicacheError(f"--output {path}: there is no folder {Path(path).parent}: create it first")
+        self._journal = Journal(journal_path(path), resume=resume)
+
+    def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
+        """Takes in what an earlier run has finished."""
+        super().begin(requests, run)
+        self._journal.begin(run)
+        self.finished.update(self._journal.finished)
+
+    def add(self, record: Record) -> None:
+        """Takes a finished result."""
+        super().add(record)
+        if record["finish_reason"] != "error":  # an error may have gone by the next attempt
+            self._journal.add(record)
+
+    def finish(self) -> list[Record]:
+        """Writes the file, then deletes the journal."""
+        records = super().finish()
+        write_atomic(self.path, map(dump, records))
+        self._journal.remove()
+        return records
+
+    def close(self) -> None:
+        """Closes the journal, which stays if there is something in it."""
+        self._journal.close()
+
+    @property
+    def hint(self) -> str:
+        """How to go on."""
+        if not self._journal.finished:
+            return "no result was finished"
+        return (
+            f"{len(self._journal.finished)} finished results are in {self._journal.path}: the same command with"
+            " --resume goes on"
+        )
+
+
+def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output:
+    """Opens the output.
+
+    Args:
+        name: `--output`.
+        source: `--input`, which must not be overwritten.
+        resume: `--resume`.
+        stream: `--stream`: standard output is taken by events.
+
+    Raises:
+        BicacheError: the output cannot be written there.
+    """
+    special = os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
+    if name == STANDARD or special:
+        if resume:
+            raise BicacheError(f"--resume reads the journal beside an output file, and --output {name} has none")
+        if name == STANDARD:
+            return Output() if stream else StreamOutput(sys.stdout.buffer)
+        try:
+            return StreamOutput(open(name, "wb"))  # a device or a pipe: not to be replaced by a rename
+        except OSError as error:
+            raise BicacheError(f"cannot write --output {name}: {error.strerror}") from error
+    if os.path.exists(name) and os.path.exists(source) and os.path.samefile(name, source):
+        raise BicacheError(f"--output {name} is the --input: results would replace the requests")
+    return FileOutput(name, resume=resume)
+
+
+def write_event(record: Record) -> None:
+    """Writes a result, finished or not, to standard output at once."""
+    sys.stdout.buffer.write(dump(record))
+    sys.stdout.buffer.flush()

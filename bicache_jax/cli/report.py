@@ -1,0 +1,97 @@
+"""What the user is told on standard error: a progress bar while it runs, and one line at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from bicache_jax.cli.inputs import Requests
+from bicache_jax.journal import Record
+from bicache_jax.types import Request
+
+
+class Progress:
+    """A bar over finished results, on terminals only."""
+
+    def __init__(self, requests: Requests, resumed: int, *, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar: tqdm[Any] = tqdm(
+            total=sum(request.n for request in requests.valid),
+            initial=resumed,
+            unit="result",
+            file=sys.stderr,
+            leave=False,  # the closing line says it all
+            disable=quiet or not sys.stderr.isatty(),
+        )
+
+    def update(self) -> None:
+        """One more result."""
+        self._bar.update()
+
+    def __enter__(self) -> Progress:
+        self._bar.refresh()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+
+
+def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resumed: int) -> str:
+    """The run in one line.
+
+    Args:
+        records: all results, in input order.
+        requests: the input.
+        stats: the engine's counts (of this run alone).
+        resumed: results taken from a journal.
+
+    Returns:
+        The line.
+    """
+    errors = sum(record["finish_reason"] == "error" for record in records)
+    boundaries = sorted({record["boundary"] for record in records if record["prefix_len"]})
+    done = f"{len(records)} results for {len(requests.items)} requests"
+    notes = [f"{errors} errors"] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
+    parts = [f"{done} ({', '.join(notes)})" if notes else done]
+    scored = accuracy(records, requests)
+    if scored is not None:
+        right, total = scored
+        parts.append(f"accuracy {right / total:.3f} ({right} of {total})")
+    if stats.tokens:
+        decoding = max(stats.seconds - stats.compile_seconds, 1e-9)
+        parts.append(
+            f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s besides"
+            f" {stats.compile_seconds:.1f} s of compilation"
+        )
+    parts.append(f"{stats.forward_passes} forward passes, {stats.prefix_hits} prefix hits")
+    if boundaries:
+        first, last = boundaries[0], boundaries[-1]
+        parts.append(f"boundary {first}" if first == last else f"boundary {first} to {last}")
+    return f"bicache: {'; '.join(parts)}"
+
+
+def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] | None:
+    """How many responses equal their request's `answer`, white space aside.
+
+    Args:
+        records: all results, in input order.
+        requests: the input.
+
+    Returns:
+        (right ones, responses with a known answer), or None where nothing can be compared.
+    """
+    answers = {}
+    for item, answer in zip(requests.items, requests.answers(), strict=True):
+        if answer is not None and isinstance(item, Request):
+            answers[item.id] = answer.split()
+    scored = [
+        record["text"] is not None and record["text"].split() == answers[record["id"]]
+        for record in records
+        if record["id"] in answers and (record["text"] is not None or record["finish_reason"] == "error")
+    ]
+    if not any(record["text"] is not None for record in records) or not scored:
+        return None
+    return sum(scored), len(scored)

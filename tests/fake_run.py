@@ -1,0 +1,101 @@
+"""A stand-in for the library behind `bicache generate`: known answers, a result every few milliseconds, no jax.
+
+As a program it is the command with that stand-in, for tests that kill it: `python tests/fake_run.py generate ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+from bicache_jax.cli import backend, main
+from bicache_jax.types import BicacheError, Request, Result
+
+
+class FakeRun:
+    """Answers each prompt with its own letters turned round; the last request finishes first.
+
+    `--model` is taken as options: `error=ID` lets the engine fail on a request, `missing` is no model at all,
+    `wait=SECONDS` is the time a result takes.
+    """
+
+    def __init__(self, args, cache, sampling):
+        self.options = dict(part.partition("=")[::2] for part in args.model.split(","))
+        if "missing" in self.options:
+            raise BicacheError("missing: no such folder;\nname a checkpoint folder")
+        self.sampling = sampling
+        self.cache = cache
+        self.stats = types.SimpleNamespace(
+            tokens=0, seconds=2.0, compile_seconds=1.0, forward_passes=7, prefix_hits=3, rows=0
+        )
+
+    def parse(self, requests):
+        items, seen = [], set()
+        for number, line in enumerate(requests.lines, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+                name = str(fields.get("id", number))
+                if name in seen:
+                    raise ValueError("repeated id")
+                seen.add(name)
+                prompt = tuple(fields["prompt"].encode())
+                items.append(Request(name, prompt, n=fields.get("n", 1), index=len(items), sampling=self.sampling))
+            except (ValueError, KeyError, AttributeError) as error:
+                fault = f"{requests.source}, line {number}: {error!r}"
+                items.append(Result(str(number), finish_reason="error", error=fault))
+        return items
+
+    def describe(self, requests):
+        return f"{len(requests)} requests, boundary {self.cache.boundary}"
+
+    def identity(self, requests):
+        return {"model": "fake", "seed": self.sampling.seed, "input": requests.digest}
+
+    def stream(self, requests, finished, *, partial):
+        for request, first in reversed(backend.remaining(requests, finished)):
+            for sample in range(request.n):
+                text = bytes(request.prompt_ids).decode()[::-1]
+                result = Result(
+                    request.id,
+                    first + sample,
+                    (1, 2),
+                    text,
+                    prefix_len=5,
+                    boundary=3,
+                    steps=request.sampling.seed + sample,  # what the noise would be made of
+                )
+                if partial:
+                    yield {**result.to_json(), "text": "", "finish_reason": None}
+                time.sleep(float(self.options.get("wait", 0)))
+                if self.options.get("error") == request.id:
+                    yield Result(request.id, finish_reason="error", error=f"{request.id}: does not fit").to_json()
+                    break
+                if self.options.get("interrupt") == request.id:
+                    raise KeyboardInterrupt
+                if "log" in self.options:
+                    with open(self.options["log"], "a") as log:
+                        log.write(f"{request.id}/{first + sample}\n")
+                self.stats.tokens += 2
+                yield result.to_json()
+
+
+def write_requests(path: Path, count: int, **more) -> Path:
+    """A file of `count` requests; with n samples, request i has n + i % 2."""
+    lines = []
+    for i in range(count):
+        fields = {"id": f"r{i}", "prompt": f"prompt {i} \u2028", **more}
+        if "n" in fields:
+            fields["n"] += i % 2
+        lines.append(json.dumps(fields, ensure_ascii=False))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    backend.Run = FakeRun  # type: ignore[misc, assignment]
+    sys.exit(main(sys.argv[1:]))
