@@ -15,7 +15,7 @@ from bicache_jax.cli import backend, main
 from bicache_jax.types import BicacheError, Request, Result
 
 
-class FakeRun:
+class FakeRun(backend.Run):
     """Answers each prompt with its own letters turned round; the last request finishes first.
 
     `--model` is taken as options: `error=ID` lets the engine fail on a request, `missing` is no model at all,
@@ -28,9 +28,13 @@ class FakeRun:
             raise BicacheError("missing: no such folder;\nname a checkpoint folder")
         self.sampling = sampling
         self.cache = cache
-        self.stats = types.SimpleNamespace(
+        self.counts = types.SimpleNamespace(
             tokens=0, seconds=2.0, compile_seconds=1.0, forward_passes=7, prefix_hits=3, rows=0
         )
+
+    @property
+    def stats(self):
+        return self.counts
 
     def parse(self, requests):
         items, seen = [], set()
@@ -80,7 +84,7 @@ class FakeRun:
                 if "log" in self.options:
                     with open(self.options["log"], "a") as log:
                         log.write(f"{request.id}/{first + sample}\n")
-                self.stats.tokens += 2
+                self.counts.tokens += 2
                 yield result.to_json()
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from bicache_jax.cli import generate
 from bicache_jax.cli.options import Parser, version
@@ -72,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CLOSED_PIPE
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if issubclass(category, UserWarning):  # ours; deprecations in libraries are no business of the user
         print(f"bicache: warning: {' '.join(str(message).split())}", file=sys.stderr)

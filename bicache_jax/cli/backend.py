@@ -101,7 +101,9 @@ class Run:
         """
         from jax.errors import JaxRuntimeError
 
-        requests = self._with_prefixes(requests)
+        if finished:
+            prefixes = {row.request.id: row.prefix_len for row in self._engine.plan(requests).rows}
+            requests = [dataclasses.replace(request, prefix_len=prefixes[request.id]) for request in requests]
         try:
             while todo := remaining(requests, finished):
                 first = {request.id: sample for request, sample in todo}
@@ -112,9 +114,6 @@ class Run:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise BicacheError("the device is out of memory: choose a smaller --batch-size") from error
-
-    def _with_prefixes(self, requests: Sequence[Request]) -> list[Request]:
-        raise NotImplementedError
 
 
 def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[tuple[Request, int]]:

@@ -67,6 +67,11 @@ class StreamOutput(Output):
         super().add(record)
         self._write()
 
+    def close(self) -> None:
+        """Closes the stream, unless it is standard output."""
+        if self._stream is not sys.stdout.buffer:
+            self._stream.close()
+
     def _write(self) -> None:
         for record in self._due:
             if record is None:

@@ -1,0 +1,150 @@
+"""What is shipped: one package, whole, that works away from the checkout and leaves its host's settings alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("models", "kernels", "configs")
+
+
+def sources() -> list[Path]:
+    """Every Python file of the project, under the folder it really is in."""
+    folders = [ROOT / name for name in ("bicache_jax", *LINKED, "scripts", "tests")]
+    return [
+        Path(folder) / name
+        for top in folders
+        for folder, _, names in os.walk(top)
+        for name in names
+        if name.endswith(".py")
+    ]
+
+
+def imports(path: Path) -> list[str]:
+    """The modules that a file imports, as far as `from package import module` shows them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+    return found
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without the paths and settings of this test run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "VIRTUAL"))}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """(sdist, wheel built from that sdist)."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=clean_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def test_links_are_relative_and_point_into_the_checkout():
+    if not (ROOT / "models").exists():
+        pytest.skip("an unpacked sdist has folders in their place")
+    for name in LINKED:
+        assert os.readlink(ROOT / "bicache_jax" / name) == f"../{name}"
+        assert (ROOT / name / "__init__.py").is_file()
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    shipped = set(zipfile.ZipFile(built[1]).namelist())
+    metadata = {name for name in shipped if name.split("/")[0].endswith(".dist-info")}
+    present = {
+        (Path(folder) / name).relative_to(ROOT).as_posix()
+        for folder, _, names in os.walk(ROOT / "bicache_jax", followlinks=True)
+        for name in names
+        if "__pycache__" not in folder
+    }
+    assert shipped - metadata == present
+    assert {name.split("/", 1)[1] for name in metadata} == {
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "entry_points.txt",
+        "licenses/LICENSE",
+    }
+    for name in LINKED:
+        assert f"bicache_jax/{name}/__init__.py" in shipped
+    assert "bicache_jax/py.typed" in shipped
+    assert "bicache_jax/data/example/config.json" in shipped
+
+
+def test_sdist_can_be_tested_and_has_no_file_twice(built):
+    with tarfile.open(built[0]) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive)
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "tests/test_packaging.py", "examples/requests.jsonl"} <= names
+    assert {name.split("/")[0] for name in names}.isdisjoint(LINKED)
+
+
+def test_no_bare_imports_of_the_linked_folders():
+    for path in sources():
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in (*LINKED, ""), f"{path} imports {name}: say bicache_jax.{name.lstrip('.')}"
+
+
+def test_imports_form_a_star():
+    """`models`, `kernels` and `configs` stand on the core and do not know each other."""
+    for path in sources():
+        own = path.relative_to(ROOT).parts[0]
+        others = [name for name in LINKED if own in LINKED and name != own]
+        for name in imports(path):
+            assert not any(name.startswith(f"bicache_jax.{other}") for other in others), f"{path} imports {name}"
+
+
+def test_import_changes_no_setting_of_jax_and_makes_no_array():
+    code = """
+import jax
+before = dict(jax.config.values)
+import bicache_jax, bicache_jax.cli, bicache_jax.engine, bicache_jax.loading, bicache_jax.models, bicache_jax.kernels
+after = dict(jax.config.values)
+assert before == after, {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}
+assert not jax.config.jax_enable_x64
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "importing the package has started a backend"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
+    venv = tmp_path / "venv"
+    env = clean_environment()
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, env=env)
+    python, command = venv / "bin" / "python", venv / "bin" / "bicache"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(built[1])]
+    subprocess.run(install, check=True, env=env)
+    requests = tmp_path / "requests.jsonl"
+    requests.write_bytes((ROOT / "examples" / "requests.jsonl").read_bytes())
+    job = [str(command), "generate", "--model", "example", "--input", requests.name, "--output", "out.jsonl"]
+    done = subprocess.run(job, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [result["id"] for result in results] == [
+        json.loads(line)["id"] for line in requests.read_text(encoding="utf-8").splitlines()
+    ]
+    assert any(result["prefix_len"] for result in results)
+    assert "accuracy" in done.stderr and "tokens/s" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    where = "import bicache_jax; print(bicache_jax.__file__)"
+    found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
+    assert found.startswith(str(venv))
