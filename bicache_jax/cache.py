@@ -59,6 +59,20 @@ class DeepCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SuffixCache:
+    """Suffix KV of a block cache, per row; it outlives intervals, so it travels between dispatches.
+
+    Attributes:
+        k: rotated keys of all layers; no layers (L = 0) where there is no block cache.
+        v: values, likewise.
+    """
+
+    k: Float[Array, "L B K U H"]
+    v: Float[Array, "L B K U H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """The denoising state of B rows between two dispatches: tokens, counters and keys, no KV.
 
@@ -94,7 +108,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What the rows of a batch share, as traced scalars: changing a value never compiles anew.
+    """What the rows of a batch share, all of it traced: changing a value never compiles anew.
 
     Attributes:
         boundary: b.
@@ -102,8 +116,13 @@ class Decoding:
         num_blocks: blocks of the response.
         block_length: tokens of a block.
         block_steps: denoising steps of a block.
-        temperature: scale of the Gumbel noise; 0 means argmax.
+        counts: tokens that each step of a block unmasks (entries from `block_steps` on are padding).
+        scale: factor of the logits.
+        noise: factor of the Gumbel noise that is added to the scaled logits; 0 draws none.
         remasking: index into `bicache_jax.unmask.RULES`.
+        threshold: probability from which a token is unmasked at once; infinite where the schedule decides.
+        anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
+        dual: whether a block cache freezes what lies behind the block, too.
     """
 
     boundary: Int[Array, ""]
@@ -111,16 +130,10 @@ class Decoding:
     num_blocks: Int[Array, ""]
     block_length: Int[Array, ""]
     block_steps: Int[Array, ""]
-    temperature: Float[Array, ""]
+    counts: Int[Array, " steps"]
+    scale: Float[Array, ""]
+    noise: Float[Array, ""]
     remasking: Int[Array, ""]
-
-
-def index_prefixes(cache: PrefixCache, index: Int[Array, " g"]) -> PrefixCache:
-    """The prefixes at `index`, as a cache of their own."""
-    return PrefixCache(
-        k=cache.k[:, index],
-        v=cache.v[:, index],
-        hidden=cache.hidden[:, index],
-        boundaries=cache.boundaries,
-        length=cache.length[index],
-    )
+    threshold: Float[Array, ""]
+    anchor: Bool[Array, ""]
+    dual: Bool[Array, ""]

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 Policy = Literal["none", "naive", "bicache"]
+BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random"]
+BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random")
 
@@ -76,6 +78,8 @@ class CacheConfig:
         boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
         table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
         refresh_interval: N, denoising steps between two recomputations of the deep prefix KV.
+        block_cache: `dual` freezes everything outside the current block until the block is done, `prefix` everything
+            before it (Fast-dLLM, arXiv 2505.22618); `off` freezes nothing.
         batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
         min_prefix: shortest automatically detected prefix (tokens) that is worth a cache of its own.
     """
@@ -84,6 +88,7 @@ class CacheConfig:
     boundary: int | Literal["auto"] = "auto"
     table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
     refresh_interval: int = 16
+    block_cache: BlockCache = "off"
     batch_boundary: Literal["own", "min"] = "own"
     min_prefix: int = 16
 
@@ -96,6 +101,8 @@ class CacheConfig:
             raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
         if self.refresh_interval < 1:
             raise ValueError(f"refresh_interval must be >= 1, got {self.refresh_interval}")
+        if self.block_cache not in BLOCK_CACHES:
+            raise ValueError(f"block_cache must be one of {', '.join(BLOCK_CACHES)}, got {self.block_cache!r}")
         if self.batch_boundary not in ("own", "min"):
             raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
         if self.min_prefix < 1:
@@ -113,6 +120,8 @@ class SamplingConfig:
         temperature: 0 takes the argmax; above, Gumbel noise times the temperature is added to the logits.
         remasking: which masked tokens are unmasked first.
         seed: seed of the noise; a request's own seed replaces it.
+        threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
+            unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
     """
 
     gen_length: int = 128
@@ -121,6 +130,7 @@ class SamplingConfig:
     temperature: float = 0.0
     remasking: Remasking = "low_confidence"
     seed: int = 0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.gen_length < 1:
@@ -140,6 +150,8 @@ class SamplingConfig:
             )
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
         if self.remasking not in REMASKING:
             raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
 

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.backbone import Backbone, Params, layer_params
-from bicache_jax.cache import Decoding, PrefixCache, Rows
-from bicache_jax.config import REMASKING, ModelConfig, SamplingConfig
+from bicache_jax.cache import PrefixCache, Rows
+from bicache_jax.config import BlockCache, ModelConfig, SamplingConfig
 from bicache_jax.encode import encode
-from bicache_jax.interval import intervals
+from bicache_jax.interval import empty_suffix, intervals
 from bicache_jax.kernels import PrefixAttention
 from bicache_jax.models import Transformer
 from bicache_jax.numerics import precision
+from bicache_jax.schedule import make_decoding, most_steps, window_size
 
 
 @jax.tree_util.register_dataclass
@@ -89,19 +90,6 @@ def encode_prefix(
     )
 
 
-def make_decoding(sampling: SamplingConfig, boundary: Any, refresh_interval: Any) -> Decoding:
-    """The traced scalars of a batch."""
-    return Decoding(
-        boundary=jnp.asarray(boundary, jnp.int32),
-        refresh_interval=jnp.asarray(refresh_interval, jnp.int32),
-        num_blocks=jnp.asarray(sampling.num_blocks, jnp.int32),
-        block_length=jnp.asarray(sampling.block_size, jnp.int32),
-        block_steps=jnp.asarray(sampling.num_steps // sampling.num_blocks, jnp.int32),
-        temperature=jnp.asarray(sampling.temperature, jnp.float32),
-        remasking=jnp.asarray(REMASKING.index(sampling.remasking), jnp.int32),
-    )
-
-
 def denoise(
     params: Params,
     config: ModelConfig,
@@ -112,6 +100,7 @@ def denoise(
     key: Key[Array, "*B"],
     *,
     refresh_interval: Int[Array, ""] | int = 16,
+    block_cache: BlockCache = "off",
     prefix_index: Int[Array, " B"] | None = None,
     canvas_len: Int[Array, " B"] | None = None,
     attention: str = "auto",
@@ -128,6 +117,7 @@ def denoise(
         sampling: decoding settings (static under `jit`).
         key: one noise key per row [B], or one key that is folded with the row number.
         refresh_interval: N in denoising steps. May be traced.
+        block_cache: block cache (static); see `CacheConfig`.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
         attention: implementation of prefix attention.
@@ -150,16 +140,24 @@ def denoise(
         prefix_index = jnp.zeros(num_rows, jnp.int32) if num_prefixes == 1 else jnp.arange(num_rows)
     canvas_len = jnp.full((num_rows,), length) if canvas_len is None else jnp.asarray(canvas_len)
     rows = _layout_rows(config, prefix, canvas, canvas_len, gen_length, jnp.asarray(prefix_index), key)
-    finished = intervals(
-        backbone_for(config, attention),
-        params,
-        prefix,
-        rows,
-        make_decoding(sampling, boundary, refresh_interval),
-        jnp.asarray(sampling.num_steps),
-        block_width=sampling.block_size,
-        deep_layers=config.num_layers - 1,
-    )
+    backbone = backbone_for(config, attention)
+    state = (rows, empty_suffix(backbone, rows, prefix.k.dtype, block_cache=block_cache != "off"))
+    decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
+    windows = [window_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
+    for window in sorted(set(windows), reverse=True):
+        state = intervals(
+            backbone,
+            params,
+            prefix,
+            state,
+            decoding,
+            jnp.asarray(most_steps(sampling)),
+            jnp.asarray(sampling.num_blocks - windows[::-1].index(window)),
+            block_width=sampling.block_size,
+            deep_layers=config.num_layers - 1,
+            window=window,
+        )
+    finished = state[0]
     return Denoised(finished.tokens[:, front : front + gen_length], finished.step, finished.forward_passes)
 
 

@@ -36,21 +36,24 @@ def choose(
     bias_v: Float[Array, " V"] | None = None,
     *,
     mask_id: int,
-    temperature: Float[Array, ""],
+    scale: Float[Array, ""],
+    noise: Float[Array, ""],
     keys_bw: Key[Array, "B W"],
 ) -> Choice:
     """Chooses a token at each position.
 
-    With a temperature t, Gumbel noise times t is added to the logits, in log space and float32: the same distribution
-    as LLaDA's `exp(logits) / (-log u) ** t`. Noise is drawn by tile from the position's key, so it depends on nothing
-    but that key.
+    Logits are multiplied by `scale`; the choice is made after Gumbel noise times `noise` is added, in log space and
+    float32. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1;
+    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. Noise is
+    drawn by tile from the position's key, so it depends on nothing but that key.
 
     Args:
         x_bwd: normed hidden states of the block's positions.
         head_vd: rows of the head.
         bias_v: bias of the head, if it has one.
         mask_id: token that is never chosen.
-        temperature: t; 0 draws no noise.
+        scale: factor of the logits.
+        noise: factor of the noise; 0 draws none.
         keys_bw: noise key of each position.
 
     Returns:
@@ -60,7 +63,7 @@ def choose(
     tile = min(TILE, vocab_size)
     shape = x_bwd.shape[:2]
 
-    def noise(index: Array) -> Array:
+    def gumbel(index: Array) -> Array:
         def draw(key: Array) -> Array:
             return jax.random.gumbel(jax.random.fold_in(key, index), (tile,), jnp.float32)
 
@@ -77,8 +80,8 @@ def choose(
         )
         if bias_v is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias_v, start, tile).astype(jnp.float32)
-        logits = jnp.where(ids >= first, logits, -jnp.inf)
-        noisy = jax.lax.cond(temperature > 0, lambda: logits + temperature * noise(index), lambda: logits)
+        logits = jnp.where(ids >= first, logits * scale, -jnp.inf)
+        noisy = jax.lax.cond(noise > 0, lambda: logits + noise * gumbel(index), lambda: logits)
         noisy = jnp.where(ids == mask_id, -jnp.inf, noisy)
         place = jnp.argmax(noisy, axis=-1)
         at = place[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from bicache_jax.config import ModelConfig, SamplingConfig
@@ -86,6 +87,8 @@ class Model:
         tokenizer: the checkpoint's tokenizer, or None.
         fingerprint: hash of config, safetensors headers and norm tensors; a boundary table names the one it is for.
         name: what the user called the model.
+        boundaries: the boundary table `{r: b}` that belongs to the model; None if there is none.
+        note: where that table comes from, if that is not the model itself.
     """
 
     config: ModelConfig
@@ -93,3 +96,5 @@ class Model:
     tokenizer: Any = None
     fingerprint: str = ""
     name: str = ""
+    boundaries: Mapping[int, int] | None = None
+    note: str = ""

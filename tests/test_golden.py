@@ -14,18 +14,21 @@ from bicache_jax.config import SamplingConfig
 from bicache_jax.functional import denoise, encode_prefix, forward
 
 _encode = jax.jit(encode_prefix, static_argnames=("config", "boundaries"))
-_denoise = jax.jit(denoise, static_argnames=("config", "sampling"))
+_denoise = jax.jit(denoise, static_argnames=("config", "sampling", "block_cache"))
 
 
-def _names(family: str) -> list[str]:
-    prefixes = ("llada_", "bicache_P", "bicache_semi")
-    return [name for name in golden.cases(family) if name.startswith(prefixes) and "_t" not in name]
+def _block_cache(name: str) -> str:
+    return next((kind for kind in ("dual", "prefix") if f"_{kind}_" in name), "off")
 
 
-def _run(family: str, case: dict[str, Any], prompt: np.ndarray, boundary: int | None = None) -> Any:
+def _run(
+    family: str, case: dict[str, Any], prompt: np.ndarray, boundary: int | None = None, block_cache: str = "off"
+) -> Any:
     config, params = golden.model(family)
     prefix_len = case.get("prefix_len", 0)
-    sampling = SamplingConfig(case["gen_length"], case["steps"], case["block_length"])
+    sampling = SamplingConfig(
+        case["gen_length"], case["steps"], case["block_length"], threshold=case.get("threshold")
+    )
     response = np.zeros((prompt.shape[0], case["gen_length"]), np.int32)
     return _denoise(
         params,
@@ -36,6 +39,7 @@ def _run(family: str, case: dict[str, Any], prompt: np.ndarray, boundary: int | 
         sampling,
         jax.random.key(0),
         refresh_interval=case.get("refresh_interval", 1),
+        block_cache=block_cache,
     )
 
 
@@ -46,11 +50,11 @@ def test_forward_logits_match_the_published_model(family: str) -> None:
     np.testing.assert_allclose(logits, golden.expected(family)["forward_logits"], atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", _names("llada"))
+@pytest.mark.parametrize("name", sorted(golden.cases("llada")))
 def test_tokens_match_the_published_loop(name: str) -> None:
     case = golden.cases("llada")[name]
     prompt = golden.expected("llada")["prompt_batch3" if "batch" in case else "prompt"]
-    out = _run("llada", case, prompt)
+    out = _run("llada", case, prompt, block_cache=_block_cache(name))
     np.testing.assert_array_equal(out.tokens, golden.expected("llada")[name][:, prompt.shape[1] :])
     assert int(out.forward_passes.max()) <= case["nfe"]
 

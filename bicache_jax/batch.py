@@ -1,0 +1,110 @@
+"""From admitted rows to the arrays of a batch: layout, padding, noise keys, and the caches of its prefixes joined."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from bicache_jax.cache import PrefixCache, Rows
+from bicache_jax.config import ModelConfig
+from bicache_jax.types import Request
+
+
+def suffix_length(request: Request, prefix_len: int) -> int:
+    """U: the rest of the prompt and the response."""
+    return len(request.prompt_ids) - prefix_len + request.sampling.gen_length
+
+
+def noise_words(request_id: str, seed: int) -> tuple[int, int, int, int]:
+    """What a row's noise key is made of: the seed in two words, a hash of the request's name in two."""
+    digest = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return (
+        seed & 0xFFFFFFFF,
+        (seed >> 32) & 0xFFFFFFFF,
+        int.from_bytes(digest[:4], "little"),
+        int.from_bytes(digest[4:], "little"),
+    )
+
+
+@jax.jit
+def _keys(words_bw: Int[Array, "B 4"]) -> Key[Array, " B"]:
+    def fold(words: Array) -> Array:
+        return functools.reduce(jax.random.fold_in, list(words[1:]), jax.random.key(words[0]))
+
+    return jax.vmap(fold)(words_bw)
+
+
+def build_rows(
+    entries: Sequence[tuple[Request, int, int]],
+    prefix_index: Sequence[int],
+    config: ModelConfig,
+    *,
+    num_rows: int,
+    length: int,
+) -> Rows:
+    """Lays out a batch on the host.
+
+    Args:
+        entries: (request, sample, prefix_len) of each row.
+        prefix_index: prefix of each row.
+        config: the architecture.
+        num_rows: B; rows beyond the entries are padding and complete from the start.
+        length: U, at least every row's suffix.
+
+    Returns:
+        The rows at step 0.
+    """
+    front = int(config.shift_logits)
+    tokens = np.full((num_rows, length), config.mask_id, np.int32)
+    positions = np.zeros((num_rows, length), np.int32)
+    valid = np.zeros((num_rows, length), bool)
+    words = np.zeros((num_rows, 4), np.uint32)
+    for place, (request, sample, prefix_len) in enumerate(entries):
+        prompt, gen_length = request.prompt_ids, request.sampling.gen_length
+        split = len(prompt) - front  # families that shift logits keep the last prompt token before the response
+        rest = prompt[prefix_len:split]
+        size = front + gen_length + len(rest)
+        tokens[place, :front] = prompt[split:]
+        tokens[place, front + gen_length : size] = rest
+        positions[place, : front + gen_length] = split + np.arange(front + gen_length)
+        positions[place, front + gen_length : size] = prefix_len + np.arange(len(rest))
+        valid[place, :size] = True
+        words[place] = noise_words(request.id, request.sampling.seed + sample)
+    index = np.zeros(num_rows, np.int32)
+    index[: len(prefix_index)] = prefix_index
+
+    def counter() -> np.ndarray:  # one buffer each: they are donated
+        return np.zeros(num_rows, np.int32)
+
+    return jax.device_put(
+        Rows(
+            tokens=tokens,
+            positions=positions,
+            valid=valid,
+            prefix_index=index,
+            key=_keys(words),
+            step=counter(),
+            block=counter(),
+            block_step=counter(),
+            done=np.arange(num_rows) >= len(entries),
+            forward_passes=counter(),
+        )
+    )
+
+
+@jax.jit
+def join_prefixes(caches: tuple[PrefixCache, ...], boundary: Int[Array, ""]) -> PrefixCache:
+    """The caches of single prefixes as one of G, with the hidden states in front of one boundary."""
+    return PrefixCache(
+        k=jnp.concatenate([cache.k for cache in caches], axis=1),
+        v=jnp.concatenate([cache.v for cache in caches], axis=1),
+        hidden=jnp.concatenate([cache.hidden_at(boundary) for cache in caches], axis=0)[None],
+        boundaries=boundary[None],
+        length=jnp.concatenate([cache.length for cache in caches]),
+    )

@@ -1,0 +1,144 @@
+"""What a run will do, from shapes alone: rows of a batch, buffers, memory, and the gain that token counts allow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+
+from bicache_jax.batch import suffix_length
+from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
+from bicache_jax.config import CacheConfig, ModelConfig
+from bicache_jax.grouping import Batch, Row
+from bicache_jax.work import Job, row_flops
+
+TOKENS_PER_BATCH = 4096
+"""Tokens that a refresh step runs at once by default: enough for matmuls at full speed, few enough for any memory."""
+MOST_ROWS = 64
+
+
+def default_rows(prefix: int, suffix: int) -> int:
+    """Rows of a batch when the user names no number: as many as `TOKENS_PER_BATCH` holds, 1 to `MOST_ROWS`."""
+    return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // max(1, prefix + suffix)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Sizes of the caches, constants of a run so that batches share their programs.
+
+    Attributes:
+        shallow: layers of shared KV, `max b + 1` in steps of 4.
+        deep: layers of KV per row, `L - 1 - min b` in steps of 4.
+        slots: boundaries whose hidden states a prefix keeps.
+    """
+
+    shallow: int
+    deep: int
+    slots: int
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch], num_layers: int) -> Buffers:
+        """The buffers that a run of `batches` needs."""
+        last = num_layers - 1
+        used: dict[tuple[int, ...], set[int]] = {}
+        for batch in batches:
+            for prefix in batch.prefixes:
+                used.setdefault(prefix, set()).add(min(batch.boundary, last))
+        boundaries = set().union(*used.values())
+        return cls(
+            shallow=layer_bucket(max(boundaries, default=0) + 1, num_layers),
+            deep=layer_bucket(last - min(boundaries, default=last), last),
+            slots=count_bucket(max(map(len, used.values()), default=1)),
+        )
+
+
+def jobs(rows: Sequence[Row]) -> list[Job]:
+    """The work of each row, the encoding of a prefix spread over the rows that share it."""
+    sharing: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        prefix = row.request.prompt_ids[: row.prefix_len]
+        sharing[prefix] = sharing.get(prefix, 0) + 1
+    return [
+        Job(
+            prefix=row.prefix_len,
+            suffix=suffix_length(row.request, row.prefix_len),
+            steps=row.request.sampling.num_steps,
+            block=row.request.sampling.block_size,
+            boundary=row.boundary,
+            rows_per_prefix=sharing[row.request.prompt_ids[: row.prefix_len]],
+        )
+        for row in rows
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `Engine.generate` would do.
+
+    Attributes:
+        config: the model's architecture.
+        dtype: dtype of parameters and caches.
+        cache: how prefixes are reused.
+        batches: batches in the order in which they run.
+        buffers: cache sizes of the run.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    cache: CacheConfig
+    batches: tuple[Batch, ...]
+    buffers: Buffers
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [row for batch in self.batches for row in batch.rows]
+
+    @property
+    def gain(self) -> float:
+        """Ratio of the operations without a prefix cache to those planned; an upper bound of the speed-up."""
+        planned = none = 0.0
+        for job in jobs(self.rows):
+            job = dataclasses.replace(job, refresh_interval=self.cache.refresh_interval)
+            planned += row_flops(self.config, job)
+            whole = dataclasses.replace(job, prefix=0, suffix=job.prefix + job.suffix)
+            none += row_flops(self.config, whole)
+        return none / planned if planned else 1.0
+
+    def shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        """(G, P, B, U) in buckets."""
+        prefix = length_bucket(max(map(len, batch.prefixes), default=0))
+        suffix = length_bucket(max(suffix_length(row.request, row.prefix_len) for row in batch.rows))
+        return count_bucket(len(batch.prefixes)), prefix, count_bucket(len(batch.rows)), suffix
+
+    def cache_bytes(self, batch: Batch) -> int:
+        """KV of a batch: shared ones of its prefixes and the rows' own deep ones."""
+        prefixes, prefix, rows, _ = self.shape(batch)
+        token = 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
+        return token * prefix * (self.buffers.shallow * prefixes + self.buffers.deep * rows)
+
+    def describe(self) -> str:
+        """The plan as a table for people."""
+        rows = self.rows
+        prefixes = {prefix for batch in self.batches for prefix in batch.prefixes if prefix}
+        lines = [
+            f"{len(rows)} rows over {len(prefixes)} prefixes in {len(self.batches)} batches; policy {self.cache.policy}, "
+            f"refresh interval {self.cache.refresh_interval}",
+            f"cache buffers: {self.buffers.shallow} shared layers, {self.buffers.deep} layers per row, "
+            f"{self.dtype.name}",
+            "",
+            f"{'batch':>5} {'rows':>5} {'prefixes':>8} {'r %':>9} {'b':>4} {'B':>4} {'G':>4} {'P':>6} {'U':>6} {'steps':>6} "
+            f"{'cache MiB':>10}",
+        ]
+        for number, batch in enumerate(self.batches, 1):
+            ratios = sorted({row.ratio for row in batch.rows})
+            ratio = f"{ratios[0]}" if len(ratios) == 1 else f"{ratios[0]}-{ratios[-1]}"
+            groups, prefix, count, suffix = self.shape(batch)
+            lines.append(
+                f"{number:>5} {len(batch.rows):>5} {len(batch.prefixes):>8} {ratio:>9} {batch.boundary:>4} {count:>4} "
+                f"{groups:>4} {prefix:>6} {suffix:>6} {batch.rows[0].request.sampling.num_steps:>6} "
+                f"{self.cache_bytes(batch) / 2**20:>10.1f}"
+            )
+        lines += ["", f"expected gain over no cache: at most {self.gain:.2f}x, by counted operations"]
+        return "\n".join(lines)
