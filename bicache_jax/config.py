@@ -8,10 +8,10 @@ from typing import Literal
 
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
-Remasking = Literal["low_confidence", "random"]
+Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
-REMASKING: tuple[Remasking, ...] = ("low_confidence", "random")
+REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The LM head in vocabulary tiles: float32 logits of a whole vocabulary never exist for more than one tile.
 
-Each tile updates a running choice, the log-sum-exp of everything else, and nothing more. Confidence is ranked by the
-log-odds of the chosen token, `log p - log(1 - p)`: monotone in the softmax probability p, but it does not saturate
-where p rounds to 1.
+Each tile updates a few running statistics and is forgotten. Confidence is ranked by the log-odds of the chosen token,
+`log p - log(1 - p)`: monotone in the softmax probability p, but it does not saturate where p rounds to 1.
 """
 
 from __future__ import annotations
@@ -24,10 +23,38 @@ class Choice(NamedTuple):
     Attributes:
         token: argmax of the (noisy) logits, the mask token left out; the lowest id among equals.
         log_odds: log-odds of its softmax probability without noise, the mask token kept in the sum.
+        margin: probability of the most probable token less that of the runner-up.
+        entropy: of the softmax, in nats.
     """
 
     token: Int[Array, "B W"]
     log_odds: Float[Array, "B W"]
+    margin: Float[Array, "B W"]
+    entropy: Float[Array, "B W"]
+
+
+class _Running(NamedTuple):
+    """Statistics over the tiles seen so far, each [B, W].
+
+    Attributes:
+        best: highest noisy logit.
+        token: its token.
+        raw: its logit without noise.
+        rest: log-sum-exp of all logits but that one.
+        first: highest logit, the mask token left out.
+        second: highest of the others, mask token included.
+        total: log-sum-exp of all logits.
+        mean: expected logit under the softmax.
+    """
+
+    best: Array
+    token: Array
+    raw: Array
+    rest: Array
+    first: Array
+    second: Array
+    total: Array
+    mean: Array
 
 
 def choose(
@@ -69,10 +96,15 @@ def choose(
 
         return jax.vmap(jax.vmap(draw))(keys_bw)
 
-    def step(index: Array, running: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        best, raw, token, rest = running
-        first = index * tile
-        start = jnp.minimum(first, vocab_size - tile)  # the last tile overlaps the one before it
+    def pick(values: Array, at: Array) -> Array:
+        return jnp.take_along_axis(values, at[..., None], -1)[..., 0]
+
+    def without(values: Array, at: Array) -> Array:
+        return jnp.where(jnp.arange(tile) == at[..., None], -jnp.inf, values)
+
+    def step(index: Array, was: _Running) -> _Running:
+        begin = index * tile
+        start = jnp.minimum(begin, vocab_size - tile)  # the last tile overlaps the one before it
         ids = start + jnp.arange(tile)
         rows_td = jax.lax.dynamic_slice_in_dim(head_vd, start, tile)
         logits = jnp.einsum(
@@ -80,27 +112,36 @@ def choose(
         )
         if bias_v is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias_v, start, tile).astype(jnp.float32)
-        logits = jnp.where(ids >= first, logits * scale, -jnp.inf)
-        noisy = jax.lax.cond(noise > 0, lambda: logits + noise * gumbel(index), lambda: logits)
-        noisy = jnp.where(ids == mask_id, -jnp.inf, noisy)
-        place = jnp.argmax(noisy, axis=-1)
-        at = place[..., None]
-        tile_best = jnp.take_along_axis(noisy, at, -1)[..., 0]
-        tile_raw = jnp.take_along_axis(logits, at, -1)[..., 0]
-        others = jnp.where(jnp.arange(tile) == at, -jnp.inf, logits)
-        rest = jnp.logaddexp(rest, jax.nn.logsumexp(others, axis=-1))
-        wins = tile_best > best
-        rest = jnp.logaddexp(rest, jnp.where(wins, raw, tile_raw))
-        return (
-            jnp.where(wins, tile_best, best),
-            jnp.where(wins, tile_raw, raw),
-            jnp.where(wins, ids[place], token),
-            rest,
+        logits = jnp.where(ids >= begin, logits * scale, -jnp.inf)
+        allowed = jnp.where(ids == mask_id, -jnp.inf, logits)
+        noisy = jax.lax.cond(noise > 0, lambda: allowed + noise * gumbel(index), lambda: allowed)
+
+        place, top = jnp.argmax(noisy, axis=-1), jnp.argmax(allowed, axis=-1)
+        best, raw, first = pick(noisy, place), pick(logits, place), pick(logits, top)
+        second = jnp.max(without(logits, top), axis=-1)
+        tile_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        tile_mean = jnp.sum(jnp.exp(logits - tile_total) * jnp.where(ids >= begin, logits, 0), axis=-1)
+        total = jnp.logaddexp(was.total, tile_total[..., 0])
+        wins = best > was.best
+        rest = jnp.logaddexp(was.rest, jax.nn.logsumexp(without(logits, place), axis=-1))
+        return _Running(
+            best=jnp.maximum(best, was.best),
+            token=jnp.where(wins, ids[place], was.token),
+            raw=jnp.where(wins, raw, was.raw),
+            rest=jnp.logaddexp(rest, jnp.where(wins, was.raw, raw)),
+            first=jnp.maximum(first, was.first),
+            second=jnp.maximum(jnp.minimum(first, was.first), jnp.maximum(second, was.second)),
+            total=total,
+            mean=jnp.exp(was.total - total) * was.mean + jnp.exp(tile_total[..., 0] - total) * tile_mean,
         )
 
     lowest = jnp.full(shape, -jnp.inf)
+    start = _Running(lowest, jnp.zeros(shape, jnp.int32), *[lowest] * 5, jnp.zeros(shape))
     with jax.named_scope("head"):
-        _, raw, token, rest = jax.lax.fori_loop(
-            0, -(-vocab_size // tile), step, (lowest, lowest, jnp.zeros(shape, jnp.int32), lowest)
-        )
-    return Choice(token, raw - rest)
+        last = jax.lax.fori_loop(0, -(-vocab_size // tile), step, start)
+    return Choice(
+        token=last.token,
+        log_odds=last.raw - last.rest,
+        margin=jnp.exp(last.first - last.total) - jnp.exp(last.second - last.total),
+        entropy=last.total - last.mean,
+    )

@@ -16,6 +16,28 @@ def even_counts(masks: int, steps: int) -> np.ndarray:
     return masks // steps + (np.arange(steps) < masks % steps)
 
 
+def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = 1e-3) -> np.ndarray:
+    """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`, at the last step all.
+
+    Args:
+        masks: masked tokens of the block.
+        steps: its denoising steps.
+        anchored: the first step fixes one token and the others go on from step 1 (Fast-dLLM's loop for Dream).
+        eps: time of the last step.
+
+    Returns:
+        Tokens that each step unmasks [steps].
+    """
+    times = np.linspace(1.0, eps, steps + 1)
+    counts = np.zeros(steps, np.int32)
+    left = masks
+    for step in range(steps):
+        share = 1.0 - times[step + 1] / times[step]
+        counts[step] = left if step == steps - 1 else 1 if anchored and step == 0 else int(left * share)
+        left -= counts[step]
+    return counts
+
+
 def window_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
     """Tokens that steps inside block number `block` run under a block cache; 0 without one."""
     if block_cache == "off":
@@ -51,7 +73,11 @@ def make_decoding(
         What the rows share.
     """
     block_steps = sampling.num_steps // sampling.num_blocks
-    counts = even_counts(sampling.block_size, block_steps)
+    anchored = config.shift_logits and block_cache != "off"
+    if config.family == "dream":
+        counts = time_counts(sampling.block_size, block_steps, anchored=anchored)
+    else:
+        counts = even_counts(sampling.block_size, block_steps)
     return Decoding(
         boundary=jnp.asarray(boundary, jnp.int32),
         refresh_interval=jnp.asarray(refresh_interval, jnp.int32),
@@ -63,6 +89,6 @@ def make_decoding(
         noise=jnp.asarray(sampling.temperature, jnp.float32),
         remasking=jnp.asarray(REMASKING.index(sampling.remasking), jnp.int32),
         threshold=jnp.asarray(jnp.inf if sampling.threshold is None else sampling.threshold, jnp.float32),
-        anchor=jnp.asarray(config.shift_logits and block_cache != "off"),
+        anchor=jnp.asarray(anchored),
         dual=jnp.asarray(block_cache == "dual"),
     )

@@ -33,7 +33,25 @@ def random(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
     return jax.vmap(jax.vmap(jax.random.uniform))(keys_bw)
 
 
-_RULES: dict[str, Rule] = {"low_confidence": low_confidence, "random": random}
+def topk_margin(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
+    """Largest margin over the runner-up first (Dream, arXiv 2508.15487)."""
+    del keys_bw
+    return choice.margin
+
+
+def entropy(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
+    """Lowest entropy first (Dream, arXiv 2508.15487)."""
+    del keys_bw
+    return -choice.entropy
+
+
+_RULES: dict[str, Rule] = {
+    "low_confidence": low_confidence,
+    "random": random,
+    "maskgit_plus": low_confidence,  # Dream's name for the same order
+    "topk_margin": topk_margin,
+    "entropy": entropy,
+}
 RULES: tuple[Rule, ...] = tuple(_RULES[name] for name in REMASKING)
 
 

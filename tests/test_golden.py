@@ -26,8 +26,13 @@ def _run(
 ) -> Any:
     config, params = golden.model(family)
     prefix_len = case.get("prefix_len", 0)
+    rule = case.get("alg", "low_confidence")
     sampling = SamplingConfig(
-        case["gen_length"], case["steps"], case["block_length"], threshold=case.get("threshold")
+        case["gen_length"],
+        case["steps"],
+        case.get("block_length"),
+        remasking="low_confidence" if rule == "confidence_threshold" else rule,
+        threshold=case.get("threshold"),
     )
     response = np.zeros((prompt.shape[0], case["gen_length"]), np.int32)
     return _denoise(
@@ -43,19 +48,21 @@ def _run(
     )
 
 
-@pytest.mark.parametrize("family", ["llada"])
+@pytest.mark.parametrize("family", ["llada", "dream"])
 def test_forward_logits_match_the_published_model(family: str) -> None:
     config, params = golden.model(family)
     logits = forward(params, config, jnp.asarray(golden.expected(family)["forward_ids"], jnp.int32))
     np.testing.assert_allclose(logits, golden.expected(family)["forward_logits"], atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(golden.cases("llada")))
-def test_tokens_match_the_published_loop(name: str) -> None:
-    case = golden.cases("llada")[name]
-    prompt = golden.expected("llada")["prompt_batch3" if "batch" in case else "prompt"]
-    out = _run("llada", case, prompt, block_cache=_block_cache(name))
-    np.testing.assert_array_equal(out.tokens, golden.expected("llada")[name][:, prompt.shape[1] :])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in golden.FOLDERS for name in sorted(golden.cases(family))]
+)
+def test_tokens_match_the_published_loop(family: str, name: str) -> None:
+    case = golden.cases(family)[name]
+    prompt = golden.expected(family)["prompt_batch3" if "batch" in case else "prompt"]
+    out = _run(family, case, prompt, block_cache=_block_cache(name))
+    np.testing.assert_array_equal(out.tokens, golden.expected(family)[name][:, prompt.shape[1] :])
     assert int(out.forward_passes.max()) <= case["nfe"]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class Run:
         self._model = load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
         if table is not None:
             cache = dataclasses.replace(cache, table=table.table)
+        elif cache.policy == "bicache" and cache.boundary == "auto":
+            cache = dataclasses.replace(cache, table=self._model.boundaries)
+            if self._model.note:
+                warnings.warn(self._model.note, stacklevel=2)
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
         self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size)
 
