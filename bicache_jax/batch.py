@@ -79,22 +79,20 @@ def build_rows(
     index = np.zeros(num_rows, np.int32)
     index[: len(prefix_index)] = prefix_index
 
-    def counter() -> np.ndarray:  # one buffer each: they are donated
-        return np.zeros(num_rows, np.int32)
+    def counter() -> Array:  # one buffer each: they are donated
+        return jnp.asarray(np.zeros(num_rows, np.int32))
 
-    return jax.device_put(
-        Rows(
-            tokens=tokens,
-            positions=positions,
-            valid=valid,
-            prefix_index=index,
-            key=_keys(words),
-            step=counter(),
-            block=counter(),
-            block_step=counter(),
-            done=np.arange(num_rows) >= len(entries),
-            forward_passes=counter(),
-        )
+    return Rows(
+        tokens=jnp.asarray(tokens),
+        positions=jnp.asarray(positions),
+        valid=jnp.asarray(valid),
+        prefix_index=jnp.asarray(index),
+        key=_keys(words),
+        step=counter(),
+        block=counter(),
+        block_step=counter(),
+        done=jnp.asarray(np.arange(num_rows) >= len(entries)),
+        forward_passes=counter(),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -14,10 +13,10 @@ _totals = {"count": 0, "seconds": 0.0}
 
 @functools.cache
 def _listen() -> None:
-    def heard(event: str, duration: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _EVENT:
             _totals["count"] += 1
-            _totals["seconds"] += duration
+            _totals["seconds"] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(heard)
 

@@ -145,8 +145,8 @@ class SamplingConfig:
             )
         if self.num_steps % self.num_blocks:
             raise ValueError(
-                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for {self.num_blocks} blocks"
-                f" of {self.block_size} tokens"
+                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for "
+                f"{self.num_blocks} blocks of {self.block_size} tokens"
             )
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")

@@ -19,16 +19,18 @@ import numpy as np
 
 from bicache_jax.backbone import Backbone
 from bicache_jax.batch import build_rows, join_prefixes
-from bicache_jax.buckets import width_bucket
-from bicache_jax.cache import PrefixCache
+from bicache_jax.boundary import boundary_at
+from bicache_jax.buckets import length_bucket, width_bucket
+from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
-from bicache_jax.functional import backbone_for, make_decoding
+from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, detect_prefixes, plan_batches, prefix_ratio
-from bicache_jax.interval import decode
+from bicache_jax.interval import decode, empty_suffix
 from bicache_jax.plan import Buffers, Plan
 from bicache_jax.requests import parse_requests
+from bicache_jax.schedule import make_decoding, most_steps, window_size
 from bicache_jax.types import BicacheError, Model, Request, Result
 
 
@@ -146,18 +148,19 @@ class Engine:
 
     def _admit(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> list[Request | Result]:
         entries = list(requests)
-        raw = [entry for entry in entries if isinstance(entry, Mapping)]
-        if raw and len(raw) != len(entries):
+        parsed = [entry for entry in entries if isinstance(entry, Request | Result)]
+        if len(parsed) == len(entries):
+            return [
+                dataclasses.replace(entry, index=place) if isinstance(entry, Request) else entry
+                for place, entry in enumerate(parsed)
+            ]
+        if parsed:
             raise TypeError("requests must be all parsed (Request) or all raw (mappings)")
-        if raw:
-            model = self.model
-            return parse_requests(
-                raw, config=model.config, tokenizer=model.tokenizer, sampling=self.sampling, source="requests"
-            )
-        return [
-            dataclasses.replace(entry, index=place) if isinstance(entry, Request) else entry
-            for place, entry in enumerate(entries)
-        ]
+        raw = [entry for entry in entries if isinstance(entry, Mapping)]
+        model = self.model
+        return parse_requests(
+            raw, config=model.config, tokenizer=model.tokenizer, sampling=self.sampling, source="requests"
+        )
 
     def _boundary_rule(self) -> Callable[[int], int]:
         """Boundary by prefix ratio."""
@@ -180,7 +183,7 @@ class Engine:
         deepest = max(table.values(), default=0)
         if deepest > num_layers:
             raise BicacheError(f"boundary table: boundary {deepest} is deeper than the model's {num_layers} layers")
-        return lambda ratio: max((table[key] for key in table if key <= ratio), default=0)
+        return lambda ratio: boundary_at(table, ratio)
 
     def _rows(self, requests: Sequence[Request]) -> list[Row]:
         """Requests as rows: prefix found, boundary chosen."""
@@ -220,7 +223,7 @@ class Engine:
         """Runs a batch to its end; between dispatches its state is tokens, counters and keys."""
         started = time.perf_counter()
         config = self.model.config
-        _, _, num_rows, length = plan.shape(batch)
+        *_, num_rows, length = plan.shape(batch)
         sampling = batch.rows[0].request.sampling
         prefixes = self._prefixes(batch, plan, store)
         rows = build_rows(
@@ -230,34 +233,56 @@ class Engine:
             num_rows=num_rows,
             length=length,
         )
-        decoding = make_decoding(sampling, batch.boundary, self.cache.refresh_interval)
-        intervals = 1 if partial else sampling.num_steps
+        block_steps = sampling.num_steps // sampling.num_blocks
+        decoding = make_decoding(
+            config,
+            sampling,
+            batch.boundary,
+            self.cache.refresh_interval,
+            block_cache=self.cache.block_cache,
+            room=length_bucket(block_steps),
+        )
+        state = (rows, empty_suffix(self._backbone, rows, plan.dtype, block_cache=self.cache.block_cache != "off"))
         while True:
-            rows = decode(
+            window, stop_block = self._window(sampling, state[0])
+            state = decode(
                 self._backbone,
                 self.model.params,
                 prefixes,
-                rows,
+                state,
                 decoding,
-                jnp.asarray(intervals, jnp.int32),
+                jnp.asarray(1 if partial else most_steps(sampling), jnp.int32),
+                jnp.asarray(stop_block, jnp.int32),
                 block_width=width_bucket(sampling.block_size),
                 deep_layers=plan.buffers.deep,
+                window=min(window, length),
             )
-            state = jax.device_get((rows.tokens, rows.step, rows.forward_passes, rows.done))
-            finished = bool(state[3].all())
+            rows = state[0]
+            seen = jax.device_get((rows.tokens, rows.step, rows.forward_passes, rows.done))
+            finished = bool(seen[3].all())
             self._count(dispatches=1, seconds=time.perf_counter() - started)
-            if partial and not finished:
-                yield from self._results(batch, state, finished=False)
             if finished:
                 break
+            if partial:
+                yield from self._results(batch, seen, finished=False)
             started = time.perf_counter()
         self._count(
             batches=1,
             rows=len(batch.rows),
             tokens=len(batch.rows) * sampling.gen_length,
-            forward_passes=int(state[2].sum()),
+            forward_passes=int(seen[2].sum()),
         )
-        yield from self._results(batch, state, finished=True)
+        yield from self._results(batch, seen, finished=True)
+
+    def _window(self, sampling: SamplingConfig, rows: Rows) -> tuple[int, int]:
+        """Tokens that steps inside a block run, and the block at which that number changes."""
+        if self.cache.block_cache != "prefix":
+            return window_size(sampling, self.cache.block_cache, 0) and width_bucket(
+                sampling.block_size
+            ), sampling.num_blocks
+        block, done = jax.device_get((rows.block, rows.done))
+        earliest = int(block[~done].min())
+        return window_size(sampling, "prefix", earliest), earliest + 1
 
     def _prefixes(self, batch: Batch, plan: Plan, store: _PrefixStore) -> PrefixCache:
         """The batch's prefixes as one cache; each is encoded when it is first needed and kept for its last batch."""

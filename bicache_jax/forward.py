@@ -26,6 +26,7 @@ from bicache_jax.backbone import Backbone, Params, layer_params
 from bicache_jax.cache import DeepCache, PrefixCache, Rows, SuffixCache
 
 Carry = tuple[Array, SuffixCache]
+DeepCarry = tuple[Array, DeepCache, SuffixCache]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,7 @@ class SuffixPass:
             layer=slot,
         )
 
-    def _layer(
-        self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool
-    ) -> Carry:
+    def _layer(self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool) -> Carry:
         """A layer for the window's tokens alone."""
         x, suffix = carry
         layer, positions = layer_params(self.params, index), self._window(self.rows.positions)
@@ -131,7 +130,7 @@ class SuffixPass:
             )
         return carry
 
-    def refresh(self, deep: DeepCache, suffix: SuffixCache) -> tuple[Array, DeepCache, SuffixCache]:
+    def refresh(self, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
         """The window below the boundary, prefix and window above it.
 
         Returns:
@@ -149,12 +148,12 @@ class SuffixPass:
             0, split.astype(jnp.int32), lambda _, carry: self._deep_layers(*carry), (x, deep, suffix)
         )
 
-    def _deep_layers(self, x_window: Array, deep: DeepCache, suffix: SuffixCache) -> tuple[Array, DeepCache, SuffixCache]:
+    def _deep_layers(self, x_window: Array, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
         num_rows, num_prefix = self.rows.tokens.shape[0], self.cache.k.shape[-2]
         prefix_positions = jnp.broadcast_to(jnp.arange(num_prefix), (num_rows, num_prefix))
         positions = jnp.concatenate([prefix_positions, self._window(self.rows.positions)], axis=1)
 
-        def whole_layer(index: Array, carry: tuple[Array, DeepCache, SuffixCache]) -> tuple[Array, DeepCache, SuffixCache]:
+        def whole_layer(index: Array, carry: DeepCarry) -> DeepCarry:
             x, deep, suffix = carry
             layer = layer_params(self.params, index)
             k, v = self.backbone.key_value(layer, x, positions)

@@ -71,8 +71,8 @@ def choose(
 
     Logits are multiplied by `scale`; the choice is made after Gumbel noise times `noise` is added, in log space and
     float32. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1;
-    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. Noise is
-    drawn by tile from the position's key, so it depends on nothing but that key.
+    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. Noise
+    is drawn by tile from the position's key, so it depends on nothing but that key.
 
     Args:
         x_bwd: normed hidden states of the block's positions.
@@ -136,7 +136,7 @@ def choose(
         )
 
     lowest = jnp.full(shape, -jnp.inf)
-    start = _Running(lowest, jnp.zeros(shape, jnp.int32), *[lowest] * 5, jnp.zeros(shape))
+    start = _Running(lowest, jnp.zeros(shape, jnp.int32), lowest, lowest, lowest, lowest, lowest, jnp.zeros(shape))
     with jax.named_scope("head"):
         last = jax.lax.fori_loop(0, -(-vocab_size // tile), step, start)
     return Choice(

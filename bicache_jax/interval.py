@@ -18,6 +18,7 @@ from bicache_jax.forward import SuffixPass
 from bicache_jax.unmask import idle, unmask
 
 State = tuple[Rows, SuffixCache]
+Steps = tuple[Array, Rows, DeepCache, SuffixCache]
 
 
 def empty_suffix(backbone: Backbone, rows: Rows, dtype: jnp.dtype, *, block_cache: bool) -> SuffixCache:
@@ -71,7 +72,8 @@ def intervals(
     def suffix_pass(rows: Rows, size: int) -> SuffixPass:
         """A pass over all of the suffix, or over the window of a block cache."""
         first = front + rows.block * decoding.block_length
-        behind = jnp.where(decoding.dual, first + decoding.block_length, front + decoding.num_blocks * decoding.block_length)
+        response_end = front + decoding.num_blocks * decoding.block_length
+        behind = jnp.where(decoding.dual, first + decoding.block_length, response_end)
         start = jnp.zeros_like(first) if size == length else jnp.clip(first, 0, length - size)
         place = start[:, None] + jnp.arange(size)
         update = (place >= first[:, None]) & (place < behind[:, None])
@@ -80,7 +82,7 @@ def intervals(
         return SuffixPass(backbone, params, cache, rows, boundary, start, update)
 
     def block_hidden(rows: Rows, x: Float[Array, "B T D"], start: Array) -> Float[Array, "B W D"]:
-        # Families that shift logits put the token before the response in front of it: hidden states line up as they are.
+        # Families that shift logits put the token before the response in front of it, so hidden states line up.
         place = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
         return jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
 
@@ -94,7 +96,9 @@ def intervals(
             x, suffix = this.reuse(deep, suffix)
         return block_hidden(rows, x, this.start), deep, suffix
 
-    def step(index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache, *, refresh: bool) -> tuple[Rows, DeepCache, SuffixCache]:
+    def step(
+        index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache, *, refresh: bool
+    ) -> tuple[Rows, DeepCache, SuffixCache]:
         if not window:
             hidden, deep, suffix = run(rows, deep, suffix, length, refresh=refresh)
         else:
@@ -110,23 +114,22 @@ def intervals(
             hidden, deep, suffix = carry
         return unmask(backbone, params, hidden, rows, decoding, index), deep, suffix
 
-    Steps = tuple[Array, Rows, DeepCache, SuffixCache]
-
     def reuse_step(carry: Steps) -> Steps:
-        index, *rest = carry
-        return (index + 1, *step(index, *rest, refresh=False))
+        index, rows, deep, suffix = carry
+        return (index + 1, *step(index, rows, deep, suffix, refresh=False))
 
     def more_steps(carry: Steps) -> Array:
         index, rows, *_ = carry
         return (index < decoding.refresh_interval) & ~jnp.all(idle(rows, decoding, index))
 
     def interval(carry: Steps) -> Steps:
-        index, *rest = carry
+        index, rows, deep, suffix = carry
         with jax.named_scope("refresh"):
-            rest = step(jnp.asarray(0), *rest, refresh=True)
+            rows, deep, suffix = step(jnp.asarray(0), rows, deep, suffix, refresh=True)
         with jax.named_scope("reuse"):
-            _, *rest = jax.lax.while_loop(more_steps, reuse_step, (jnp.asarray(1), *rest))
-        return (index + 1, *rest)
+            begin = (jnp.asarray(1), rows, deep, suffix)
+            _, rows, deep, suffix = jax.lax.while_loop(more_steps, reuse_step, begin)
+        return index + 1, rows, deep, suffix
 
     def more_intervals(carry: Steps) -> Array:
         index, rows, *_ = carry

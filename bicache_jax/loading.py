@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bicache_jax.boundary import fingerprint
+from bicache_jax.boundary import fingerprint, load_table
 from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
+from bicache_jax.config import ModelConfig
+from bicache_jax.configs import published_table
 from bicache_jax.models import FAMILIES, abstract
 from bicache_jax.tokenizer import load_tokenizer
 from bicache_jax.types import BicacheError, Model
 
 DTYPES = ("auto", "float32", "bfloat16")
 EXAMPLE = "example"
+TABLE_FILE = "boundary_table.json"
 
 
 def resolve_dtype(dtype: Any) -> jnp.dtype:
@@ -104,12 +108,29 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
     tokenizer = load_tokenizer(folder)
     ends = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
     config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
-    return Model(config=config, params=params, tokenizer=tokenizer, fingerprint=mark, name=str(path))
+    boundaries, note = _own_table(folder, config, mark)
+    return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def _own_table(folder: Path, config: ModelConfig, mark: str) -> tuple[Mapping[int, int] | None, str]:
+    """The table that was made for this checkpoint, or the one published for its architecture."""
+    own = folder / TABLE_FILE
+    if own.is_file():
+        table = load_table(own)
+        if table.fingerprint == mark:
+            return table.table, ""
+        raise BicacheError(f"{own}: made for another checkpoint; make a new one with 'bicache profile' or remove it")
+    published = published_table(config)
+    if published is None:
+        return None, ""
+    note = f"no boundary table was made for this checkpoint; using the one published for {published.model}"
+    return published.table, note
 
 
 def _headers_and_norms(
     tensors: SafetensorsFolder,
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[tuple[str, np.ndarray]]]:
     headers = {name: tensors.header(name) for name in sorted(tensors.names)}
-    norms = [(name, tensors.tensor(name)) for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+    vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+    norms = [(name, tensors.tensor(name)) for name in vectors]
     return headers, norms

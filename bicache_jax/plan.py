@@ -7,20 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
-from bicache_jax.batch import suffix_length
 from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
 from bicache_jax.grouping import Batch, Row
 from bicache_jax.work import Job, row_flops
-
-TOKENS_PER_BATCH = 4096
-"""Tokens that a refresh step runs at once by default: enough for matmuls at full speed, few enough for any memory."""
-MOST_ROWS = 64
-
-
-def default_rows(prefix: int, suffix: int) -> int:
-    """Rows of a batch when the user names no number: as many as `TOKENS_PER_BATCH` holds, 1 to `MOST_ROWS`."""
-    return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // max(1, prefix + suffix)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +47,16 @@ def jobs(rows: Sequence[Row]) -> list[Job]:
     """The work of each row, the encoding of a prefix spread over the rows that share it."""
     sharing: dict[tuple[int, ...], int] = {}
     for row in rows:
-        prefix = row.request.prompt_ids[: row.prefix_len]
+        prefix = row.prefix
         sharing[prefix] = sharing.get(prefix, 0) + 1
     return [
         Job(
             prefix=row.prefix_len,
-            suffix=suffix_length(row.request, row.prefix_len),
+            suffix=row.suffix_len,
             steps=row.request.sampling.num_steps,
             block=row.request.sampling.block_size,
             boundary=row.boundary,
-            rows_per_prefix=sharing[row.request.prompt_ids[: row.prefix_len]],
+            rows_per_prefix=sharing[row.prefix],
         )
         for row in rows
     ]
@@ -109,7 +99,7 @@ class Plan:
     def shape(self, batch: Batch) -> tuple[int, int, int, int]:
         """(G, P, B, U) in buckets."""
         prefix = length_bucket(max(map(len, batch.prefixes), default=0))
-        suffix = length_bucket(max(suffix_length(row.request, row.prefix_len) for row in batch.rows))
+        suffix = length_bucket(max(row.suffix_len for row in batch.rows))
         return count_bucket(len(batch.prefixes)), prefix, count_bucket(len(batch.rows)), suffix
 
     def cache_bytes(self, batch: Batch) -> int:
@@ -123,13 +113,13 @@ class Plan:
         rows = self.rows
         prefixes = {prefix for batch in self.batches for prefix in batch.prefixes if prefix}
         lines = [
-            f"{len(rows)} rows over {len(prefixes)} prefixes in {len(self.batches)} batches; policy {self.cache.policy}, "
-            f"refresh interval {self.cache.refresh_interval}",
+            f"{len(rows)} rows over {len(prefixes)} prefixes in {len(self.batches)} batches; "
+            f"policy {self.cache.policy}, refresh interval {self.cache.refresh_interval}",
             f"cache buffers: {self.buffers.shallow} shared layers, {self.buffers.deep} layers per row, "
             f"{self.dtype.name}",
             "",
-            f"{'batch':>5} {'rows':>5} {'prefixes':>8} {'r %':>9} {'b':>4} {'B':>4} {'G':>4} {'P':>6} {'U':>6} {'steps':>6} "
-            f"{'cache MiB':>10}",
+            f"{'batch':>5} {'rows':>5} {'prefixes':>8} {'r %':>9} {'b':>4} {'B':>4} {'G':>4} {'P':>6} {'U':>6} "
+            f"{'steps':>6} {'cache MiB':>10}",
         ]
         for number, batch in enumerate(self.batches, 1):
             ratios = sorted({row.ratio for row in batch.rows})

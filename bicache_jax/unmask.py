@@ -1,7 +1,7 @@
-"""Which masked positions are unmasked in a step: rules over a block's running statistics, and the step that applies them.
+"""Which masked positions are unmasked in a step: rules over a block's running statistics, and the step itself.
 
-A rule is a pure function `(choice, keys) -> score [B, W]`; the candidates with the highest scores are unmasked. What the
-published code calls remasking is the same thing seen from the other side: all other candidates stay masks.
+A rule is a pure function `(choice, keys) -> score [B, W]`; the candidates with the highest scores are unmasked. What
+the published code calls remasking is the same thing seen from the other side: all other candidates stay masks.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def select(
 
 
 def idle(rows: Rows, decoding: Decoding, index: Int[Array, ""]) -> Bool[Array, " B"]:
-    """Rows that do nothing in step `index` of an interval: complete ones, and with a confidence threshold those that
-    have finished their block and wait for the interval's end, since their refresh counter restarts with the next."""
+    """Rows that do nothing in step `index` of an interval.
+
+    Those are complete rows, and with a confidence threshold those that have finished their block: they wait for the
+    interval's end, since their refresh counter restarts with the next block.
+    """
     return rows.done | (jnp.isfinite(decoding.threshold) & (index > 0) & (rows.block_step == 0))
 
 
@@ -111,7 +114,8 @@ def unmask(
     )
     with jax.named_scope("unmask"):
         score = jax.lax.switch(decoding.remasking, RULES, choice, order_keys)
-        scheduled = select(score, candidate, decoding.counts[jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)])
+        count = decoding.counts[jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)]
+        scheduled = select(score, candidate, count)
         sure = candidate & (jax.nn.sigmoid(choice.log_odds) >= decoding.threshold)
         surest = select(choice.log_odds, candidate, jnp.ones_like(rows.step))
         chosen = jnp.where(by_threshold, sure | surest, scheduled)

@@ -25,10 +25,23 @@ def prefix_attention(
     layer: Int[Array, ""] | int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
-    """Prefix attention; arguments and result as in `bicache_jax.attention.prefix_attention`.
+    """Prefix attention; `bicache_jax.attention.prefix_attention` is its specification.
 
     Args:
+        q: queries, rotated.
+        k_prefix: prefix keys, rotated; `[G, K, P, H]`, or the stack `[L, G, K, P, H]` when `layer` is given.
+        v_prefix: prefix values, like `k_prefix`.
+        k_suffix: suffix keys, rotated.
+        v_suffix: suffix values.
+        prefix_index: which prefix a row uses; None: each row its own (G = B).
+        prefix_len: valid tokens of each prefix, 0 allowed.
+        suffix_valid: which suffix tokens may be attended to.
+        scale: factor of the scores; None: `H ** -0.5`.
+        layer: layer of a stacked prefix cache; may be traced.
         implementation: `xla` is the plain-JAX specification; `auto` picks the best for the platform.
+
+    Returns:
+        Attended values in `q`'s dtype.
 
     Raises:
         ValueError: the implementation is unknown.

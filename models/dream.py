@@ -60,4 +60,6 @@ def tensor_map(config: ModelConfig) -> TensorMap:
         names["layers", name, "kernel"] = f"{block}mlp.{name}_proj.weight"
     if not config.tied:
         names["head",] = "lm_head.weight"
-    return TensorMap(names, ignored=("rotary_emb.inv_freq", "lm_head.weight") if config.tied else ("rotary_emb.inv_freq",))
+    return TensorMap(
+        names, ignored=("rotary_emb.inv_freq", "lm_head.weight") if config.tied else ("rotary_emb.inv_freq",)
+    )

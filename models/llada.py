@@ -1,4 +1,4 @@
-"""LLaDA (arXiv 2502.09992): LLaDA-8B, LLaDA-1.5, iLLaDA-8B. Config and checkpoint names; the block is the shared one."""
+"""LLaDA (arXiv 2502.09992): LLaDA-8B, LLaDA-1.5, iLLaDA-8B. Config and checkpoint names; the block is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding in float32 (RoFormer, arXiv 2104.09864; the rotate-half form of the published checkpoints)."""
+"""Rotary position embedding in float32 (RoFormer, arXiv 2104.09864), in the rotate-half form of the checkpoints."""
 
 from __future__ import annotations
 

@@ -47,6 +47,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Initialises the layer's parameters in `dtype`."""
+
         def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
             return nnx.Linear(
                 features_in,
@@ -161,7 +162,8 @@ class Transformer:
         """The rest of a layer once its heads have attended: output projection, residuals, MLP."""
         with jax.named_scope("finish"):
             block = self._block(layer)
-            merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], self.config.num_heads * self.config.head_dim)
+            width = self.config.num_heads * self.config.head_dim
+            merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], width)
             x_btd = x_btd + block.o(merged)
             return x_btd + block.mlp(x_btd)
 

@@ -22,7 +22,7 @@ Answers requests with a diffusion language model. Prompts that share a prefix ha
 
 A request is a JSON object on a line of its own, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
-and optionally "id", "prefix_len" (tokens), "gen_length", "steps", "seed", "n" (samples), "answer" (to be scored)."""
+and optionally "id", "prefix_len" (tokens), "gen_length", "steps", "block_length", "seed", "n" (samples), "answer"."""
 EPILOG = """\
 exit status: 0 all is well, 2 bad flags or an unreadable file, 3 some requests have an error as their result,
 130 interrupted (finished results are kept in OUTPUT.journal; the same command with --resume goes on).
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " results depend on their neighbours (default: %(default)s)",
     )
 
-    decoding = parser.add_argument_group("decoding", "a request's own gen_length, steps and seed go before these")
+    decoding = parser.add_argument_group("decoding", "a request's own gen_length, steps, block_length and seed precede")
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
     )
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     decoding.add_argument(
         "--seed",
-        type=integer(0, 2**31 - 1),
+        type=integer(0, 2**63 - 1),
         default=0,
         metavar="N",
         help="seed of the noise; sample i of a request takes seed + i (default: %(default)s)",

@@ -21,13 +21,13 @@ class Requests:
 
     Attributes:
         source: its name in messages.
-        lines: its lines, undecodable bytes as surrogates.
+        lines: its lines, as bytes: what is not UTF-8 spoils its own line only.
         digest: hash of its bytes.
         items: per request, in input order: what to run, or the result that says what is wrong with it.
     """
 
     source: str
-    lines: list[str]
+    lines: list[bytes]
     digest: str
     items: list[Request | Result] = dataclasses.field(default_factory=list)
 
@@ -44,7 +44,7 @@ class Requests:
                 continue
             try:
                 answer = json.loads(line)["answer"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 answer = None
             found.append(None if answer is None or isinstance(answer, (list, dict)) else str(answer))
         return found
@@ -85,8 +85,4 @@ def read_requests(name: str) -> Requests:
         data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
     except OSError as error:
         raise BicacheError(f"cannot read --input {source}: {error.strerror}") from error
-    # Bytes that are not UTF-8 must spoil their own line only, and U+2028 inside a string ends no line.
-    lines = data.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return Requests(source, lines, hashlib.sha256(data).hexdigest())
+    return Requests(source, data.split(b"\n"), hashlib.sha256(data).hexdigest())

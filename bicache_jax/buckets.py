@@ -1,0 +1,36 @@
+"""Shape buckets: the few sizes that arrays come in, so that a request mix compiles a handful of programs.
+
+| what | sizes | most waste |
+|---|---|---|
+| tokens (P, U) | 0, 32, 64, 96, 128, 192, 256, then four to an octave: 320, 384, 448, 512, ... | 1/3, from 256 1/5 |
+| rows, prefixes (B, G) | two to an octave: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... | a third |
+| layers | multiples of 4, at most L | 3 layers |
+| block (W) | multiples of 8 to 64, then of 32 | 31 positions |
+"""
+
+from __future__ import annotations
+
+
+def length_bucket(tokens: int) -> int:
+    """Smallest token bucket that holds `tokens`; 0 stays 0."""
+    step = 32 if tokens <= 128 else 64 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step
+
+
+def count_bucket(count: int) -> int:
+    """Smallest bucket of rows or prefixes that holds `count`; at least 1."""
+    if count <= 1:
+        return 1
+    octave = 1 << (count - 1).bit_length()
+    return octave * 3 // 4 if count <= octave * 3 // 4 else octave
+
+
+def layer_bucket(layers: int, limit: int) -> int:
+    """Smallest multiple of 4 that holds `layers`, at most `limit`; 0 stays 0."""
+    return min(-(-layers // 4) * 4, limit)
+
+
+def width_bucket(positions: int) -> int:
+    """Smallest block width that holds `positions`."""
+    step = 8 if positions <= 64 else 32
+    return -(-positions // step) * step

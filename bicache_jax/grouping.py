@@ -1,0 +1,190 @@
+"""Grouping: which prefix a request shares with others, and which rows run together. Pure functions of the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+
+from bicache_jax.batch import suffix_length
+from bicache_jax.buckets import length_bucket
+from bicache_jax.types import Request
+
+DEEPER = 1.25
+"""A longer prefix that only some rows of a group share gets an encoding of its own from this ratio of lengths on."""
+
+TOKENS_PER_BATCH = 4096
+"""Tokens that a refresh step runs at once by default: enough for matmuls at full speed, few enough for any memory."""
+MOST_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One response to make.
+
+    Attributes:
+        request: the request.
+        sample: which of its samples.
+        prefix_len: P.
+        ratio: r.
+        boundary: b of the row by itself.
+    """
+
+    request: Request
+    sample: int
+    prefix_len: int
+    ratio: int
+    boundary: int
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Tokens of the prefix."""
+        return self.request.prompt_ids[: self.prefix_len]
+
+    @property
+    def suffix_len(self) -> int:
+        """U."""
+        return suffix_length(self.request, self.prefix_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows that run together.
+
+    Attributes:
+        rows: sorted by prefix.
+        prefixes: distinct prefixes, in the order of the rows.
+        prefix_index: prefix of each row.
+        boundary: b of the batch.
+    """
+
+    rows: tuple[Row, ...]
+    prefixes: tuple[tuple[int, ...], ...]
+    prefix_index: tuple[int, ...]
+    boundary: int
+
+
+def prefix_ratio(prefix_len: int, total: int) -> int:
+    """Percent r = round(100 P / (P + U)), Python's `round`.
+
+    Args:
+        prefix_len: P.
+        total: P + U, prompt and response.
+    """
+    return round(100 * prefix_len / total)
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def detect_prefixes(requests: Sequence[Request], *, min_prefix: int, min_suffix: int) -> list[int]:
+    """Finds the shared prefix of each request.
+
+    A given `prefix_len` stands. A request for several samples shares its whole prompt with itself. For the others,
+    prompts are sorted, and the common prefixes of neighbours form a tree. From its root down, a request takes the
+    first prefix of at least `min_prefix` tokens that it shares with another, and then a longer one each time that is at
+    least `DEEPER` times as long: a document below a common instruction is worth its own encoding, two questions that
+    happen to begin alike are not. What a request gets depends on the set of prompts, never on their order.
+
+    Args:
+        requests: all requests of a run.
+        min_prefix: shortest prefix worth a cache.
+        min_suffix: prompt tokens that must stay out of the prefix (1 for families that shift logits).
+
+    Returns:
+        Prefix length of each request, 0 for none.
+    """
+    lengths = [0] * len(requests)
+    open_places = []
+    for place, request in enumerate(requests):
+        most = max(0, len(request.prompt_ids) - min_suffix)
+        if request.prefix_len is not None:
+            lengths[place] = min(request.prefix_len, most)
+        elif request.n > 1:
+            lengths[place] = most
+        else:
+            open_places.append(place)
+    order = sorted(open_places, key=lambda place: requests[place].prompt_ids)
+    whole = [requests[place].prompt_ids for place in order]
+    prompts = [np.asarray(prompt[: max(0, len(prompt) - min_suffix)]) for prompt in whole]
+    common = [_shared(a, b) for a, b in zip(prompts, prompts[1:], strict=False)]
+
+    # Intervals of the sorted order still to be divided: rows first..last share `depth` tokens and have `accepted`.
+    todo = [(0, len(order) - 1, 0)] if order else []
+    while todo:
+        first, last, accepted = todo.pop()
+        if first == last:
+            lengths[order[first]] = accepted
+            continue
+        depth = min(common[first:last])
+        if depth >= max(min_prefix, accepted * DEEPER):
+            accepted = depth
+        begin = first
+        for place in range(first, last):
+            if common[place] == depth:
+                todo.append((begin, place, accepted))
+                begin = place + 1
+        todo.append((begin, last, accepted))
+    return lengths
+
+
+def default_rows(prefix_len: int, suffix_len: int) -> int:
+    """Rows of a batch when the user names no number: as many as `TOKENS_PER_BATCH` holds, 1 to `MOST_ROWS`."""
+    return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // max(1, prefix_len + suffix_len)))
+
+
+def _key(row: Row, batch_boundary: Literal["own", "min"]) -> tuple[object, ...]:
+    """What rows of a batch must have in common."""
+    sampling = row.request.sampling
+    return (
+        row.boundary if batch_boundary == "own" else -1,
+        length_bucket(row.prefix_len),
+        length_bucket(row.suffix_len),
+        *(str(value) for value in dataclasses.astuple(dataclasses.replace(sampling, seed=0))),
+    )
+
+
+def plan_batches(
+    rows: Sequence[Row], *, batch_size: int | None = None, batch_boundary: Literal["own", "min"] = "own"
+) -> list[Batch]:
+    """Packs rows into batches.
+
+    Rows of a batch share boundary, decoding settings and shape buckets; prefixes mix freely. Within such a class rows
+    are sorted by prefix, so that a prefix's rows are neighbours and its batches follow each other.
+
+    Args:
+        rows: what to run.
+        batch_size: most rows of a batch; None: `default_rows` of their buckets.
+        batch_boundary: `own` keeps boundaries apart; `min` merges rows of all boundaries at the smallest of the batch.
+
+    Returns:
+        Batches, each row in exactly one.
+    """
+
+    def order(row: Row) -> tuple[object, ...]:
+        return (*_key(row, batch_boundary), row.prefix, row.request.index, row.sample)
+
+    batches = []
+    for _, members in groupby(sorted(rows, key=order), key=lambda row: _key(row, batch_boundary)):
+        todo = list(members)
+        size = batch_size or default_rows(length_bucket(todo[0].prefix_len), length_bucket(todo[0].suffix_len))
+        batches += [_batch(todo[begin : begin + size]) for begin in range(0, len(todo), size)]
+    return batches
+
+
+def _batch(rows: Sequence[Row]) -> Batch:
+    prefixes = tuple(dict.fromkeys(row.prefix for row in rows))
+    place = {prefix: index for index, prefix in enumerate(prefixes)}
+    return Batch(
+        rows=tuple(rows),
+        prefixes=prefixes,
+        prefix_index=tuple(place[row.prefix] for row in rows),
+        boundary=min(row.boundary for row in rows),
+    )
