@@ -42,7 +42,7 @@ class FakeRun(backend.Run):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode("utf-8-sig"))
                 name = str(fields.get("id", number))
                 if name in seen:
                     raise ValueError("repeated id")

@@ -168,7 +168,7 @@ def test_progress_bar_is_for_terminals_only(tmp_path):
         (["--boundary", "-1"], "argument --boundary: must be 'auto' or an integer >= 0, got '-1'"),
         (["--boundary", "deep"], "argument --boundary: must be 'auto' or an integer >= 0, got 'deep'"),
         (["--policy", "fast"], "argument --policy: invalid choice: 'fast'"),
-        (["--seed", "4294967296"], "argument --seed: must be an integer from 0 to"),
+        (["--seed", str(2**63)], "argument --seed: must be an integer from 0 to"),
         (["--step", "4"], "unrecognized arguments: --step 4"),
         (["--policy", "none", "--boundary", "3"], "policy 'none' keeps no prefix cache, so it takes no boundary"),
         (["--policy", "none", "--boundary-table", "t"], "--policy none keeps no prefix cache"),

@@ -53,8 +53,8 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
     """
     errors = sum(record["finish_reason"] == "error" for record in records)
     boundaries = sorted({record["boundary"] for record in records if record["prefix_len"]})
-    done = f"{len(records)} results for {len(requests.items)} requests"
-    notes = [f"{errors} errors"] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
+    done = f"{_count(len(records), 'result')} for {_count(len(requests.items), 'request')}"
+    notes = [_count(errors, "error")] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
     parts = [f"{done} ({', '.join(notes)})" if notes else done]
     scored = accuracy(records, requests)
     if scored is not None:
@@ -66,7 +66,7 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
             f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s besides"
             f" {stats.compile_seconds:.1f} s of compilation"
         )
-    parts.append(f"{stats.forward_passes} forward passes, {stats.prefix_hits} prefix hits")
+    parts.append(f"{stats.forward_passes} forward passes, {_count(stats.prefix_hits, 'prefix hit')}")
     if boundaries:
         first, last = boundaries[0], boundaries[-1]
         parts.append(f"boundary {first}" if first == last else f"boundary {first} to {last}")
@@ -95,3 +95,7 @@ def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] |
     if not any(record["text"] is not None for record in records) or not scored:
         return None
     return sum(scored), len(scored)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
