@@ -94,10 +94,10 @@ def test_faults_of_model_and_table_are_one_line(whole, tmp_path, capsys, flags, 
     assert not output.exists() and not journal_path(output).exists()
 
 
-def test_compilation_cache_that_cannot_be_written_is_one_line(whole, capsys):
+def test_compilation_cache_that_cannot_be_written_is_one_line(whole, capfd):
     folder = str(FOLDER / "config.json" / "cache")
     assert main(["generate", *FLAGS, "--input", str(whole[0]), "--compilation-cache", folder]) == 2
-    assert capsys.readouterr().err == f"bicache: error: cannot write --compilation-cache {folder}: Not a directory\n"
+    assert capfd.readouterr().err == f"bicache: error: cannot write --compilation-cache {folder}: Not a directory\n"
 
 
 def test_killed_run_resumes_to_the_same_bytes(whole, tmp_path, capsys):
