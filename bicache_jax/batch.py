@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
 
 from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.config import ModelConfig
@@ -33,7 +33,7 @@ def noise_words(request_id: str, seed: int) -> tuple[int, int, int, int]:
 
 
 @jax.jit
-def _keys(words_bw: Int[Array, "B 4"]) -> Key[Array, " B"]:
+def _keys(words_bw: UInt32[Array, "B 4"]) -> Key[Array, " B"]:
     def fold(words: Array) -> Array:
         return functools.reduce(jax.random.fold_in, list(words[1:]), jax.random.key(words[0]))
 

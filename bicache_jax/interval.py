@@ -1,6 +1,6 @@
 """The jitted program: k refresh intervals of a batch of rows.
 
-An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.forward`). Deep prefix KV are born and die
+An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.passes`). Deep prefix KV are born and die
 inside it; what travels from one dispatch to the next is tokens, counters and keys, and the suffix KV of a block cache.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from bicache_jax.backbone import Backbone, Params
 from bicache_jax.cache import Decoding, DeepCache, PrefixCache, Rows, SuffixCache
-from bicache_jax.forward import SuffixPass
+from bicache_jax.passes import SuffixPass
 from bicache_jax.unmask import idle, unmask
 
 State = tuple[Rows, SuffixCache]

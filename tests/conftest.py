@@ -6,8 +6,13 @@ from pathlib import Path
 
 # These must stand in the environment before anything imports jax, and reach the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests wait for the compiler, not for tiny models: unoptimised code compiles in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 _CACHE = tempfile.TemporaryDirectory(prefix="bicache-tests-")  # removed when the interpreter ends
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Two test processes, and the commands that tests start, compile the same programs: whoever is first keeps them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name + "/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # a checkout needs no installation to be tested
 
 import hypothesis  # noqa: E402

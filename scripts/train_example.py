@@ -1,0 +1,420 @@
+"""Trains the example model: a small LLaDA that answers questions about a document.
+
+    python scripts/train_example.py --output runs/example [--resume]
+
+From a usual random start such a model sits on guessing a value of the document for thousands of steps. So it starts
+*structured*, and this is all of it (everything is trained afterwards, and the checkpoint is an ordinary LLaDA):
+
+* embeddings are normal plus one vector that all tokens share, the mask token being that vector alone; the head is the
+  transposed token part;
+* queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
+  heads at fixed offsets: the words just before and after each word;
+* above, keys resemble queries, so that equal content attends to equal content, and values are copied through.
+
+Every sequence is drawn fresh from the seed; lessons grow from 3 persons with one fact each to whole documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Fresh temporaries are otherwise mapped and faulted in at every step, which takes longer than the arithmetic.
+_ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "30000000000",
+}
+if __name__ == "__main__" and sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _ALLOCATOR)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jaxtyping import Array  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from bicache_jax import example_task as task  # noqa: E402
+from bicache_jax.config import ModelConfig  # noqa: E402
+from bicache_jax.functional import backbone_for  # noqa: E402
+from bicache_jax.models import init, llada  # noqa: E402
+
+EOS, MASK = task.TOKEN_ID[task.EOS], task.TOKEN_ID[task.MASK]
+CONFIG = ModelConfig(
+    family="llada",
+    vocab_size=len(task.VOCABULARY),
+    d_model=128,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    d_mlp=256,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    max_length=1024,
+    mask_id=MASK,
+    eos_ids=(EOS,),
+)
+OFFSETS = ((-2, -3, 2, 3), (-1, -4, 1, -2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A stage of the curriculum.
+
+    Attributes:
+        people: most persons of a document; a third as many at least.
+        facts: most facts of each.
+        questions: questions of a sequence.
+        batch: sequences of a step.
+        restated: share of the questions that restate a fact with one word missing.
+        kinds: kinds of questions asked.
+        steps: most steps; the next lesson begins earlier once every kind is above `PASS`.
+    """
+
+    people: int
+    facts: int
+    questions: int
+    batch: int
+    restated: float
+    kinds: tuple[str, ...]
+    steps: int
+
+
+PASS = 0.92
+_SIMPLE = ("forward", "reverse")
+LESSONS = (
+    Lesson(3, 1, 6, 48, 0.4, _SIMPLE, 400),
+    Lesson(4, 2, 8, 32, 0.4, _SIMPLE, 400),
+    Lesson(6, 3, 12, 20, 0.2, (*_SIMPLE, "about"), 500),
+    Lesson(8, 3, 14, 14, 0.0, task.KINDS, 800),
+    Lesson(12, 4, 16, 10, 0.0, task.KINDS, 100_000),
+)
+
+
+def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Parameters to start from; see the module's docstring."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(np.array, init(config, jax.random.key(seed)))
+    width, head, layers = config.d_model, config.head_dim, params["layers"]
+
+    def orthogonal(rows: int, columns: int) -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(columns, rows)))[0].T[:rows] if rows <= columns else np.zeros(0)
+
+    shared = rng.normal(size=width)
+    shared *= 0.5 * np.sqrt(width) / np.linalg.norm(shared)
+    direction = shared / np.linalg.norm(shared)
+    tokens = rng.normal(size=(config.vocab_size, width)) * 0.5
+    tokens -= np.outer(tokens @ direction, direction)
+    tokens[config.mask_id] = 0
+    params["embed"] = tokens + shared
+    params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
+
+    away = np.eye(width) - np.outer(direction, direction)
+    frequency = config.rope_theta ** (-np.arange(head // 2) / (head // 2))
+    for layer in range(config.num_layers):
+        queries, keys, values, outputs = [], [], [], []
+        subspaces = [orthogonal(head, width) @ away for _ in range(config.num_heads)]
+        for index in range(config.num_heads):
+            if layer < len(OFFSETS):
+                offset = OFFSETS[layer][index]
+                key = np.concatenate([np.ones(head // 2), np.zeros(head // 2)])
+                # Rotated by the offset, a query meets the key that stands there at full length.
+                query = np.concatenate([np.cos(offset * frequency), np.sin(offset * frequency)])
+                sharp = 2.6
+                noise = 0.02 * rng.normal(size=(2, width, head))
+                queries.append(np.outer(direction, query) * sharp / np.sqrt(0.5 * width) * np.sqrt(width) / 4 + noise[0])
+                keys.append(np.outer(direction, key) * sharp / np.sqrt(0.5 * width) * np.sqrt(width) / 4 + noise[1])
+                value = subspaces[0 if offset < 0 else 1] if layer == 0 else subspaces[index]
+                outputs.append(value * (1.0 if layer == 0 else 0.5))
+            else:
+                query = rng.normal(size=(width, head)) / np.sqrt(width)
+                key = 0.8 * query + 0.6 * rng.normal(size=(width, head)) / np.sqrt(width)
+                queries.append(away @ query * 1.5)
+                keys.append(away @ key * 1.5)
+                value = orthogonal(head, width)
+                outputs.append(value * 0.2)
+            values.append(value.T)
+        for name, parts in (("q", queries), ("k", keys), ("v", values)):
+            layers[name]["kernel"][layer] = np.concatenate(parts, axis=1)
+        layers["o"]["kernel"][layer] = np.concatenate(outputs, axis=0)
+        layers["down"]["kernel"][layer] = 0
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], list[bool]]:
+    """One sequence: a document, then questions with their answers and the end-of-text tokens behind them.
+
+    Returns:
+        Tokens, and which of them may be masked.
+    """
+    people = int(rng.integers(max(2, lesson.people // 3), lesson.people + 1))
+    facts = int(rng.integers(1, lesson.facts + 1)) if lesson.facts > 1 else 1
+    document = task.draw_document(rng, people, facts, repeat=0.15 if "list" in lesson.kinds else 0.0)
+    known = [q for q in document.questions() if q.kind in lesson.kinds]
+    by_kind = [[q for q in known if q.kind == kind] for kind in lesson.kinds]
+    by_kind = [group for group in by_kind if group]
+    tokens = task.ids(document.words)
+    answers = [False] * len(tokens)
+    count = int(rng.integers(1, lesson.questions + 1)) if rng.random() < 0.3 else lesson.questions
+    for place in range(count):
+        if rng.random() < lesson.restated:
+            words = task.ids(task.statement(*document.facts[rng.integers(len(document.facts))]))
+            missing = int(rng.choice([0, len(words) - 2]))
+            tokens += words
+            answers += [index == missing for index in range(len(words))]
+            continue
+        group = by_kind[rng.integers(len(by_kind))]
+        question = group[rng.integers(len(group))]
+        last = place == count - 1
+        ends = int(rng.integers(1, 5)) if not last else int(rng.integers(1, 13))
+        answer = [*task.ids(question.answer), *[EOS] * ends]
+        tokens += [*task.ids(question.words), *answer]
+        answers += [False] * len(question.words) + [True] * len(answer)
+    return tokens, answers
+
+
+def draw_batch(seed: int, step: int, lesson: Lesson, length: int) -> tuple[np.ndarray, ...]:
+    """A step's batch: inputs, targets, which targets count, which tokens are there."""
+    rng = np.random.default_rng([seed, 0, step])
+    ids = np.full((lesson.batch, length), task.TOKEN_ID[task.PAD], np.int32)
+    counts = np.zeros((lesson.batch, length), bool)
+    valid = np.zeros((lesson.batch, length), bool)
+    for row in range(lesson.batch):
+        tokens, answers = draw_sequence(rng, lesson)
+        while len(tokens) > length:
+            tokens, answers = draw_sequence(rng, lesson)
+        ids[row, : len(tokens)] = tokens
+        valid[row, : len(tokens)] = True
+        share = 1.0 if rng.random() < 0.5 else rng.uniform(0.15, 1.0)
+        counts[row, : len(tokens)] = np.asarray(answers) & (rng.random(len(tokens)) < share)
+    return np.where(counts, MASK, ids), ids, counts, valid
+
+
+def attend(q: Array, *kv: Array, suffix_valid: Array, **_: Any) -> Array:
+    """Plain attention over the suffix, as batched matrix products; what gradients need."""
+    *_, k, v = kv
+    scores = jnp.einsum("bnth,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(suffix_valid[:, None, None], scores, -1e9), -1), v)
+
+
+def logits_of(params: dict[str, Any], ids: Array, valid: Array) -> Array:
+    """Logits of every position, layers unrolled; embedding and head as matrix products, which scatter nothing."""
+    model = backbone_for(CONFIG)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    x = jax.nn.one_hot(ids, CONFIG.vocab_size) @ params["embed"]
+    for index in range(CONFIG.num_layers):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        k, v = model.key_value(layer, x, positions)
+        x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, suffix_valid=valid))
+    return model.final_norm(params, x) @ params["head"].T
+
+
+def loss_of(params: dict[str, Any], batch: tuple[Array, ...]) -> Array:
+    """Mean cross-entropy over masked answer tokens."""
+    ids, targets, counts, valid = batch
+    log_p = jax.nn.log_softmax(logits_of(params, ids, valid))
+    picked = jnp.sum(log_p * jax.nn.one_hot(targets, CONFIG.vocab_size), axis=-1)
+    return -jnp.sum(picked * counts) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def make_optimizer(rate: float, total: int) -> optax.GradientTransformation:
+    """Adam as the task likes it: warm-up, constant, and a linear end."""
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, rate, 30),
+            optax.constant_schedule(rate),
+            optax.linear_schedule(rate, rate * 0.02, max(1, int(total * 0.3))),
+        ],
+        [30, int(total * 0.7)],
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, 0.9, 0.98))
+
+
+def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Lesson, length: int) -> dict[str, float]:
+    """Share of held-out questions whose answer is right when all of it is predicted at once, by kind.
+
+    Answers of several words are easier step by step; this is a lower bound, cheap enough to steer lessons.
+    """
+    rng = np.random.default_rng([seed, 2])
+    right: dict[str, list[bool]] = {kind: [] for kind in lesson.kinds}
+    rows, spans = [], []
+    while len(rows) < 60:
+        document = task.draw_document(rng, lesson.people, lesson.facts, 0.15 if "list" in lesson.kinds else 0.0)
+        asked = [q for q in task.pick_questions(rng, document, 10) if q.kind in lesson.kinds]
+        for question in asked[:5]:
+            prompt = task.ids((*document.words, *question.words))
+            answer = [*task.ids(question.answer), EOS]
+            if len(prompt) + len(answer) > length:
+                continue
+            rows.append(prompt + [MASK] * len(answer))
+            spans.append((question.kind, len(prompt), answer))
+    for begin in range(0, len(rows), 20):
+        part = rows[begin : begin + 20]
+        ids = np.zeros((20, length), np.int32)
+        valid = np.zeros((20, length), bool)
+        for place, row in enumerate(part):
+            ids[place, : len(row)], valid[place, : len(row)] = row, True
+        found = np.asarray(predict(params, ids, valid))
+        for place, (kind, at, answer) in enumerate(spans[begin : begin + 20]):
+            right[kind].append(list(found[place, at : at + len(answer)]) == answer)
+    return {kind: round(float(np.mean(values)), 3) for kind, values in right.items() if values}
+
+
+def save_checkpoint(folder: Path, tree: Any, state: dict[str, Any]) -> None:
+    """Writes parameters and optimizer state; complete or not at all."""
+    leaves = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
+    save_file(leaves, folder / "next.safetensors", metadata={"state": json.dumps(state)})
+    os.replace(folder / "next.safetensors", folder / "training.safetensors")
+
+
+def load_checkpoint(folder: Path, tree: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads what `save_checkpoint` wrote, into the structure of `tree`."""
+    from safetensors import safe_open
+
+    file = folder / "training.safetensors"
+    leaves = load_file(file)
+    with safe_open(file, framework="numpy") as handle:
+        state = json.loads(handle.metadata()["state"])
+    return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaves[name]) for name in sorted(leaves)]), state
+
+
+def export(params: dict[str, Any], folder: Path) -> None:
+    """Writes the checkpoint in LLaDA's layout, with its tokenizer."""
+    from bicache_jax.example_tokenizer import write_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    for path, name in llada.tensor_map(CONFIG).names.items():
+        leaf: Any = params
+        for part in path:
+            leaf = leaf[part]
+        values = np.asarray(leaf, np.float32)
+        values = values.swapaxes(-1, -2) if path[-1] == "kernel" else values
+        if path[0] == "layers":
+            tensors |= {name.format(layer=index): np.ascontiguousarray(part) for index, part in enumerate(values)}
+        else:
+            tensors[name] = np.ascontiguousarray(values)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_layer_norm": False,
+        "block_type": "llama",
+        "d_model": CONFIG.d_model,
+        "embedding_size": CONFIG.vocab_size,
+        "eos_token_id": EOS,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "mask_token_id": MASK,
+        "max_sequence_length": CONFIG.max_length,
+        "mlp_hidden_size": CONFIG.d_mlp,
+        "mlp_ratio": 2,
+        "n_heads": CONFIG.num_heads,
+        "n_kv_heads": CONFIG.num_kv_heads,
+        "n_layers": CONFIG.num_layers,
+        "pad_token_id": task.TOKEN_ID[task.PAD],
+        "rms_norm_eps": CONFIG.norm_eps,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": CONFIG.rope_theta,
+        "scale_logits": False,
+        "vocab_size": CONFIG.vocab_size,
+        "weight_tying": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tokenizer(folder)
+
+
+def batches(seed: int, first: int, lesson: Lesson, length: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Batches of successive steps, the next drawn in a thread while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(draw_batch, seed, first, lesson, length)
+        step = first
+        while True:
+            batch = pending.result()
+            step += 1
+            pending = pool.submit(draw_batch, seed, step, lesson, length)
+            yield batch
+
+
+LENGTHS = (96, 128, 224, 320, 432)
+
+
+def main() -> None:
+    """Runs the training."""
+    parser = argparse.ArgumentParser(description="Trains the example model.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the log, the state and the checkpoint")
+    parser.add_argument("--seed", type=int, default=1, help="seed below %d (default: 1)" % task.CALIBRATION)
+    parser.add_argument("--steps", type=int, default=6000, help="steps in all (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state in --output")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states (default: %(default)s)")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    optimizer = make_optimizer(args.rate, args.steps)
+    params = structured_start(CONFIG, args.seed)
+    tree = (params, optimizer.init(params))
+    state: dict[str, Any] = {"step": 0, "lesson": 0, "lesson_step": 0, "seconds": 0.0}
+    if args.resume:
+        tree, state = load_checkpoint(args.output, tree)
+    log = (args.output / "log.jsonl").open("a" if args.resume else "w")
+
+    @jax.jit
+    def update(tree: Any, batch: tuple[Array, ...]) -> tuple[Any, Array]:
+        params, opt_state = tree
+        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
+        changes, opt_state = optimizer.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, changes), opt_state), loss
+
+    @jax.jit
+    def predict(params: Any, ids: Array, valid: Array) -> Array:
+        return jnp.argmax(logits_of(params, ids, valid).at[..., MASK].set(-jnp.inf), axis=-1)
+
+    started = time.perf_counter() - state["seconds"]
+    while state["step"] < args.steps:
+        lesson, length = LESSONS[state["lesson"]], LENGTHS[state["lesson"]]
+        losses = []
+        for batch in batches(args.seed, state["step"], lesson, length):
+            tree, loss = update(tree, batch)
+            losses.append(loss)
+            state["step"] += 1
+            state["lesson_step"] += 1
+            over = False
+            if state["step"] % 50 == 0:
+                quick = quick_accuracy(predict, tree[0], task.CALIBRATION - 1, lesson, length)
+                record = {
+                    "step": state["step"],
+                    "lesson": state["lesson"],
+                    "loss": round(float(np.mean(losses)), 4),
+                    "one_pass_accuracy": quick,
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+                losses = []
+                print(json.dumps(record), file=log, flush=True)
+                over = min(quick.values()) >= PASS or state["lesson_step"] >= lesson.steps
+            state["seconds"] = time.perf_counter() - started
+            if state["step"] % args.save_every == 0 or state["step"] == args.steps:
+                save_checkpoint(args.output, tree, state)
+                export(tree[0], args.output / "model")
+            if state["step"] == args.steps or (over and state["lesson"] + 1 < len(LESSONS)):
+                break
+        if state["lesson"] + 1 < len(LESSONS):
+            state |= {"lesson": state["lesson"] + 1, "lesson_step": 0}
+
+
+if __name__ == "__main__":
+    main()
