@@ -22,7 +22,7 @@ def write_tokenizer(folder: Path) -> None:
     """
     core = tokenizers.Tokenizer(models.WordLevel(dict(task.TOKEN_ID), unk_token=task.UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.decoder = decoders.WordPiece(prefix="", cleanup=False)
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # words apart: no word begins with ##
     core.add_special_tokens([task.PAD, task.EOS, task.MASK, task.UNKNOWN])
     core.save(str(folder / "tokenizer.json"))
     settings = {
