@@ -135,3 +135,16 @@ def test_killed_run_resumes_to_the_same_bytes(whole, tmp_path, capsys):
     assert main([*command, *HERE, "--resume", "--boundary", "3"]) == 2
     assert "boundary was 2 and is 3 now" in capsys.readouterr().err
     assert journal.read_bytes() == kept
+
+
+def test_table_of_another_model_is_refused_or_warned_of(whole, tmp_path, capfd):
+    table = {"model": "other", "fingerprint": "1234", "num_layers": 6, "table": {"0": 2}}
+    path = write(tmp_path / "table.json", [table])
+    flags = ["--boundary", "auto", "--boundary-table", str(path), "--dry-run"]
+    assert main(["generate", *FLAGS, *HERE, "--input", str(whole[0]), *flags]) == 0
+    assert capfd.readouterr().err == (
+        f"bicache: warning: --boundary-table {path} was made for another checkpoint (other)\n"
+    )
+    write(path, [table | {"num_layers": 32}])
+    assert main(["generate", *FLAGS, *HERE, "--input", str(whole[0]), *flags]) == 2
+    assert "is for a model of 32 layers" in capfd.readouterr().err

@@ -135,7 +135,7 @@ def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
     env = clean_environment()
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, env=env)
     python, command = venv / "bin" / "python", venv / "bin" / "bicache"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(built[1])]
+    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", str(built[1])]
     subprocess.run(install, check=True, env=env)
     requests = tmp_path / "requests.jsonl"
     requests.write_bytes((ROOT / "examples" / "requests.jsonl").read_bytes())

@@ -7,16 +7,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bicache_jax.cli.inputs import Requests
-from bicache_jax.cli.options import version
+from bicache_jax.cli.options import version, warn
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.journal import Key, Record
-from bicache_jax.types import BicacheError, Request, Result
+from bicache_jax.types import BicacheError, Model, Request, Result
 
 
 class Run:
@@ -35,17 +34,16 @@ class Run:
         """
         from bicache_jax.boundary import load_table
         from bicache_jax.engine import Engine
-        from bicache_jax.loading import load_model
 
-        _start_compilation_cache(args.compilation_cache, enabled=not args.no_compilation_cache)
         table = load_table(args.boundary_table) if args.boundary_table is not None else None
-        self._model = load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
+        self._model = load(args)
         if table is not None:
+            _check_table(table, args.boundary_table, self._model)
             cache = dataclasses.replace(cache, table=table.table)
         elif cache.policy == "bicache" and cache.boundary == "auto":
             cache = dataclasses.replace(cache, table=self._model.boundaries)
             if self._model.note:
-                warnings.warn(self._model.note, stacklevel=2)
+                warn(self._model.note)
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
         self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size)
 
@@ -121,6 +119,17 @@ class Run:
             raise BicacheError("the device is out of memory: choose a smaller --batch-size") from error
 
 
+def _check_table(table: Any, name: str, model: Model) -> None:
+    """A table of another checkpoint may serve, as the published ones do; one of another depth cannot."""
+    if table.num_layers != model.config.num_layers:
+        raise BicacheError(
+            f"--boundary-table {name} is for a model of {table.num_layers} layers, and {model.name} has"
+            f" {model.config.num_layers}"
+        )
+    if table.fingerprint and table.fingerprint != model.fingerprint:
+        warn(f"--boundary-table {name} was made for another checkpoint ({table.model})")
+
+
 def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[tuple[Request, int]]:
     """What is left to run.
 
@@ -142,6 +151,29 @@ def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[
         sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + first)
         todo.append((dataclasses.replace(request, sampling=sampling, n=n), first))
     return todo
+
+
+def load(args: argparse.Namespace) -> Model:
+    """Loads the model that the flags name, compiled programs kept as they say.
+
+    Raises:
+        BicacheError: it cannot be read.
+    """
+    from bicache_jax.loading import load_model
+
+    _start_compilation_cache(args.compilation_cache, enabled=not args.no_compilation_cache)
+    return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
+
+
+def add_compilation_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the persistent compilation cache."""
+    compilation = group.add_mutually_exclusive_group()
+    compilation.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept for the next run (default: bicache-jax/ in the user's cache folder)",
+    )
+    compilation.add_argument("--no-compilation-cache", action="store_true", help="keep none")
 
 
 def _start_compilation_cache(folder: str | None, *, enabled: bool) -> None:

@@ -128,13 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
     )
-    compilation = running.add_mutually_exclusive_group()
-    compilation.add_argument(
-        "--compilation-cache",
-        metavar="DIR",
-        help="where compiled programs are kept for the next run (default: bicache-jax/ in the user's cache folder)",
-    )
-    compilation.add_argument("--no-compilation-cache", action="store_true", help="keep none")
+    backend.add_compilation_flags(running)
     running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 
 

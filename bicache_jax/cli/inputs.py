@@ -71,11 +71,12 @@ class Requests:
             yield record
 
 
-def read_requests(name: str) -> Requests:
+def read_requests(name: str, flag: str = "--input") -> Requests:
     """Reads a file of requests.
 
     Args:
         name: the file; `-` is standard input.
+        flag: the flag that named it, for messages.
 
     Raises:
         BicacheError: it cannot be read.
@@ -84,5 +85,5 @@ def read_requests(name: str) -> Requests:
     try:
         data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
     except OSError as error:
-        raise BicacheError(f"cannot read --input {source}: {error.strerror}") from error
+        raise BicacheError(f"cannot read {flag} {source}: {error.strerror}") from error
     return Requests(source, data.split(b"\n"), hashlib.sha256(data).hexdigest())

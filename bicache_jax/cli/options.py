@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -40,6 +41,17 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def fraction(text: str) -> float:
+    """The argument type of numbers from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
 def boundary(text: str) -> int | str:
     """The argument type of `--boundary`: `auto` or a number of layers."""
     if text == "auto":
@@ -69,6 +81,11 @@ def from_flags(make: Callable[..., C], **fields: Any) -> C:
             pattern = rf"\b{name}\b" if "_" in name else rf"^{name}\b"
             message = re.sub(pattern, "--" + name.replace("_", "-"), message)
         raise BicacheError(message) from None
+
+
+def warn(message: str) -> None:
+    """Tells the user, on a line of standard error, what went otherwise than they may think."""
+    print(f"bicache: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def version() -> str:
