@@ -5,11 +5,11 @@ A document is the shared prefix of its questions. All of it is drawn from a seed
 
 | kind | question | answer |
 |---|---|---|
-| forward | where does Mara live ? | Oslo |
-| reverse | who lives in Oslo ? | Mara |
-| list | who drinks tea ? (several do) | Mara Tom (in the document's order) |
-| about | tell about Mara ? | Oslo tea chess (in the order live, drink, play, keep) |
-| joined | what does the one in Oslo drink ? | Mara drinks tea |
+| forward | which town does Mara live in | Oslo |
+| reverse | who lives in Oslo | Mara |
+| list | who drinks tea (several do) | Mara Tom (in the document's order) |
+| about | tell about Mara | Oslo tea chess (in the order live, drink, play, keep) |
+| joined | name the drink of the one in Oslo | Mara drinks tea |
 
 The joined answer names the person first: a canvas can hold a thought, and once the person stands there the last word is
 an ordinary forward question.
@@ -56,30 +56,35 @@ class Relation:
 
     Attributes:
         verb: words between person and value in a statement.
-        ask: question word, and the verb as a question has it.
+        ask: words of a question in front of the person.
+        ends: words of a question behind the person.
+        noun: what the value is.
         one: words that point at a person by this fact.
         values: what the fact may say.
     """
 
     verb: tuple[str, ...]
-    ask: tuple[str, str]
+    ask: tuple[str, ...]
+    ends: tuple[str, ...]
+    noun: str
     one: tuple[str, ...]
     values: tuple[str, ...]
 
 
 RELATIONS = (
-    Relation(("lives", "in"), ("where", "live"), ("in",), tuple(PLACES)),
-    Relation(("drinks",), ("what", "drink"), ("with",), tuple(DRINKS)),
-    Relation(("plays",), ("what", "play"), ("with",), tuple(GAMES)),
-    Relation(("keeps",), ("what", "keep"), ("with",), tuple(PETS)),
+    Relation(("lives", "in"), ("which", "town", "does"), ("live", "in"), "town", ("one", "in"), tuple(PLACES)),
+    Relation(("drinks",), ("what", "does"), ("drink",), "drink", ("one", "with"), tuple(DRINKS)),
+    Relation(("plays",), ("what", "does"), ("play",), "game", ("one", "with"), tuple(GAMES)),
+    Relation(("keeps",), ("what", "does"), ("keep",), "pet", ("one", "with"), tuple(PETS)),
 )
 KINDS = ("forward", "reverse", "list", "about", "joined")
 PAD, EOS, MASK, UNKNOWN = "<pad>", "<eos>", "<mask>", "<unk>"
 _WORDS = (
     *NAMES,
     *(value for relation in RELATIONS for value in relation.values),
-    *dict.fromkeys(word for relation in RELATIONS for word in (*relation.verb, *relation.ask, *relation.one)),
-    *("who", "does", "tell", "about", "the", "one", "?", "."),
+    *(word for relation in RELATIONS for word in (*relation.verb, *relation.ask, *relation.ends, relation.noun)),
+    *(word for relation in RELATIONS for word in relation.one),
+    *("who", "tell", "about", "name", "the", "of", "."),
 )
 VOCABULARY: tuple[str, ...] = (PAD, EOS, MASK, UNKNOWN, *dict.fromkeys(_WORDS))
 TOKEN_ID = {word: index for index, word in enumerate(VOCABULARY)}
@@ -118,19 +123,18 @@ class Document:
         found = []
         for person, facts in by_person.items():
             for relation, value in facts.items():
-                ask, verb = RELATIONS[relation].ask
-                found.append(Question("forward", (ask, "does", person, verb, "?"), (value,)))
+                asked = RELATIONS[relation]
+                found.append(Question("forward", (*asked.ask, person, *asked.ends), (value,)))
             if len(facts) > 1:
-                found.append(Question("about", ("tell", "about", person, "?"), tuple(facts[i] for i in sorted(facts))))
+                found.append(Question("about", ("tell", "about", person), tuple(facts[i] for i in sorted(facts))))
         for (relation, value), people in holders.items():
             kind = "reverse" if len(people) == 1 else "list"
-            found.append(Question(kind, ("who", *RELATIONS[relation].verb, value, "?"), tuple(people)))
+            found.append(Question(kind, ("who", *RELATIONS[relation].verb, value), tuple(people)))
             if len(people) > 1:
                 continue
             for other, answer in by_person[people[0]].items():
                 if other != relation:
-                    ask, verb = RELATIONS[other].ask
-                    words = (ask, "does", "the", "one", *RELATIONS[relation].one, value, verb, "?")
+                    words = ("name", "the", RELATIONS[other].noun, "of", "the", *RELATIONS[relation].one, value)
                     found.append(Question("joined", words, statement(people[0], other, answer)[:-1]))
         return found
 
@@ -151,8 +155,10 @@ def draw_document(rng: np.random.Generator, people: int, facts: int, repeat: flo
     """
     drawn: list[tuple[str, int, str]] = []
     used: dict[int, list[str]] = {relation: [] for relation in range(len(RELATIONS))}
+    # All persons have the same kinds of facts: nobody can be told apart by what is known about them.
+    relations = rng.choice(len(RELATIONS), facts, replace=False)
     for person in rng.choice(len(NAMES), people, replace=False):
-        for relation in rng.choice(len(RELATIONS), facts, replace=False):
+        for relation in rng.permutation(relations):
             taken = used[relation]
             if taken and rng.random() < repeat:
                 value = taken[rng.integers(len(taken))]
@@ -184,7 +190,12 @@ def pick_questions(rng: np.random.Generator, document: Document, count: int) -> 
 
 
 def draw_requests(
-    seed: int, samples: int, *, per_document: int = 10, people: tuple[int, int] = (4, 12), facts: tuple[int, int] = (2, 4)
+    seed: int,
+    samples: int,
+    *,
+    per_document: int = 10,
+    people: tuple[int, int] = (4, 12),
+    facts: tuple[int, int] = (2, 4),
 ) -> Iterator[dict[str, Any]]:
     """Draws requests as a request file has them, each with its `answer` and `kind`.
 
@@ -201,7 +212,9 @@ def draw_requests(
     rng = np.random.default_rng([seed, 1])
     count = 0
     while count < samples:
-        document = draw_document(rng, int(rng.integers(people[0], people[1] + 1)), int(rng.integers(facts[0], facts[1] + 1)))
+        document = draw_document(
+            rng, int(rng.integers(people[0], people[1] + 1)), int(rng.integers(facts[0], facts[1] + 1))
+        )
         for question in pick_questions(rng, document, min(per_document, samples - count)):
             yield {
                 "id": f"{seed}-{count}",

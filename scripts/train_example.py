@@ -5,11 +5,12 @@
 From a usual random start such a model sits on guessing a value of the document for thousands of steps. So it starts
 *structured*, and this is all of it (everything is trained afterwards, and the checkpoint is an ordinary LLaDA):
 
-* embeddings are normal plus one vector that all tokens share, the mask token being that vector alone; the head is the
-  transposed token part;
+* embeddings are normal plus one vector that all tokens share, the mask token being that vector and one of its own that
+  nothing reads; the head is the transposed token part;
 * queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
-  heads at fixed offsets: the words just before and after each word;
-* above, keys resemble queries, so that equal content attends to equal content, and values are copied through.
+  heads at fixed offsets: the words just before each word, each kept in a quarter of the dimensions;
+* above, heads compare one such quarter, in dimensions that rotary embedding hardly turns, so that what stands behind
+  the same words attends to each other across a document, and copy another quarter.
 
 Every sequence is drawn fresh from the seed; lessons grow from 3 persons with one fact each to whole documents.
 """
@@ -58,13 +59,17 @@ CONFIG = ModelConfig(
     num_kv_heads=4,
     head_dim=32,
     d_mlp=256,
-    rope_theta=10000.0,
+    rope_theta=500000.0,  # most frequencies turn so slowly that content can match across a document
     norm_eps=1e-5,
     max_length=1024,
     mask_id=MASK,
     eos_ids=(EOS,),
 )
-OFFSETS = ((-2, -3, 2, 3), (-1, -4, 1, -2))
+# Of the heads of layers 0 and 1: offset, which quarter of the content they keep, and how much of it.
+OFFSETS = (
+    ((-1, 0, 1.0), (-2, 1, 1.0), (-3, 2, 1.0), (1, 3, 0.5)),
+    ((-4, 3, 1.0), (-5, 0, 0.1), (2, 1, 0.1), (3, 2, 0.1)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,48 +109,56 @@ LESSONS = (
 def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     """Parameters to start from; see the module's docstring."""
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(np.array, init(config, jax.random.key(seed)))
+    params: Any = jax.tree.map(np.array, init(config, jax.random.key(seed)))
     width, head, layers = config.d_model, config.head_dim, params["layers"]
 
-    def orthogonal(rows: int, columns: int) -> np.ndarray:
-        return np.linalg.qr(rng.normal(size=(columns, rows)))[0].T[:rows] if rows <= columns else np.zeros(0)
+    def orthogonal() -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(width, width)))[0]
 
     shared = rng.normal(size=width)
     shared *= 0.5 * np.sqrt(width) / np.linalg.norm(shared)
     direction = shared / np.linalg.norm(shared)
-    tokens = rng.normal(size=(config.vocab_size, width)) * 0.5
-    tokens -= np.outer(tokens @ direction, direction)
+    blank = rng.normal(size=width)
+    blank -= blank @ direction * direction
+    blank /= np.linalg.norm(blank)
+    away = np.eye(width) - np.outer(direction, direction) - np.outer(blank, blank)
+    tokens = rng.normal(size=(config.vocab_size, width)) * 0.5 @ away
+    for relation in task.RELATIONS:  # a question's verb starts out like the statement's
+        said, asked = task.TOKEN_ID[relation.verb[0]], task.TOKEN_ID[relation.ends[0]]
+        tokens[asked] = 0.8 * tokens[said] + 0.6 * tokens[asked]
+    tokens *= 0.5 * np.sqrt(width) / np.linalg.norm(tokens, axis=1, keepdims=True)
     tokens[config.mask_id] = 0
     params["embed"] = tokens + shared
+    # As long as any other token, so that its norm lets it stand out nowhere.
+    params["embed"][config.mask_id] += blank * 0.5 * np.sqrt(width)
     params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
 
-    away = np.eye(width) - np.outer(direction, direction)
+    parts = [part @ away for part in orthogonal().reshape(config.num_heads, head, width)]
     frequency = config.rope_theta ** (-np.arange(head // 2) / (head // 2))
+    slow = np.tile(np.arange(head // 2) >= 5, 2)  # dimensions that hardly turn within a document
+
+    def noise(scale: float) -> np.ndarray:
+        return scale * rng.normal(size=(width, head)) / np.sqrt(width)
+
     for layer in range(config.num_layers):
         queries, keys, values, outputs = [], [], [], []
-        subspaces = [orthogonal(head, width) @ away for _ in range(config.num_heads)]
         for index in range(config.num_heads):
-            if layer < len(OFFSETS):
-                offset = OFFSETS[layer][index]
+            if layer < len(OFFSETS):  # look at a fixed offset, keep a part of what stands there
+                offset, kept, gain = OFFSETS[layer][index]
                 key = np.concatenate([np.ones(head // 2), np.zeros(head // 2)])
                 # Rotated by the offset, a query meets the key that stands there at full length.
                 query = np.concatenate([np.cos(offset * frequency), np.sin(offset * frequency)])
-                sharp = 2.6
-                noise = 0.02 * rng.normal(size=(2, width, head))
-                queries.append(np.outer(direction, query) * sharp / np.sqrt(0.5 * width) * np.sqrt(width) / 4 + noise[0])
-                keys.append(np.outer(direction, key) * sharp / np.sqrt(0.5 * width) * np.sqrt(width) / 4 + noise[1])
-                value = subspaces[0 if offset < 0 else 1] if layer == 0 else subspaces[index]
-                outputs.append(value * (1.0 if layer == 0 else 0.5))
-            else:
-                query = rng.normal(size=(width, head)) / np.sqrt(width)
-                key = 0.8 * query + 0.6 * rng.normal(size=(width, head)) / np.sqrt(width)
-                queries.append(away @ query * 1.5)
-                keys.append(away @ key * 1.5)
-                value = orthogonal(head, width)
-                outputs.append(value * 0.2)
-            values.append(value.T)
-        for name, parts in (("q", queries), ("k", keys), ("v", values)):
-            layers[name]["kernel"][layer] = np.concatenate(parts, axis=1)
+                queries.append(np.outer(direction, query) * 0.92 + noise(0.2))
+                keys.append(np.outer(direction, key) * 0.92 + noise(0.2))
+            else:  # look for equal content in one part, copy another part of what stands there
+                kept, gain = (index + layer) % config.num_heads, 0.4
+                turn = np.linalg.qr(rng.normal(size=(head, head)))[0] * slow * 1.8
+                queries.append(parts[index].T @ turn + noise(0.2))
+                keys.append(parts[index].T @ turn + noise(0.2))
+            values.append(parts[kept].T)
+            outputs.append(parts[kept] * gain)
+        for name, stack in (("q", queries), ("k", keys), ("v", values)):
+            layers[name]["kernel"][layer] = np.concatenate(stack, axis=1)
         layers["o"]["kernel"][layer] = np.concatenate(outputs, axis=0)
         layers["down"]["kernel"][layer] = 0
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -247,7 +260,8 @@ def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Less
     """
     rng = np.random.default_rng([seed, 2])
     right: dict[str, list[bool]] = {kind: [] for kind in lesson.kinds}
-    rows, spans = [], []
+    rows: list[list[int]] = []
+    spans: list[tuple[str, int, list[int]]] = []
     while len(rows) < 60:
         document = task.draw_document(rng, lesson.people, lesson.facts, 0.15 if "list" in lesson.kinds else 0.0)
         asked = [q for q in task.pick_questions(rng, document, 10) if q.kind in lesson.kinds]
@@ -358,7 +372,7 @@ def main() -> None:
     """Runs the training."""
     parser = argparse.ArgumentParser(description="Trains the example model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the log, the state and the checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help="seed below %d (default: 1)" % task.CALIBRATION)
+    parser.add_argument("--seed", type=int, default=1, help=f"below {task.CALIBRATION} (default: 1)")
     parser.add_argument("--steps", type=int, default=6000, help="steps in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state in --output")

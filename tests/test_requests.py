@@ -18,7 +18,10 @@ from bicache_jax.requests import parse_requests
 from bicache_jax.tokenizer import Tokenizer
 from bicache_jax.types import Request, Result
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def _config() -> ModelConfig:

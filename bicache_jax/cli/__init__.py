@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from bicache_jax.cli import generate
+from bicache_jax.cli import generate, profile
+from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.types import BicacheError
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"generate": generate, "profile": profile}
 
 EXIT_FAULT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -64,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bicache: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_FAULT
     except KeyboardInterrupt as interrupt:
-        reason = str(interrupt)
-        print(f"bicache: interrupted{'; ' + reason if reason else ''}", file=sys.stderr)
+        say_interrupted(str(interrupt))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # What is buffered has no reader any more, and flushing it at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
+
+
+def entry() -> None:
+    """Runs the command as a process of its own."""
+    status = main()
+    if status == EXIT_INTERRUPTED:  # shutting down in the middle of XLA's work may crash
+        os._exit(status)
+    sys.exit(status)
 
 
 def _show_warning(

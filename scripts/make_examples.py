@@ -1,0 +1,48 @@
+"""Draws `examples/requests.jsonl`: questions about held-out documents, with prefix ratios from about 30 to 90 %.
+
+python scripts/make_examples.py examples/requests.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bicache_jax import example_task as task
+
+GEN_LENGTH = 16
+# Persons and facts of each document: r grows with the document's length.
+SHAPES = ((2, 1), (2, 2), (3, 2), (4, 2), (6, 2), (6, 3), (8, 3), (12, 4))
+QUESTIONS = 10
+
+
+def main() -> None:
+    """Writes the file."""
+    parser = argparse.ArgumentParser(description="Draws the example requests.")
+    parser.add_argument("output", type=Path)
+    output = parser.parse_args().output
+    rng = np.random.default_rng([task.FIRST_HELD_OUT, 3])
+    lines = []
+    for place, (people, facts) in enumerate(SHAPES):
+        document = task.draw_document(rng, people, facts)
+        for number, question in enumerate(task.pick_questions(rng, document, QUESTIONS)):
+            record = {
+                "id": f"{chr(ord('a') + place)}{number}",
+                "messages": [
+                    {"role": "system", "content": " ".join(document.words)},
+                    {"role": "user", "content": " ".join(question.words)},
+                ],
+                "gen_length": GEN_LENGTH,
+                "answer": " ".join(question.answer),
+                "kind": question.kind,
+            }
+            lines.append(json.dumps(record) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()
