@@ -1,8 +1,6 @@
 """`python -m bicache_jax` is `bicache`."""
 
-import sys
-
-from bicache_jax.cli import main
+from bicache_jax.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

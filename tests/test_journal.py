@@ -167,8 +167,8 @@ def test_dump_keeps_text_readable_and_survives_lone_surrogates():
     assert json.loads(dump({"id": "\ud800"})) == {"id": "\ud800"}
 
 
-def run_fake(output: Path, requests: Path, *flags: str, wait: float, log: Path) -> subprocess.Popen:
-    model = f"wait={wait},log={log}"
+def run_fake(output: Path, requests: Path, *flags: str, wait: float, log: Path, deaf: str = "") -> subprocess.Popen:
+    model = f"wait={wait},log={log},deaf={deaf}"
     command = [*FAKE, "--model", model, "--input", str(requests), "--output", str(output), *flags]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -232,11 +232,11 @@ def test_kill_between_rename_and_removal_of_the_journal(tmp_path):
     assert output.read_bytes() == first
 
 
-def test_interrupt_keeps_the_journal_and_says_how_to_go_on(tmp_path):
+def test_interrupt_ends_a_run_that_is_deaf_to_it_and_says_how_to_go_on(tmp_path):
     requests = write_requests(tmp_path / "in.jsonl", 30)
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
-    process = run_fake(output, requests, wait=0.1, log=log)
-    wait_for_results(output, 3)
+    process = run_fake(output, requests, wait=0.01, log=log, deaf="r15")
+    wait_for_results(output, 14)
     process.send_signal(signal.SIGINT)
     status, errors = finish(process)
     assert status == 130
@@ -251,3 +251,13 @@ def test_interrupt_keeps_the_journal_and_says_how_to_go_on(tmp_path):
     assert finish(run_fake(output, requests, "--resume", wait=0, log=log))[0] == 0
     assert [json.loads(line)["id"] for line in output.read_bytes().splitlines()] == [f"r{i}" for i in range(30)]
     assert len(log.read_text().split()) == 30
+
+
+def test_interrupt_before_the_first_result_leaves_no_journal(tmp_path):
+    requests = write_requests(tmp_path / "in.jsonl", 3)
+    output = tmp_path / "out.jsonl"
+    process = run_fake(output, requests, wait=0, log=tmp_path / "log", deaf="r2")
+    wait_for_results(output, 0)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (130, "bicache: interrupted; no result was finished\n")
+    assert os.listdir(tmp_path) == ["in.jsonl"]

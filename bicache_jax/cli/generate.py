@@ -9,8 +9,9 @@ from contextlib import ExitStack
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.inputs import Requests, read_requests
+from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import boundary, from_flags, integer
-from bicache_jax.cli.outputs import open_output, write_event
+from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.report import Progress, closing_line
 from bicache_jax.config import POLICIES, REMASKING, CacheConfig, SamplingConfig
 from bicache_jax.journal import Record
@@ -135,9 +136,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `bicache generate`; returns the exit status."""
     cache, sampling = _configurations(args)
-    requests = read_requests(args.input)
+    output: Output | None = None
+    progress: Progress | None = None
+
+    def last_words() -> str:
+        if progress is not None:
+            progress.close()
+        return output.last_words() if output is not None else ""
+
     with ExitStack() as stack:
-        output = None
+        stack.enter_context(ends_at_once(last_words))
+        requests = read_requests(args.input)
         if not args.dry_run:  # the output comes before the model: a fault of its must not cost a load
             output = open_output(args.output, args.input, resume=args.resume, stream=args.stream)
             stack.callback(output.close)
@@ -152,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
             for item in requests.items:
                 if isinstance(item, Result):
                     write_event(item.to_json())
-        progress = stack.enter_context(Progress(requests, resumed, quiet=args.quiet))
+        progress = Progress(requests, resumed, quiet=args.quiet)
+        stack.callback(progress.close)
         try:
             for record in run.stream(requests.valid, output.finished, partial=args.stream):
                 if args.stream:
@@ -162,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
                     progress.update()
             records = output.finish()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(output.hint) from None
+            raise KeyboardInterrupt(output.last_words()) from None
     if not args.quiet:
         print(closing_line(records, requests, run.stats, resumed), file=sys.stderr)
     return _status(records)

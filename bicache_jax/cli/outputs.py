@@ -43,9 +43,8 @@ class Output:
     def close(self) -> None:
         """Lets go of the output, complete or not."""
 
-    @property
-    def hint(self) -> str:
-        """What an interrupted user should know."""
+    def last_words(self) -> str:
+        """What an interrupted user should know; called when the process is about to end, maybe from another thread."""
         return ""
 
 
@@ -87,6 +86,7 @@ class FileOutput(Output):
         """Opens the journal, so that a fault shows before anything is computed."""
         super().__init__()
         self.path = path
+        self._written = False
         if Path(path).is_dir():
             raise BicacheError(f"--output {path} is a folder: name a file in it")
         if not Path(path).parent.is_dir():
@@ -110,16 +110,19 @@ class FileOutput(Output):
         records = super().finish()
         write_atomic(self.path, map(dump, records))
         self._journal.remove()
+        self._written = True
         return records
 
     def close(self) -> None:
         """Closes the journal, which stays if there is something in it."""
         self._journal.close()
 
-    @property
-    def hint(self) -> str:
-        """How to go on."""
+    def last_words(self) -> str:
+        """How to go on; a journal without results goes."""
+        if self._written:
+            return f"{self.path} is complete"
         if not self._journal.finished:
+            self._journal.path.unlink(missing_ok=True)
             return "no result was finished"
         return (
             f"{len(self._journal.finished)} finished results are in {self._journal.path}: the same command with"

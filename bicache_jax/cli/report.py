@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from bicache_jax.cli.inputs import Requests
@@ -31,11 +30,8 @@ class Progress:
         """One more result."""
         self._bar.update()
 
-    def __enter__(self) -> Progress:
-        self._bar.refresh()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Takes the bar away."""
         self._bar.close()
 
 
