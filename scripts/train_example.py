@@ -2,17 +2,9 @@
 
     python scripts/train_example.py --output runs/example [--resume]
 
-From a usual random start such a model sits on guessing a value of the document for thousands of steps. So it starts
-*structured*, and this is all of it (everything is trained afterwards, and the checkpoint is an ordinary LLaDA):
-
-* embeddings are normal plus one vector that all tokens share, the mask token being that vector and one of its own that
-  nothing reads; the head is the transposed token part;
-* queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
-  heads at fixed offsets: the words just before each word, each kept in a quarter of the dimensions;
-* above, heads compare one such quarter, in dimensions that rotary embedding hardly turns, so that what stands behind
-  the same words attends to each other across a document, and copy another quarter.
-
-Every sequence is drawn fresh from the seed; lessons grow from 3 persons with one fact each to whole documents.
+Training begins from the structured start of `structured_start.py`, without which it would sit for thousands of steps on
+guessing a value of the document. Every sequence is drawn fresh from the seed; lessons grow from 3 persons with one fact
+each to whole documents.
 """
 
 from __future__ import annotations
@@ -43,11 +35,12 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jaxtyping import Array  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from structured_start import structured_start  # noqa: E402
 
 from bicache_jax import example_task as task  # noqa: E402
 from bicache_jax.config import ModelConfig  # noqa: E402
 from bicache_jax.functional import backbone_for  # noqa: E402
-from bicache_jax.models import init, llada  # noqa: E402
+from bicache_jax.models import llada  # noqa: E402
 
 EOS, MASK = task.TOKEN_ID[task.EOS], task.TOKEN_ID[task.MASK]
 CONFIG = ModelConfig(
@@ -64,11 +57,6 @@ CONFIG = ModelConfig(
     max_length=1024,
     mask_id=MASK,
     eos_ids=(EOS,),
-)
-# Of the heads of layers 0 and 1: offset, which quarter of the content they keep, and how much of it.
-OFFSETS = (
-    ((-1, 0, 1.0), (-2, 1, 1.0), (-3, 2, 1.0), (1, 3, 0.5)),
-    ((-4, 3, 1.0), (-5, 0, 0.1), (2, 1, 0.1), (3, 2, 0.1)),
 )
 
 
@@ -104,64 +92,6 @@ LESSONS = (
     Lesson(8, 3, 14, 14, 0.0, task.KINDS, 800),
     Lesson(12, 4, 16, 10, 0.0, task.KINDS, 100_000),
 )
-
-
-def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Parameters to start from; see the module's docstring."""
-    rng = np.random.default_rng(seed)
-    params: Any = jax.tree.map(np.array, init(config, jax.random.key(seed)))
-    width, head, layers = config.d_model, config.head_dim, params["layers"]
-
-    def orthogonal() -> np.ndarray:
-        return np.linalg.qr(rng.normal(size=(width, width)))[0]
-
-    shared = rng.normal(size=width)
-    shared *= 0.5 * np.sqrt(width) / np.linalg.norm(shared)
-    direction = shared / np.linalg.norm(shared)
-    blank = rng.normal(size=width)
-    blank -= blank @ direction * direction
-    blank /= np.linalg.norm(blank)
-    away = np.eye(width) - np.outer(direction, direction) - np.outer(blank, blank)
-    tokens = rng.normal(size=(config.vocab_size, width)) * 0.5 @ away
-    for relation in task.RELATIONS:  # a question's verb starts out like the statement's
-        said, asked = task.TOKEN_ID[relation.verb[0]], task.TOKEN_ID[relation.ends[0]]
-        tokens[asked] = 0.8 * tokens[said] + 0.6 * tokens[asked]
-    tokens *= 0.5 * np.sqrt(width) / np.linalg.norm(tokens, axis=1, keepdims=True)
-    tokens[config.mask_id] = 0
-    params["embed"] = tokens + shared
-    # As long as any other token, so that its norm lets it stand out nowhere.
-    params["embed"][config.mask_id] += blank * 0.5 * np.sqrt(width)
-    params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
-
-    parts = [part @ away for part in orthogonal().reshape(config.num_heads, head, width)]
-    frequency = config.rope_theta ** (-np.arange(head // 2) / (head // 2))
-    slow = np.tile(np.arange(head // 2) >= 5, 2)  # dimensions that hardly turn within a document
-
-    def noise(scale: float) -> np.ndarray:
-        return scale * rng.normal(size=(width, head)) / np.sqrt(width)
-
-    for layer in range(config.num_layers):
-        queries, keys, values, outputs = [], [], [], []
-        for index in range(config.num_heads):
-            if layer < len(OFFSETS):  # look at a fixed offset, keep a part of what stands there
-                offset, kept, gain = OFFSETS[layer][index]
-                key = np.concatenate([np.ones(head // 2), np.zeros(head // 2)])
-                # Rotated by the offset, a query meets the key that stands there at full length.
-                query = np.concatenate([np.cos(offset * frequency), np.sin(offset * frequency)])
-                queries.append(np.outer(direction, query) * 0.92 + noise(0.2))
-                keys.append(np.outer(direction, key) * 0.92 + noise(0.2))
-            else:  # look for equal content in one part, copy another part of what stands there
-                kept, gain = (index + layer) % config.num_heads, 0.4
-                turn = np.linalg.qr(rng.normal(size=(head, head)))[0] * slow * 1.8
-                queries.append(parts[index].T @ turn + noise(0.2))
-                keys.append(parts[index].T @ turn + noise(0.2))
-            values.append(parts[kept].T)
-            outputs.append(parts[kept] * gain)
-        for name, stack in (("q", queries), ("k", keys), ("v", values)):
-            layers[name]["kernel"][layer] = np.concatenate(stack, axis=1)
-        layers["o"]["kernel"][layer] = np.concatenate(outputs, axis=0)
-        layers["down"]["kernel"][layer] = 0
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
 def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], list[bool]]:
@@ -213,11 +143,10 @@ def draw_batch(seed: int, step: int, lesson: Lesson, length: int) -> tuple[np.nd
     return np.where(counts, MASK, ids), ids, counts, valid
 
 
-def attend(q: Array, *kv: Array, suffix_valid: Array, **_: Any) -> Array:
-    """Plain attention over the suffix, as batched matrix products; what gradients need."""
-    *_, k, v = kv
+def attend(q: Array, k: Array, v: Array, valid: Array) -> Array:
+    """Plain attention as batched matrix products; what gradients need."""
     scores = jnp.einsum("bnth,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
-    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(suffix_valid[:, None, None], scores, -1e9), -1), v)
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(valid[:, None, None], scores, -1e9), -1), v)
 
 
 def logits_of(params: dict[str, Any], ids: Array, valid: Array) -> Array:
@@ -228,7 +157,7 @@ def logits_of(params: dict[str, Any], ids: Array, valid: Array) -> Array:
     for index in range(CONFIG.num_layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
         k, v = model.key_value(layer, x, positions)
-        x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, suffix_valid=valid))
+        x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, valid))
     return model.final_norm(params, x) @ params["head"].T
 
 
@@ -353,6 +282,29 @@ def export(params: dict[str, Any], folder: Path) -> None:
     write_tokenizer(folder)
 
 
+def draw_curve(log: Path, picture: Path) -> None:
+    """Draws loss and accuracy by step from a training log."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    loss, accuracy = figure.subplots(2, sharex=True)
+    steps = [record["step"] for record in records]
+    loss.plot(steps, [record["loss"] for record in records], color="black")
+    loss.set(ylabel="loss", yscale="log")
+    for kind in task.KINDS:
+        known = [record for record in records if kind in record["one_pass_accuracy"]]
+        values = [record["one_pass_accuracy"][kind] for record in known]
+        accuracy.plot([record["step"] for record in known], values, label=kind)
+    for axes in (loss, accuracy):
+        for before, after in zip(records, records[1:], strict=False):
+            if before["lesson"] != after["lesson"]:
+                axes.axvline(before["step"], color="0.8", linewidth=1)
+    accuracy.set(xlabel="step (grey lines: next lesson)", ylabel="exact match, one pass", ylim=(0, 1.02))
+    accuracy.legend(ncols=len(task.KINDS), fontsize="small")
+    figure.savefig(picture, dpi=100)
+
+
 def batches(seed: int, first: int, lesson: Lesson, length: int) -> Iterator[tuple[np.ndarray, ...]]:
     """Batches of successive steps, the next drawn in a thread while the last is used."""
     with ThreadPoolExecutor(1) as pool:
@@ -380,8 +332,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(args.rate, args.steps)
-    params = structured_start(CONFIG, args.seed)
-    tree = (params, optimizer.init(params))
+    start = structured_start(CONFIG, args.seed)
+    tree: Any = (start, optimizer.init(start))
     state: dict[str, Any] = {"step": 0, "lesson": 0, "lesson_step": 0, "seconds": 0.0}
     if args.resume:
         tree, state = load_checkpoint(args.output, tree)
@@ -428,6 +380,8 @@ def main() -> None:
                 break
         if state["lesson"] + 1 < len(LESSONS):
             state |= {"lesson": state["lesson"] + 1, "lesson_step": 0}
+    log.close()
+    draw_curve(args.output / "log.jsonl", args.output / "curve.png")
 
 
 if __name__ == "__main__":

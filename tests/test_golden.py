@@ -108,7 +108,7 @@ def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any)
     [
         ("llada", "bicache_P16_b3_N4"),
         ("llada", "bicache_semi_P30_b3_N7"),
-        ("llada", "bicache_prefix_P16_b3_N4"),
+        ("llada", "bicache_dual_P16_b3_N4"),
         ("dream", "dream_bicache_entropy_P16_b3_N4"),
     ],
 )

@@ -1,0 +1,175 @@
+"""`bicache evaluate`: accuracy of several policies on the same questions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from bicache_jax.cli import backend
+from bicache_jax.cli.generate import DTYPES
+from bicache_jax.cli.inputs import read_requests
+from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.config import REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.types import BicacheError, Model, Request
+
+HELP = "compare the accuracy of policies on the same questions"
+DESCRIPTION = """\
+Answers the same questions under several policies and says how accurate each is, how often it agrees with the first,
+and whether the difference means anything (paired bootstrap, McNemar's test).
+
+A task is 'example' (fresh questions for the bundled model, by seed) or a file of requests with an "answer" each
+(a string or a list of strings), and optionally a "kind"."""
+EPILOG = """\
+examples:
+  bicache evaluate --model example --task example --policies none,naive,bicache --samples 400 --seed 90210 --json
+  bicache evaluate --model ./LLaDA-8B-Instruct --task gsm8k.jsonl --scorer numeric --gen-length 256 --block-length 32"""
+
+EXAMPLE_GEN_LENGTH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `evaluate`."""
+    what = parser.add_argument_group("task")
+    what.add_argument("--model", required=True, metavar="M", help="folder, hub id, or 'example' (see generate)")
+    what.add_argument("--task", required=True, metavar="T", help="'example', or a file of requests with answers")
+    what.add_argument("--policies", default="none,naive,bicache", metavar="LIST", help="(default: %(default)s)")
+    what.add_argument("--samples", type=integer(1), default=400, metavar="N", help="most questions (default: 400)")
+    what.add_argument(
+        "--scorer",
+        default="exact",
+        metavar="S",
+        help="exact, numeric, choice, or module:function taking (text, answers) (default: %(default)s)",
+    )
+    what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
+
+    cache = parser.add_argument_group("cache and decoding")
+    cache.add_argument("--boundary", type=boundary, default="auto", metavar="auto|INT", help="(default: auto)")
+    cache.add_argument("--boundary-table", metavar="FILE", help="table for 'auto' (default: the model's own)")
+    cache.add_argument("--refresh-interval", type=integer(1), default=16, metavar="N", help="(default: %(default)s)")
+    cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
+    cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
+    cache.add_argument("--block-length", type=integer(1), metavar="N", help="(default: gen-length)")
+    cache.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: %(default)s)")
+    cache.add_argument("--remasking", choices=REMASKING, default="low_confidence", help="(default: %(default)s)")
+    cache.add_argument(
+        "--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of the questions drawn and the noise"
+    )
+
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
+    running.add_argument("--quiet", action="store_true", help="no progress bar")
+    backend.add_compilation_flags(running)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `bicache evaluate`; returns the exit status."""
+    from tqdm import tqdm
+
+    from bicache_jax.boundary import load_table
+    from bicache_jax.evaluation import evaluate, find_scorer
+
+    scorer = find_scorer(args.scorer)
+    policies = [name.strip() for name in args.policies.split(",") if name.strip()]
+    if not policies:
+        raise BicacheError("--policies: name at least one of none, naive, bicache")
+    lines, source = _lines(args)
+    gen_length = args.gen_length or (EXAMPLE_GEN_LENGTH if args.task == "example" else SamplingConfig().gen_length)
+    sampling = from_flags(
+        SamplingConfig,
+        gen_length=gen_length,
+        steps=args.steps,
+        block_length=args.block_length,
+        temperature=args.temperature,
+        remasking=args.remasking,
+        seed=args.seed,
+    )
+    cache = from_flags(CacheConfig, boundary=args.boundary, refresh_interval=args.refresh_interval)
+    if args.boundary_table is not None:
+        cache = dataclasses.replace(cache, table=load_table(args.boundary_table).table)
+    with ExitStack() as stack:
+        model = backend.load(args)
+        items = _items(lines, source, model, sampling)[: args.samples]
+        bar = stack.enter_context(
+            tqdm(
+                total=len(items) * len(policies),
+                unit="answer",
+                disable=args.quiet or not sys.stderr.isatty(),
+                leave=False,
+            )
+        )
+        results = evaluate(
+            model,
+            items,
+            policies,
+            cache=cache,
+            sampling=sampling,
+            scorer=scorer,
+            batch_size=args.batch_size,
+            progress=lambda: None if bar.update() else None,
+        )
+    if args.json:
+        print(json.dumps({"model": args.model, "task": args.task, "seed": args.seed, "results": results}))
+    else:
+        print(table(results))
+    return 0
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results for people, in Markdown."""
+    kinds = sorted({kind for result in results for kind in result["by_kind"] if kind})
+    heads = ["policy", "exact match", "agreement", "difference (95 %)", "McNemar p", "tokens/s", "ratio", *kinds]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for result in results:
+        low, high = result["difference_interval"]
+        cells = [
+            result["policy"],
+            f"{100 * result['exact_match']:.1f} %",
+            f"{100 * result['agreement']:.1f} %",
+            f"{100 * result['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+            f"{result['mcnemar_p']:.2g}",
+            f"{result['tokens_per_s']:.0f}",
+            f"{result['ratio']:.2f}",
+            *(f"{100 * result['by_kind'][kind]['exact_match']:.1f} %" for kind in kinds),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:
+    if args.task != "example":
+        data = read_requests(args.task, flag="--task")
+        return list(data.lines), data.source
+    from bicache_jax import example_task
+
+    return list(example_task.draw_requests(example_task.FIRST_HELD_OUT + args.seed, args.samples)), "example"
+
+
+def _items(lines: list[Any], source: str, model: Model, sampling: SamplingConfig) -> list[Any]:
+    from bicache_jax.evaluation import Item
+    from bicache_jax.requests import parse_requests
+
+    records = []
+    for line in lines:
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            records.append(line if isinstance(line, dict) else json.loads(line))
+        except (ValueError, RecursionError):
+            records.append({})
+    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
+    items = []
+    for entry, record in zip(parsed, records, strict=True):
+        if not isinstance(entry, Request):
+            raise BicacheError(f"--task: {entry.error}")
+        answer = record.get("answer")
+        answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
+        if answer is None or not answers:
+            raise BicacheError(f"--task {source}: request {entry.id!r} has no 'answer'")
+        items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
+    return items

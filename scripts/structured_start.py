@@ -1,0 +1,88 @@
+"""Where the training of the example model begins.
+
+From a usual random start such a model sits on guessing a value of the document for thousands of steps. So it starts
+*structured*, and this is all of it (everything is trained afterwards, and the checkpoint is an ordinary LLaDA):
+
+* embeddings are normal plus one vector that all tokens share, the mask token being that vector and one of its own that
+  nothing reads; the head is the transposed token part;
+* queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
+  heads at fixed offsets: the words just before each word, each kept in a quarter of the dimensions;
+* above, heads compare one such quarter, in dimensions that rotary embedding hardly turns, so that what stands behind
+  the same words attends to each other across a document, and copy another quarter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bicache_jax import example_task as task
+from bicache_jax.config import ModelConfig
+from bicache_jax.models import init
+
+# Of the heads of layers 0 and 1: offset, which quarter of the content they keep, and how much of it.
+OFFSETS = (
+    ((-1, 0, 1.0), (-2, 1, 1.0), (-3, 2, 1.0), (1, 3, 0.5)),
+    ((-4, 3, 1.0), (-5, 0, 0.1), (2, 1, 0.1), (3, 2, 0.1)),
+)
+
+
+def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Parameters to start from; see the module's docstring."""
+    rng = np.random.default_rng(seed)
+    params: Any = jax.tree.map(np.array, init(config, jax.random.key(seed)))
+    width, head, layers = config.d_model, config.head_dim, params["layers"]
+
+    def orthogonal() -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(width, width)))[0]
+
+    shared = rng.normal(size=width)
+    shared *= 0.5 * np.sqrt(width) / np.linalg.norm(shared)
+    direction = shared / np.linalg.norm(shared)
+    blank = rng.normal(size=width)
+    blank -= blank @ direction * direction
+    blank /= np.linalg.norm(blank)
+    away = np.eye(width) - np.outer(direction, direction) - np.outer(blank, blank)
+    tokens = rng.normal(size=(config.vocab_size, width)) * 0.5 @ away
+    for relation in task.RELATIONS:  # a question's verb starts out like the statement's
+        said, asked = task.TOKEN_ID[relation.verb[0]], task.TOKEN_ID[relation.ends[0]]
+        tokens[asked] = 0.8 * tokens[said] + 0.6 * tokens[asked]
+    tokens *= 0.5 * np.sqrt(width) / np.linalg.norm(tokens, axis=1, keepdims=True)
+    tokens[config.mask_id] = 0
+    params["embed"] = tokens + shared
+    # As long as any other token, so that its norm lets it stand out nowhere.
+    params["embed"][config.mask_id] += blank * 0.5 * np.sqrt(width)
+    params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
+
+    parts = [part @ away for part in orthogonal().reshape(config.num_heads, head, width)]
+    frequency = config.rope_theta ** (-np.arange(head // 2) / (head // 2))
+    slow = np.tile(np.arange(head // 2) >= 5, 2)  # dimensions that hardly turn within a document
+
+    def noise(scale: float) -> np.ndarray:
+        return scale * rng.normal(size=(width, head)) / np.sqrt(width)
+
+    for layer in range(config.num_layers):
+        queries, keys, values, outputs = [], [], [], []
+        for index in range(config.num_heads):
+            if layer < len(OFFSETS):  # look at a fixed offset, keep a part of what stands there
+                offset, kept, gain = OFFSETS[layer][index]
+                key = np.concatenate([np.ones(head // 2), np.zeros(head // 2)])
+                # Rotated by the offset, a query meets the key that stands there at full length.
+                query = np.concatenate([np.cos(offset * frequency), np.sin(offset * frequency)])
+                queries.append(np.outer(direction, query) * 0.92 + noise(0.2))
+                keys.append(np.outer(direction, key) * 0.92 + noise(0.2))
+            else:  # look for equal content in one part, copy another part of what stands there
+                kept, gain = (index + layer) % config.num_heads, 0.4
+                turn = np.linalg.qr(rng.normal(size=(head, head)))[0] * slow * 1.8
+                queries.append(parts[index].T @ turn + noise(0.2))
+                keys.append(parts[index].T @ turn + noise(0.2))
+            values.append(parts[kept].T)
+            outputs.append(parts[kept] * gain)
+        for name, stack in (("q", queries), ("k", keys), ("v", values)):
+            layers[name]["kernel"][layer] = np.concatenate(stack, axis=1)
+        layers["o"]["kernel"][layer] = np.concatenate(outputs, axis=0)
+        layers["down"]["kernel"][layer] = 0
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
