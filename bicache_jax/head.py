@@ -43,8 +43,9 @@ class _Running(NamedTuple):
         rest: log-sum-exp of all logits but that one.
         first: highest logit, the mask token left out.
         second: highest of the others, mask token included.
-        total: log-sum-exp of all logits.
-        mean: expected logit under the softmax.
+        peak: highest logit of all.
+        over: sum of `exp(logit - peak)` over the others, which stays exact where the peak is all but certain.
+        weighted: sum of `exp(logit - peak) * (logit - peak)` over the others.
     """
 
     best: Array
@@ -53,8 +54,9 @@ class _Running(NamedTuple):
     rest: Array
     first: Array
     second: Array
-    total: Array
-    mean: Array
+    peak: Array
+    over: Array
+    weighted: Array
 
 
 def choose(
@@ -119,9 +121,21 @@ def choose(
         place, top = jnp.argmax(noisy, axis=-1), jnp.argmax(allowed, axis=-1)
         best, raw, first = pick(noisy, place), pick(logits, place), pick(logits, top)
         second = jnp.max(without(logits, top), axis=-1)
-        tile_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        tile_mean = jnp.sum(jnp.exp(logits - tile_total) * jnp.where(ids >= begin, logits, 0), axis=-1)
-        total = jnp.logaddexp(was.total, tile_total[..., 0])
+        others = without(logits, jnp.argmax(logits, axis=-1))
+        tile_peak = jnp.max(logits, axis=-1)
+        below = jnp.where(jnp.isfinite(others), others - tile_peak[..., None], 0)
+        weight = jnp.where(jnp.isfinite(others), jnp.exp(below), 0)
+        peak = jnp.maximum(was.peak, tile_peak)
+        over, weighted = jnp.zeros(shape), jnp.zeros(shape)
+        for part_peak, part_over, part_weighted, is_top in (
+            (was.peak, was.over, was.weighted, was.peak >= tile_peak),
+            (tile_peak, weight.sum(-1), (weight * below).sum(-1), was.peak < tile_peak),
+        ):
+            shift = jnp.where(jnp.isfinite(part_peak), part_peak - peak, 0)
+            factor = jnp.exp(part_peak - peak)
+            count = part_over + ~is_top  # a peak that is overtaken becomes one of the others
+            over += factor * count
+            weighted += factor * (part_weighted + count * shift)
         wins = best > was.best
         rest = jnp.logaddexp(was.rest, jax.nn.logsumexp(without(logits, place), axis=-1))
         return _Running(
@@ -131,17 +145,19 @@ def choose(
             rest=jnp.logaddexp(rest, jnp.where(wins, was.raw, raw)),
             first=jnp.maximum(first, was.first),
             second=jnp.maximum(jnp.minimum(first, was.first), jnp.maximum(second, was.second)),
-            total=total,
-            mean=jnp.exp(was.total - total) * was.mean + jnp.exp(tile_total[..., 0] - total) * tile_mean,
+            peak=peak,
+            over=over,
+            weighted=weighted,
         )
 
     lowest = jnp.full(shape, -jnp.inf)
-    start = _Running(lowest, jnp.zeros(shape, jnp.int32), lowest, lowest, lowest, lowest, lowest, jnp.zeros(shape))
+    zero = jnp.zeros(shape)
+    start = _Running(lowest, jnp.zeros(shape, jnp.int32), lowest, lowest, lowest, lowest, lowest, zero, zero)
     with jax.named_scope("head"):
         last = jax.lax.fori_loop(0, -(-vocab_size // tile), step, start)
     return Choice(
         token=last.token,
         log_odds=last.raw - last.rest,
-        margin=jnp.exp(last.first - last.total) - jnp.exp(last.second - last.total),
-        entropy=last.total - last.mean,
+        margin=(jnp.exp(last.first - last.peak) - jnp.exp(last.second - last.peak)) / (1 + last.over),
+        entropy=jnp.log1p(last.over) - last.weighted / (1 + last.over),
     )
