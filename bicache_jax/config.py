@@ -118,7 +118,8 @@ class SamplingConfig:
         steps: denoising steps over the whole response; None: one token a step.
         block_length: tokens of a semi-autoregressive block; None: the whole response.
         temperature: 0 takes the argmax; above, Gumbel noise times the temperature is added to the logits.
-        remasking: which masked tokens are unmasked first.
+        remasking: which masked tokens are unmasked first; None: the family's, `low_confidence` for LLaDA and `entropy`
+            for Dream.
         seed: seed of the noise; a request's own seed replaces it.
         threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
             unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
@@ -128,7 +129,7 @@ class SamplingConfig:
     steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
-    remasking: Remasking = "low_confidence"
+    remasking: Remasking | None = None
     seed: int = 0
     threshold: float | None = None
 
@@ -152,7 +153,7 @@ class SamplingConfig:
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
-        if self.remasking not in REMASKING:
+        if self.remasking is not None and self.remasking not in REMASKING:
             raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
 
     @property

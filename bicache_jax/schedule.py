@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.cache import Decoding
-from bicache_jax.config import REMASKING, BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.config import REMASKING, BlockCache, ModelConfig, Remasking, SamplingConfig
+
+_OWN_RULE: dict[str, Remasking] = {"llada": "low_confidence", "dream": "entropy"}
 
 
 def even_counts(masks: int, steps: int) -> np.ndarray:
@@ -87,7 +89,7 @@ def make_decoding(
         counts=jnp.asarray(np.pad(counts, (0, max(0, room - block_steps))), jnp.int32),
         scale=jnp.asarray(1.0, jnp.float32),
         noise=jnp.asarray(sampling.temperature, jnp.float32),
-        remasking=jnp.asarray(REMASKING.index(sampling.remasking), jnp.int32),
+        remasking=jnp.asarray(REMASKING.index(sampling.remasking or _OWN_RULE[config.family]), jnp.int32),
         threshold=jnp.asarray(jnp.inf if sampling.threshold is None else sampling.threshold, jnp.float32),
         anchor=jnp.asarray(anchored),
         dual=jnp.asarray(block_cache == "dual"),

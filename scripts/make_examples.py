@@ -23,14 +23,16 @@ def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(description="Draws the example requests.")
     parser.add_argument("output", type=Path)
-    output = parser.parse_args().output
-    rng = np.random.default_rng([task.FIRST_HELD_OUT, 3])
+    parser.add_argument("--calibration", action="store_true", help="draw calibration requests, ten times as many")
+    args = parser.parse_args()
+    seed, repeats = (task.CALIBRATION, 10) if args.calibration else (task.FIRST_HELD_OUT, 1)
+    rng = np.random.default_rng([seed, 3])
     lines = []
-    for place, (people, facts) in enumerate(SHAPES):
+    for place, (people, facts) in enumerate(SHAPES * repeats):
         document = task.draw_document(rng, people, facts)
         for number, question in enumerate(task.pick_questions(rng, document, QUESTIONS)):
             record = {
-                "id": f"{chr(ord('a') + place)}{number}",
+                "id": f"document{place + 1}-question{number + 1}",
                 "messages": [
                     {"role": "system", "content": " ".join(document.words)},
                     {"role": "user", "content": " ".join(question.words)},
@@ -40,8 +42,8 @@ def main() -> None:
                 "kind": question.kind,
             }
             lines.append(json.dumps(record) + "\n")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(lines))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
     cache.add_argument("--block-length", type=integer(1), metavar="N", help="(default: gen-length)")
     cache.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: %(default)s)")
-    cache.add_argument("--remasking", choices=REMASKING, default="low_confidence", help="(default: %(default)s)")
+    cache.add_argument("--remasking", choices=REMASKING, help="(default: the family's)")
     cache.add_argument(
         "--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of the questions drawn and the noise"
     )

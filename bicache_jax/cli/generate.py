@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from bicache_jax.cli import backend
 from bicache_jax.cli.inputs import Requests, read_requests
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.cli.options import boundary, fraction, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.config import POLICIES, REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.config import BLOCK_CACHES, POLICIES, REMASKING, CacheConfig, SamplingConfig
 from bicache_jax.journal import Record
 from bicache_jax.types import BicacheError, Result
 
@@ -33,6 +33,7 @@ examples:
   bicache generate --model ./LLaDA-8B-Instruct --input - --output - --gen-length 256 --steps 128 --block-length 32"""
 
 EXIT_ERRORS = 3
+BLOCK_LENGTH = 32  # of a block cache, as Fast-dLLM has it
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -89,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="denoising steps from one refresh of the deep layers to the next (default: %(default)s)",
     )
     cache.add_argument(
+        "--block-cache",
+        choices=BLOCK_CACHES,
+        default="off",
+        help="keep keys and values outside the current block until it is done: dual all of them, prefix those before it"
+        " (Fast-dLLM); approximate, like every policy but none (default: %(default)s)",
+    )
+    cache.add_argument(
         "--batch-boundary",
         choices=("own", "min"),
         default="own",
@@ -105,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-length",
         type=integer(1),
         metavar="N",
-        help="tokens of a block; blocks are finished left to right (default: gen-length)",
+        help="tokens of a block; blocks are finished left to right (default: gen-length; 32 with a block cache)",
     )
     decoding.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: most likely tokens (default: %(default)s)"
@@ -113,8 +121,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument(
         "--remasking",
         choices=REMASKING,
-        default="low_confidence",
-        help="which tokens stay masked for later steps (default: %(default)s)",
+        help="which tokens are unmasked first (default: the family's, low_confidence for LLaDA, entropy for Dream)",
+    )
+    decoding.add_argument(
+        "--threshold",
+        type=fraction,
+        metavar="P",
+        help="unmask every token of at least this probability at once, and steps mean nothing (default: by schedule)",
     )
     decoding.add_argument(
         "--seed",
@@ -190,15 +203,17 @@ def _configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConf
         policy=args.policy,
         boundary=args.boundary,
         refresh_interval=args.refresh_interval,
+        block_cache=args.block_cache,
         batch_boundary=args.batch_boundary,
     )
     sampling = from_flags(
         SamplingConfig,
         gen_length=args.gen_length,
         steps=args.steps,
-        block_length=args.block_length,
+        block_length=args.block_length or (None if args.block_cache == "off" else BLOCK_LENGTH),
         temperature=args.temperature,
         remasking=args.remasking,
+        threshold=args.threshold,
         seed=args.seed,
     )
     return cache, sampling
