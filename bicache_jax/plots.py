@@ -41,7 +41,7 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
     chosen = np.asarray([table.table[ratio] for ratio in ratios])
     axes.step(places, chosen - 0.5, where="mid", color="tab:red", linewidth=2, label="boundary b(r)")
     axes.set_xticks(places, [str(ratio) for ratio in ratios])
-    axes.set(xlabel="prefix ratio r, %", ylabel="layer", ylim=(-0.5, table.num_layers - 0.5))
+    axes.set(xlabel="prefix ratio r, %", ylabel="layer", ylim=(-0.5, table.num_layers))
     axes.set_title(f"Prefix KV alone and in the full sequence: {table.model}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)

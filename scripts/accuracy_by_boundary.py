@@ -1,0 +1,77 @@
+"""Measures and draws accuracy against the boundary, from b = 0 to L, at several prefix ratios.
+
+python scripts/accuracy_by_boundary.py --samples 300 --output docs/accuracy_by_boundary
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bicache_jax import example_task as task
+from bicache_jax.config import CacheConfig, SamplingConfig
+from bicache_jax.evaluation import Item, evaluate
+from bicache_jax.loading import load_model
+from bicache_jax.requests import parse_requests
+from bicache_jax.types import Request
+
+
+def measure(model_name: str, samples: int, seed: int, interval: int, gen_length: int) -> dict[str, Any]:
+    """Accuracy of every boundary on the same held-out questions."""
+    model = load_model(model_name)
+    records = list(task.draw_requests(task.FIRST_HELD_OUT + seed, samples, people=(2, 12), facts=(1, 4)))
+    sampling = SamplingConfig(gen_length=gen_length)
+    requests = parse_requests(records, config=model.config, tokenizer=model.tokenizer, sampling=sampling)
+    items = [
+        Item(request, (record["answer"],), record["kind"])
+        for request, record in zip(requests, records, strict=True)
+        if isinstance(request, Request)
+    ]
+    rows = []
+    for boundary in range(model.config.num_layers + 1):
+        cache = CacheConfig(boundary=boundary, refresh_interval=interval)
+        (result,) = evaluate(model, items, ["bicache"], cache=cache, sampling=sampling)
+        rows.append({"boundary": boundary, **{key: result[key] for key in ("exact_match", "by_kind", "by_ratio")}})
+        print(json.dumps(rows[-1]), flush=True)
+    return {"model": model_name, "samples": samples, "seed": seed, "refresh_interval": interval, "rows": rows}
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draws a measurement: one line a ratio range on the left, one a kind on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    panels = zip(figure.subplots(1, 2, sharey=True), ("by_ratio", "by_kind"), ("r, %", "kind"), strict=True)
+    rows = record["rows"]
+    for axes, field, title in panels:
+        for label in rows[0][field]:
+            values = [row[field][label]["exact_match"] for row in rows]
+            count = rows[0][field][label]["samples"]
+            axes.plot([row["boundary"] for row in rows], values, marker="o", label=f"{label} ({count})")
+        axes.plot([row["boundary"] for row in rows], [row["exact_match"] for row in rows], color="black", label="all")
+        axes.set(xlabel="boundary b (L: naive prefix cache)", ylim=(0, 1.03))
+        axes.legend(title=title, fontsize="x-small", title_fontsize="x-small")
+    figure.axes[0].set_ylabel("exact match")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measures, writes JSON, draws."""
+    parser = argparse.ArgumentParser(description="Accuracy of the example model by boundary.")
+    parser.add_argument("--model", default="example")
+    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--refresh-interval", type=int, default=16)
+    parser.add_argument("--gen-length", type=int, default=16)
+    parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .png are written")
+    args = parser.parse_args()
+    record = measure(args.model, args.samples, args.seed, args.refresh_interval, args.gen_length)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
