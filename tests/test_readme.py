@@ -23,7 +23,7 @@ def test_python_example_is_short_and_runs(capsys):
     (example,) = blocks("python")
     assert len(example.splitlines()) <= 10
     exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Oslo", "Tom"]
 
 
 def test_commands_exist(monkeypatch):
