@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +99,15 @@ def test_random_order_is_uniform() -> None:
     np.testing.assert_allclose(np.bincount(scores.argmax(1), minlength=3) / 3000, 1 / 3, atol=0.04)
 
 
-def test_schedules_unmask_everything() -> None:
+@hypothesis.given(st.integers(1, 300), st.integers(1, 400), st.booleans())
+def test_any_schedule_unmasks_everything_and_nothing_twice(masks: int, steps: int, anchored: bool) -> None:
+    even = even_counts(masks, steps)
+    assert even.sum() == masks and even.max() - even.min() <= 1 and (np.diff(even) <= 0).all()
+    timed = time_counts(masks, steps, anchored=anchored)
+    assert timed.sum() == masks and (timed >= 0).all() and len(timed) == steps
+
+
+def test_schedules_of_a_batch() -> None:
     assert even_counts(32, 10).tolist() == [4, 4, 3, 3, 3, 3, 3, 3, 3, 3]
     for masks, steps in ((32, 16), (32, 10), (8, 4), (5, 9)):
         assert even_counts(masks, steps).sum() == masks == time_counts(masks, steps, anchored=False).sum()
