@@ -80,16 +80,25 @@ def test_nothing_is_compiled_for_other_boundaries_intervals_lengths_or_mixes(mod
     num_layers = model.config.num_layers
     full = {0: 0, 1: 1, 99: num_layers}  # buffers of every run then have room for all boundaries
 
+    def prompt(prefix: int, rng: np.random.Generator) -> tuple[int, ...]:
+        return tuple(map(int, rng.integers(2, 290, prefix + int(rng.integers(1, 15)))))
+
     def run(table: dict[int, int], interval: int, seed: int) -> Engine:
         rng = np.random.default_rng(seed)
         engine = Engine(model, cache=CacheConfig(table=full | table, refresh_interval=interval), batch_size=4)
         deepest = Request("deep", tuple(range(2, 62)), 60, SamplingConfig(gen_length=16, steps=8))
-        requests = [deepest, dataclasses.replace(deepest, id="shallow", prefix_len=40)]
-        for index in range(6):
+        requests = [deepest, dataclasses.replace(deepest, id="shallow", prefix_len=38)]
+        for index in range(3):  # alone in their batches, each with settings of its own
             size = int(rng.integers(33, 63))
-            prompt = tuple(map(int, rng.integers(2, 290, size + int(rng.integers(1, 15)))))
             steps = int(rng.integers(4, 16))
-            requests.append(Request(f"{index}", prompt, size, SamplingConfig(16, steps, temperature=0.1 * index)))
+            sampling = SamplingConfig(16, steps, temperature=0.1 * (index + 1))
+            requests.append(Request(f"{index}", prompt(size, rng), size, sampling))
+        shared = [prompt(60, rng)[:60] for _ in range(2)]
+        owners = [0, 1, *rng.integers(0, 2, 2)]
+        for index in range(4):  # one batch, its two prefixes shared in one way or another
+            prefix = shared[owners[index]]
+            asked = prefix + prompt(0, rng)
+            requests.append(Request(f"m{index}", asked, 60, SamplingConfig(16, 16, temperature=0.5)))
         engine.generate(requests)
         return engine
 
