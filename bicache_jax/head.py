@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bicache_jax.numerics import precision
 
-TILE = 8192
+TILE = 2048
 
 
 class Choice(NamedTuple):
@@ -33,30 +33,55 @@ class Choice(NamedTuple):
     entropy: Float[Array, "B W"]
 
 
+class _Mass(NamedTuple):
+    """Softmax statistics of some logits, relative to their highest, each [B, W].
+
+    The sums leave that one out: what is small beside it stays exact where it is all but certain.
+
+    Attributes:
+        peak: highest logit.
+        over: sum of `exp(logit - peak)` over the others.
+        weighted: sum of `exp(logit - peak) * (logit - peak)` over the others.
+    """
+
+    peak: Array
+    over: Array
+    weighted: Array
+
+    def __or__(self, other: _Mass) -> _Mass:
+        """Statistics of both sets of logits."""
+        peak = jnp.maximum(self.peak, other.peak)
+        over, weighted = jnp.zeros_like(peak), jnp.zeros_like(peak)
+        for part, is_top in ((self, self.peak >= other.peak), (other, self.peak < other.peak)):
+            empty = jnp.isneginf(part.peak)
+            shift = jnp.where(empty, 0, part.peak - peak)
+            factor = jnp.where(empty, 0, jnp.exp(shift))
+            count = part.over + ~is_top  # a peak that is overtaken becomes one of the others
+            over += factor * count
+            weighted += factor * (part.weighted + count * shift)
+        return _Mass(peak, over, weighted)
+
+
 class _Running(NamedTuple):
-    """Statistics over the tiles seen so far, each [B, W].
+    """Statistics over the tiles seen so far, each [B, W]; the mask token is left out of all but `mask`.
 
     Attributes:
         best: highest noisy logit.
         token: its token.
         raw: its logit without noise.
-        rest: log-sum-exp of all logits but that one.
-        first: highest logit, the mask token left out.
-        second: highest of the others, mask token included.
-        peak: highest logit of all.
-        over: sum of `exp(logit - peak)` over the others, which stays exact where the peak is all but certain.
-        weighted: sum of `exp(logit - peak) * (logit - peak)` over the others.
+        top: token of the highest logit.
+        second: highest of the other logits.
+        mass: softmax statistics.
+        mask: logit of the mask token.
     """
 
     best: Array
     token: Array
     raw: Array
-    rest: Array
-    first: Array
+    top: Array
     second: Array
-    peak: Array
-    over: Array
-    weighted: Array
+    mass: _Mass
+    mask: Array
 
 
 def choose(
@@ -91,6 +116,7 @@ def choose(
     vocab_size = head_vd.shape[0]
     tile = min(TILE, vocab_size)
     shape = x_bwd.shape[:2]
+    lowest = float(jnp.finfo(jnp.float32).min)
 
     def gumbel(index: Array) -> Array:
         def draw(key: Array) -> Array:
@@ -98,11 +124,9 @@ def choose(
 
         return jax.vmap(jax.vmap(draw))(keys_bw)
 
-    def pick(values: Array, at: Array) -> Array:
-        return jnp.take_along_axis(values, at[..., None], -1)[..., 0]
-
-    def without(values: Array, at: Array) -> Array:
-        return jnp.where(jnp.arange(tile) == at[..., None], -jnp.inf, values)
+    def first_at(values: Array, highest: Array, ids: Array) -> Array:
+        """Lowest token with that value; a minimum vectorizes on CPUs, where an argmax does not."""
+        return jnp.min(jnp.where(values == highest[..., None], ids, vocab_size), axis=-1)
 
     def step(index: Array, was: _Running) -> _Running:
         begin = index * tile
@@ -114,50 +138,49 @@ def choose(
         )
         if bias_v is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias_v, start, tile).astype(jnp.float32)
-        logits = jnp.where(ids >= begin, logits * scale, -jnp.inf)
-        allowed = jnp.where(ids == mask_id, -jnp.inf, logits)
-        noisy = jax.lax.cond(noise > 0, lambda: allowed + noise * gumbel(index), lambda: allowed)
+        logits *= scale
+        mask_place = mask_id - start
+        mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_place, 0, tile - 1), axis=-1, keepdims=False)
+        allowed = jnp.where((ids >= begin) & (ids != mask_id), logits, -jnp.inf)
 
-        place, top = jnp.argmax(noisy, axis=-1), jnp.argmax(allowed, axis=-1)
-        best, raw, first = pick(noisy, place), pick(logits, place), pick(logits, top)
-        second = jnp.max(without(logits, top), axis=-1)
-        others = without(logits, jnp.argmax(logits, axis=-1))
-        tile_peak = jnp.max(logits, axis=-1)
-        below = jnp.where(jnp.isfinite(others), others - tile_peak[..., None], 0)
-        weight = jnp.where(jnp.isfinite(others), jnp.exp(below), 0)
-        peak = jnp.maximum(was.peak, tile_peak)
-        over, weighted = jnp.zeros(shape), jnp.zeros(shape)
-        for part_peak, part_over, part_weighted, is_top in (
-            (was.peak, was.over, was.weighted, was.peak >= tile_peak),
-            (tile_peak, weight.sum(-1), (weight * below).sum(-1), was.peak < tile_peak),
-        ):
-            shift = jnp.where(jnp.isfinite(part_peak), part_peak - peak, 0)
-            factor = jnp.exp(part_peak - peak)
-            count = part_over + ~is_top  # a peak that is overtaken becomes one of the others
-            over += factor * count
-            weighted += factor * (part_weighted + count * shift)
+        peak = jnp.max(allowed, axis=-1)
+        top = first_at(allowed, peak, ids)
+        others = jnp.where(ids == top[..., None], -jnp.inf, allowed)
+        second = jnp.max(others, axis=-1)
+        below = others - jnp.maximum(peak, lowest)[..., None]  # finite bounds: 0 * -inf would be nan
+        weight, below = jnp.exp(below), jnp.maximum(below, lowest)
+        mass = _Mass(peak, weight.sum(-1), (weight * below).sum(-1))
+
+        def with_noise() -> tuple[Array, Array, Array]:
+            noisy = allowed + noise * gumbel(index)
+            best = jnp.max(noisy, axis=-1)
+            token = first_at(noisy, best, ids)
+            return best, token, jnp.take_along_axis(logits, (token - start)[..., None], -1)[..., 0]
+
+        best, token, raw = jax.lax.cond(noise > 0, with_noise, lambda: (peak, top, peak))
         wins = best > was.best
-        rest = jnp.logaddexp(was.rest, jax.nn.logsumexp(without(logits, place), axis=-1))
         return _Running(
             best=jnp.maximum(best, was.best),
-            token=jnp.where(wins, ids[place], was.token),
+            token=jnp.where(wins, token, was.token),
             raw=jnp.where(wins, raw, was.raw),
-            rest=jnp.logaddexp(rest, jnp.where(wins, was.raw, raw)),
-            first=jnp.maximum(first, was.first),
-            second=jnp.maximum(jnp.minimum(first, was.first), jnp.maximum(second, was.second)),
-            peak=peak,
-            over=over,
-            weighted=weighted,
+            top=jnp.where(peak > was.mass.peak, top, was.top),
+            second=jnp.maximum(jnp.minimum(peak, was.mass.peak), jnp.maximum(second, was.second)),
+            mass=was.mass | mass,
+            mask=jnp.where((mask_place >= 0) & (mask_place < tile), mask, was.mask),
         )
 
-    lowest = jnp.full(shape, -jnp.inf)
-    zero = jnp.zeros(shape)
-    start = _Running(lowest, jnp.zeros(shape, jnp.int32), lowest, lowest, lowest, lowest, lowest, zero, zero)
+    unseen, zero, nothing = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
+    start = _Running(unseen, nothing, unseen, nothing, unseen, _Mass(unseen, zero, zero), unseen)
     with jax.named_scope("head"):
         last = jax.lax.fori_loop(0, -(-vocab_size // tile), step, start)
+        mass = last.mass | _Mass(last.mask, zero, zero)
+        share = jnp.exp(last.raw - mass.peak)
+        certain = (last.token == last.top) & (last.raw >= mass.peak)
+        first, second = last.mass.peak, jnp.maximum(last.second, last.mask)
     return Choice(
         token=last.token,
-        log_odds=last.raw - last.rest,
-        margin=(jnp.exp(last.first - last.peak) - jnp.exp(last.second - last.peak)) / (1 + last.over),
-        entropy=jnp.log1p(last.over) - last.weighted / (1 + last.over),
+        # The sum over the others is exact where the token is the peak, and no less than 1 where it is not.
+        log_odds=last.raw - mass.peak - jnp.log(jnp.where(certain, mass.over, 1 + mass.over - share)),
+        margin=(jnp.exp(first - mass.peak) - jnp.exp(second - mass.peak)) / (1 + mass.over),
+        entropy=jnp.log1p(mass.over) - mass.weighted / (1 + mass.over),
     )

@@ -53,6 +53,18 @@ def test_statistics_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, tile
     np.testing.assert_allclose(found.entropy, -(p * np.log(p)).sum(-1), rtol=2e-4, atol=1e-20)
 
 
+@pytest.mark.parametrize(("tile", "vocab_size"), [(5, 6), (1, 8)])
+def test_a_tile_of_nothing_but_the_mask_token(monkeypatch: pytest.MonkeyPatch, tile: int, vocab_size: int) -> None:
+    monkeypatch.setattr(head, "TILE", tile)
+    logits = np.random.default_rng(1).normal(size=(1, 2, vocab_size))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    found = _choose(logits, np.eye(vocab_size))
+    assert np.array_equal(found.token, np.where(np.arange(vocab_size) == MASK, -np.inf, logits).argmax(-1))
+    np.testing.assert_allclose(found.entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
+    chosen = np.take_along_axis(p, np.asarray(found.token)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(jax.nn.sigmoid(found.log_odds), chosen, rtol=1e-5)
+
+
 def test_confidence_does_not_saturate_where_probabilities_round_to_one() -> None:
     table = np.zeros((16, 2))
     table[3] = [1, 0]
