@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.numerics import precision
 
+SCORES = 1 << 20  # scores held at a time: 4 MiB, about what a few cores' caches hold
+
 
 @runtime_checkable
 class Attention(Protocol):
@@ -52,7 +54,8 @@ def prefix_attention(
 ) -> Float[Array, "B N T H"]:
     """Attention of suffix queries over a shared prefix and their own suffix, one softmax over both.
 
-    Rows are taken one at a time, so that scores of one row are all that is ever held and a prefix is read in place.
+    Rows and heads are taken a few at a time, as many as `SCORES` allows: their scores are all that is ever held and
+    stay in a CPU's cache, and a shared prefix is read where it lies.
 
     Args:
         q: queries, rotated.
@@ -75,32 +78,40 @@ def prefix_attention(
     high = precision(q.dtype)
     lowest = float(jnp.finfo(jnp.float32).min)  # finite: with nothing valid, -inf - -inf would be nan
 
-    def scores(q_kmh: Array, k_ksh: Array, valid_s: Array) -> Array:
-        s_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, precision=high, preferred_element_type=jnp.float32)
-        return jnp.where(valid_s, s_kms * scale, -jnp.inf)
+    def scores(q_mh: Array, k_sh: Array, valid_s: Array) -> Array:
+        s_ms = jnp.einsum("mh,sh->ms", q_mh, k_sh, precision=high, preferred_element_type=jnp.float32)
+        return jnp.where(valid_s, s_ms * scale, -jnp.inf)
 
-    def weighted(p_kms: Array, v_ksh: Array) -> Array:
+    def weighted(p_ms: Array, v_sh: Array) -> Array:
         return jnp.einsum(
-            "kms,ksh->kmh", p_kms.astype(v_ksh.dtype), v_ksh, precision=high, preferred_element_type=jnp.float32
+            "ms,sh->mh", p_ms.astype(v_sh.dtype), v_sh, precision=high, preferred_element_type=jnp.float32
         )
 
-    def row(b: Array) -> Array:
+    def head(place: tuple[Array, Array]) -> Array:
+        b, k = place
         g = b if prefix_index is None else prefix_index[b]
-        place = (g,) if layer is None else (layer, g)
-        q_kmh = q[b].reshape(num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
-        s_suffix = scores(q_kmh, k_suffix[b], suffix_valid[b])
+        shared = (g, k) if layer is None else (layer, g, k)
+        s_suffix = scores(q_bkmh[b, k], k_suffix[b, k], suffix_valid[b])
         peak = jnp.max(s_suffix, axis=-1, keepdims=True, initial=lowest)
         if num_prefix:
-            s_prefix = scores(q_kmh, k_prefix[place], jnp.arange(num_prefix) < prefix_len[g])
+            s_prefix = scores(q_bkmh[b, k], k_prefix[shared], jnp.arange(num_prefix) < prefix_len[g])
             peak = jnp.maximum(peak, jnp.max(s_prefix, axis=-1, keepdims=True))
         p_suffix = jnp.exp(s_suffix - peak)
         total = jnp.sum(p_suffix, axis=-1, keepdims=True)
-        out = weighted(p_suffix, v_suffix[b])
+        out = weighted(p_suffix, v_suffix[b, k])
         if num_prefix:
             p_prefix = jnp.exp(s_prefix - peak)
             total += jnp.sum(p_prefix, axis=-1, keepdims=True)
-            out += weighted(p_prefix, v_prefix[place])
-        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype).reshape(num_heads, num_queries, head_dim)
+            out += weighted(p_prefix, v_prefix[shared])
+        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype)
 
     with jax.named_scope("prefix_attention"):
-        return jax.lax.map(row, jnp.arange(q.shape[0]))
+        num_rows = q.shape[0]
+        # Query heads of one KV head stand together: they are more queries on the same keys.
+        q_bkmh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
+        rows, heads = jnp.divmod(jnp.arange(num_rows * num_kv_heads), num_kv_heads)
+        size = q_bkmh.shape[2] * (num_prefix + k_suffix.shape[2])
+        # Heads of one row without a remainder, which a loop would run as a program of its own.
+        fitting = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n * size <= SCORES]
+        at_once = max(fitting, default=1) if size else None
+        return jax.lax.map(head, (rows, heads), batch_size=at_once).reshape(q.shape)
