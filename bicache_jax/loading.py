@@ -15,8 +15,8 @@ import numpy as np
 from bicache_jax.boundary import fingerprint, load_table
 from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
 from bicache_jax.config import ModelConfig
-from bicache_jax.configs import published_table
-from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.configs import model_shape, names, published_table
+from bicache_jax.models import FAMILIES, abstract, init
 from bicache_jax.tokenizer import load_tokenizer
 from bicache_jax.types import BicacheError, Model
 
@@ -110,6 +110,35 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
     config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
     boundaries, note = _own_table(folder, config, mark)
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
+    """A model of a published shape with random weights, for measurements that no weight changes.
+
+    Args:
+        shape: `llada_8b`, `dream_7b` or `small`.
+        dtype: as in `load_model`.
+        seed: of the weights.
+
+    Returns:
+        The model. A shape without a published boundary table gets LLaDA-8B's, scaled to its depth.
+
+    Raises:
+        BicacheError: the shape is unknown.
+    """
+    known = names("models")
+    if shape not in known:
+        raise BicacheError(f"no model shape {shape!r}; there are {', '.join(known)}")
+    config = model_shape(shape)
+    make = jax.jit(init, static_argnames=("config", "dtype"))
+    params = make(config, jax.random.key(seed), dtype=resolve_dtype(dtype))
+    table = published_table(config)
+    if table is not None:
+        return Model(config, params, name=f"random {shape}", boundaries=table.table)
+    whole = published_table(model_shape("llada_8b"))
+    assert whole is not None
+    scaled = {ratio: round(b * config.num_layers / whole.num_layers) for ratio, b in whole.table.items()}
+    return Model(config, params, name=f"random {shape}", boundaries=scaled)
 
 
 def _own_table(folder: Path, config: ModelConfig, mark: str) -> tuple[Mapping[int, int] | None, str]:

@@ -55,6 +55,7 @@ def jobs(rows: Sequence[Row]) -> list[Job]:
             suffix=row.suffix_len,
             steps=row.request.sampling.num_steps,
             block=row.request.sampling.block_size,
+            response=row.request.sampling.gen_length,
             boundary=row.boundary,
             rows_per_prefix=sharing[row.prefix],
         )
@@ -90,10 +91,11 @@ class Plan:
         """Ratio of the operations without a prefix cache to those planned; an upper bound of the speed-up."""
         planned = none = 0.0
         for job in jobs(self.rows):
-            job = dataclasses.replace(job, refresh_interval=self.cache.refresh_interval)
+            job = dataclasses.replace(
+                job, refresh_interval=self.cache.refresh_interval, block_cache=self.cache.block_cache
+            )
             planned += row_flops(self.config, job)
-            whole = dataclasses.replace(job, prefix=0, suffix=job.prefix + job.suffix)
-            none += row_flops(self.config, whole)
+            none += row_flops(self.config, job.without_prefix())
         return none / planned if planned else 1.0
 
     def shape(self, batch: Batch) -> tuple[int, int, int, int]:

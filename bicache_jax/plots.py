@@ -45,3 +45,45 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
     axes.set_title(f"Prefix KV alone and in the full sequence: {table.model}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
+
+
+def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
+    """Draws tokens/s and the ratio to no cache over the setting that varies most, with the limit.
+
+    Args:
+        record: what `bicache benchmark --json` prints.
+        path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    names = {
+        "prefix": "prefix tokens P",
+        "rows": "rows",
+        "prefixes": "prefixes that the rows share",
+        "refresh_interval": "refresh interval N",
+        "suffix": "suffix tokens U",
+        "boundary": "boundary b",
+    }
+    results = record["results"]
+    across = max(names, key=lambda name: len({result[name] for result in results}))
+    others = [name for name in names if name not in (across, "boundary")]
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    speed, ratio = figure.subplots(1, 2)
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        lines.setdefault((result["policy"], *(result[name] for name in others)), []).append(result)
+    varied = [name for name in others if len({result[name] for result in results}) > 1]
+    for (policy, *_), members in lines.items():
+        members = sorted(members, key=lambda result: result[across] or 0)
+        label = ", ".join([policy, *(f"{name} {members[0][name]}" for name in varied)])
+        places = [result[across] or 0 for result in members]
+        (drawn,) = speed.plot(places, [result["tokens_per_s"] for result in members], marker="o", label=label)
+        if all(result["ratio_to_none"] for result in members):
+            ratio.plot(places, [r["ratio_to_none"] for r in members], marker="o", color=drawn.get_color(), label=label)
+        if policy != "none" and all(result["limit"] for result in members):
+            ratio.plot(places, [r["limit"] for r in members], linestyle="--", color=drawn.get_color(), alpha=0.6)
+    speed.set(xlabel=names[across], ylabel="tokens/s", ylim=(0, None))
+    ratio.set(xlabel=names[across], ylabel="ratio to none (dashed: limit by counted operations)", ylim=(0, None))
+    speed.legend(fontsize="small")
+    figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}", fontsize="medium")
+    figure.savefig(path, dpi=110)

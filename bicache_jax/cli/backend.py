@@ -161,8 +161,20 @@ def load(args: argparse.Namespace) -> Model:
     """
     from bicache_jax.loading import load_model
 
-    _start_compilation_cache(args.compilation_cache, enabled=not args.no_compilation_cache)
+    start_compilation_cache(args)
     return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
+
+
+def random(args: argparse.Namespace) -> Model:
+    """Makes the random model that the flags name, compiled programs kept as they say.
+
+    Raises:
+        BicacheError: there is no such shape.
+    """
+    from bicache_jax.loading import random_model
+
+    start_compilation_cache(args)
+    return random_model(args.random, dtype=args.dtype)
 
 
 def add_compilation_flags(group: argparse._ArgumentGroup) -> None:
@@ -176,11 +188,16 @@ def add_compilation_flags(group: argparse._ArgumentGroup) -> None:
     compilation.add_argument("--no-compilation-cache", action="store_true", help="keep none")
 
 
-def _start_compilation_cache(folder: str | None, *, enabled: bool) -> None:
-    """Lets XLA keep compiled programs for the next run, unless the user has set that up already."""
+def start_compilation_cache(args: argparse.Namespace) -> None:
+    """Lets XLA keep compiled programs for the next run, unless the user has set that up already.
+
+    Raises:
+        BicacheError: the folder that the flags name cannot be written.
+    """
     from bicache_jax.compilation import use_persistent_cache
 
-    if not enabled or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
+    folder = args.compilation_cache
+    if args.no_compilation_cache or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(folder) if folder is not None else Path(home) / "bicache-jax" / "xla"

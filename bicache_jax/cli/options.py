@@ -41,6 +41,24 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """The argument type of names with commas between them."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("must name at least one")
+    return names
+
+
+def integers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """The argument type of integers with commas between them."""
+    one = integer(least, most)
+
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(one(part) for part in listed(text))
+
+    return parse
+
+
 def fraction(text: str) -> float:
     """The argument type of numbers from 0 to 1."""
     try:

@@ -1,0 +1,236 @@
+"""`bicache benchmark`: speed of policies side by side, and how near the limit they come."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from bicache_jax.cli import backend
+from bicache_jax.cli.generate import DTYPES
+from bicache_jax.cli.options import boundary, from_flags, integer, integers, listed
+from bicache_jax.config import SamplingConfig
+from bicache_jax.types import BicacheError
+
+HELP = "measure the speed of policies, and how near the limit it is"
+DESCRIPTION = """\
+Runs the same synthetic requests under several policies, in turns in one process, and prints for each the speed, its
+ratio to no cache, the ratio that counted operations allow at most, and the share of the matmul peak that is used.
+Flags that take a LIST make a grid."""
+EPILOG = """\
+examples:
+  bicache benchmark --random small --policies none,bicache --prefix 768 --suffix 256 --rows 4 --refresh-interval 16 \\
+      --dtype float32 --json
+  bicache benchmark --model ./LLaDA-8B-Instruct --prefix 512,1024 --suffix 256 --rows 1,8,32 --plot speed.png
+
+columns:
+  limit   ratio to no cache of the published algorithm's work, by exact counts of operations (on accelerators by the
+          larger of operations / peak and bytes / bandwidth); the encoding is spread over the rows of a prefix
+  share   measured ratio / limit; above 1 where work is saved that the published algorithm does
+  mfu     operations executed / (time x highest matmul speed measured in this process)
+  memory  of the decode program, parameters included, as the compiler counts it"""
+
+BLOCK_LENGTH_WITH_CACHE = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `benchmark`."""
+    what = parser.add_argument_group("model")
+    model = what.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
+    model.add_argument("--random", metavar="SHAPE", help="random weights of a shape: llada_8b, dream_7b, small")
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
+    what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+
+    grid = parser.add_argument_group("settings")
+    grid.add_argument(
+        "--policies", type=listed, default=listed("none,naive,bicache"), metavar="LIST",
+        help="none, naive, bicache, each also with +prefix or +dual (default: none,naive,bicache)",
+    )  # fmt: skip
+    lengths = grid.add_mutually_exclusive_group()
+    lengths.add_argument("--prefix", type=integers(0), metavar="LIST", help="prefix tokens (default: 768)")
+    lengths.add_argument("--ratio", type=integers(0, 99), metavar="LIST", help="prefix tokens in percent of all")
+    grid.add_argument("--suffix", type=integers(1), default=(256,), metavar="LIST", help="suffix tokens (default: 256)")
+    grid.add_argument("--rows", type=integers(1), default=(4,), metavar="LIST", help="rows of the batch (default: 4)")
+    grid.add_argument("--prefixes", type=integers(1), default=(1,), metavar="LIST", help="that they share (default: 1)")
+    grid.add_argument("--refresh-interval", type=integers(1), default=(16,), metavar="LIST", help="N (default: 16)")
+    grid.add_argument("--boundary", type=_boundaries, default=("auto",), metavar="LIST", help="b (default: auto)")
+    grid.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: half of the suffix)")
+    grid.add_argument(
+        "--steps", type=integer(1), metavar="N", help="(default: two refresh intervals, at most gen-length)"
+    )
+    grid.add_argument(
+        "--block-length",
+        type=integer(1),
+        metavar="N",
+        help="(default: gen-length; 32 where a policy has a block cache)",
+    )
+    grid.add_argument("--attention", default="auto", metavar="NAME", help="implementation (default: %(default)s)")
+
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--baseline", type=listed, default=(), metavar="LIST", help="torch: the same weights in PyTorch"
+    )
+    running.add_argument("--repeats", type=integer(1), default=5, metavar="N", help="most turns (default: %(default)s)")
+    running.add_argument(
+        "--seconds", type=integer(1), default=45, metavar="S", help="no third turn begins later (default: %(default)s)"
+    )
+    running.add_argument(
+        "--restart", action="store_true", help="also time a fresh process, cold and with its programs kept"
+    )
+    running.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    running.add_argument("--plot", metavar="FILE", help="write a PNG: speed over the settings, with the limit")
+    running.add_argument("--quiet", action="store_true", help="no progress bar")
+    backend.add_compilation_flags(running)
+
+
+def _boundaries(text: str) -> tuple[int | str, ...]:
+    return tuple(boundary(part) for part in listed(text))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `bicache benchmark`; returns the exit status."""
+    import jax
+    from tqdm import tqdm
+
+    from bicache_jax import benchmark
+
+    if args.restart and args.model is None:
+        raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
+    model = backend.load(args) if args.model is not None else backend.random(args)
+    cases = _cases(args)
+    runners: list[Any] = [
+        _baseline(case.policy, model, case)
+        if case.policy in args.baseline
+        else benchmark.EngineRunner(model, case, args.attention)
+        for case in cases
+    ]
+    with ExitStack() as stack:
+        total = len(cases) * (1 + args.repeats)
+        bar = stack.enter_context(
+            tqdm(total=total, unit="run", disable=args.quiet or not sys.stderr.isatty(), leave=False)
+        )
+        bandwidth = benchmark.memory_bandwidth()
+        dtype = model.params["embed"].dtype
+        times, firsts, peak = benchmark.measure(
+            runners,
+            peak=benchmark.matmul_peak(dtype),
+            repeats=args.repeats,
+            seconds=args.seconds,
+            progress=lambda: None if bar.update() else None,
+        )
+        results = benchmark.report(
+            model.config, cases, runners, times, firsts, peak=peak, bandwidth=bandwidth, itemsize=dtype.itemsize
+        )
+    record = {
+        "model": args.model or f"random {args.random}",
+        "device": benchmark.device_name(),
+        "dtype": dtype.name,
+        "jax": jax.__version__,
+        "matmul_peak_gflops": round(peak / 1e9, 1),
+        "bandwidth_gb_s": None if bandwidth == float("inf") else round(bandwidth / 1e9, 1),
+        "turns": len(times),
+        "results": results,
+    }
+    if args.restart:
+        from bicache_jax.restart import measure_restart
+
+        record["restart"] = measure_restart(args.model, args.dtype)
+    if args.plot:
+        from bicache_jax.plots import speed_over_settings
+
+        speed_over_settings(record, args.plot)
+    print(json.dumps(record) if args.json else table(record))
+    return 0
+
+
+def _cases(args: argparse.Namespace) -> list[Any]:
+    """The grid, policies innermost."""
+    from bicache_jax.benchmark import Case
+    from bicache_jax.config import CacheConfig
+    from bicache_jax.evaluation import parse_policy
+
+    for name in args.baseline:
+        if name != "torch":
+            raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
+    block_cache = any(parse_policy(name, CacheConfig()).block_cache != "off" for name in args.policies)
+    cases: dict[Any, None] = {}
+    prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
+    for suffix, length, rows, groups in itertools.product(args.suffix, prefixes, args.rows, args.prefixes):
+        if groups > rows:
+            raise BicacheError(f"--prefixes {groups} needs at least as many --rows, got {rows}")
+        prefix = round(length * suffix / (100 - length)) if args.ratio is not None else length
+        gen_length = args.gen_length or max(1, suffix // 2)
+        block = args.block_length or (min(BLOCK_LENGTH_WITH_CACHE, gen_length) if block_cache else gen_length)
+        steps = args.steps or min(gen_length, 2 * max(args.refresh_interval))
+        sampling = from_flags(SamplingConfig, gen_length=gen_length, steps=steps, block_length=block)
+        for interval, b, policy in itertools.product(
+            args.refresh_interval, args.boundary, (*args.policies, *args.baseline)
+        ):
+            # What a policy does not look at makes no case of its own.
+            cached = policy not in args.baseline and policy.partition("+")[0] != "none"
+            case = Case(
+                policy=policy,
+                prefix=prefix,
+                suffix=suffix,
+                rows=rows,
+                prefixes=groups,
+                refresh_interval=interval if cached else args.refresh_interval[0],
+                boundary=b if policy.startswith("bicache") else "auto",
+                sampling=sampling,
+            )
+            cases[case] = None
+    return list(cases)
+
+
+def _baseline(name: str, model: Any, case: Any) -> Any:
+    from bicache_jax.torch_baseline import TorchRunner
+
+    return TorchRunner(model, case)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Results for people, in Markdown."""
+    lines = [
+        f"{record['model']}, {record['dtype']}, {record['device']}, jax {record['jax']}; "
+        f"matmul peak {record['matmul_peak_gflops']:.0f} GFLOP/s; medians of {record['turns']} turns",
+        "",
+    ]
+    heads = [*"policy P U r rows G N b steps tokens/s".split(), "ratio (spread)", *"limit share mfu".split()]
+    heads += ["first token", *"memory cache compile dispatches".split()]
+    lines += ["| " + " | ".join(heads) + " |"]
+    lines += ["|" + "---|" * len(heads)]
+
+    def number(value: Any, form: str, unit: str = "") -> str:
+        return "" if value is None else f"{value:{form}}{unit}"
+
+    for result in record["results"]:
+        spread = result["ratio_spread"]
+        ratio = number(result["ratio_to_none"], ".2f")
+        cells = [
+            result["policy"],
+            *(str(result[name]) for name in ("prefix", "suffix", "ratio", "rows", "prefixes", "refresh_interval")),
+            number(result["boundary"], "d"),
+            str(result["steps"]),
+            number(result["tokens_per_s"], ".1f"),
+            f"{ratio} ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "",
+            number(result["limit"], ".2f"),
+            number(result["limit_share"], ".2f"),
+            number(result["mfu"], ".2f"),
+            number(result["first_token_s"], ".3f", " s"),
+            number(result["memory_bytes"] and result["memory_bytes"] / 2**20, ".0f", " MiB"),
+            number(result["cache_bytes"] and result["cache_bytes"] / 2**20, ".1f", " MiB"),
+            number(result["compile_s"], ".1f", " s"),
+            number(result["dispatches"], "d"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if "restart" in record:
+        cold, warm = record["restart"]["cold_s"], record["restart"]["warm_s"]
+        lines += [
+            "",
+            f"from process start to the first token: {cold:.1f} s cold, {warm:.1f} s with compiled programs kept",
+        ]
+    return "\n".join(lines)

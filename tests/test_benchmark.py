@@ -1,0 +1,160 @@
+"""What `bicache benchmark` counts and prints. Speed itself is never tested: the machine decides that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bicache_jax import BicacheError
+from bicache_jax.backbone import layer_params
+from bicache_jax.benchmark import Case, EngineRunner, synthetic_requests
+from bicache_jax.cli import main
+from bicache_jax.config import CacheConfig, SamplingConfig
+from bicache_jax.configs import model_shape
+from bicache_jax.functional import backbone_for
+from bicache_jax.loading import random_model
+from bicache_jax.models import abstract
+from bicache_jax.numerics import precision
+from bicache_jax.work import Job, batch_seconds, gain_limit, head_flops, layer_flops, row_flops, weight_bytes
+
+SMALL = model_shape("small")
+
+
+def test_counted_operations_of_a_layer_and_the_head_are_those_of_the_compiler() -> None:
+    backbone, params = backbone_for(SMALL), abstract(SMALL)
+    num_prefix, num_suffix = 256, 128
+    kv = jax.ShapeDtypeStruct((1, SMALL.num_kv_heads, num_prefix, SMALL.head_dim), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, num_suffix, SMALL.d_model), jnp.float32)
+
+    def layer(params, x, k_prefix, v_prefix):
+        weights, positions = layer_params(params, 0), jnp.arange(num_suffix)[None]
+        k, v = backbone.key_value(weights, x, positions)
+        q = backbone.query(weights, x, positions)
+        length, valid = jnp.full((1,), num_prefix), jnp.ones((1, num_suffix), bool)
+        attended = backbone.attention(q, k_prefix, v_prefix, k, v, prefix_len=length, suffix_valid=valid)
+        return backbone.finish(weights, x, attended)
+
+    counted = jax.jit(layer).lower(params, x, kv, kv).cost_analysis()["flops"]
+    assert layer_flops(SMALL, num_suffix, num_prefix + num_suffix) == pytest.approx(counted, rel=0.02)
+
+    def head(params, x):
+        return jnp.einsum("btd,vd->btv", x, backbone.head(params)[0], precision=precision(x.dtype))
+
+    counted = jax.jit(head).lower(params, x).cost_analysis()["flops"]
+    assert head_flops(SMALL, num_suffix) == pytest.approx(counted, rel=0.02)
+
+
+def test_work_of_a_run_by_hand() -> None:
+    layers, whole = SMALL.num_layers, layer_flops(SMALL, 40, 40)
+    none = Job(prefix=0, suffix=40, steps=6, block=8)
+    assert row_flops(SMALL, none) == 6 * (layers * whole + head_flops(SMALL, 8))
+
+    # Two refreshes of the five deep layers, and the prefix encoded once for four rows.
+    job = Job(prefix=24, suffix=16, steps=6, block=8, boundary=3, refresh_interval=4, rows_per_prefix=4)
+    suffix = layers * layer_flops(SMALL, 16, 40)
+    encode = layers * layer_flops(SMALL, 24, 24)  # the published code encodes through all layers
+    by_hand = 6 * (suffix + head_flops(SMALL, 8)) + 2 * 5 * layer_flops(SMALL, 24, 40)
+    counted = row_flops(SMALL, job, published=True)
+    assert by_hand < counted <= by_hand + encode / 4
+    assert row_flops(SMALL, job) < counted
+    assert row_flops(SMALL, dataclasses.replace(job, boundary=layers - 1)) == row_flops(
+        SMALL, dataclasses.replace(job, boundary=layers)
+    )
+
+
+@pytest.mark.parametrize(
+    ("block_cache", "windows"),
+    [("off", {16: 4}), ("dual", {16: 2, 4: 2}), ("prefix", {16: 2, 8: 1, 4: 1})],
+)
+def test_windows_of_block_caches(block_cache, windows) -> None:
+    job = Job(prefix=8, suffix=16, steps=4, block=4, response=8, refresh_interval=4, block_cache=block_cache)
+    found = job.passes()
+    assert {window: sum(n for (_, w), n in found.items() if w == window) for _, window in found} == windows
+    assert sum(n for (refresh, _), n in found.items() if refresh) == 1
+
+
+def test_limits() -> None:
+    job = Job(prefix=768, suffix=256, steps=32, block=128, boundary=4, refresh_interval=16, rows_per_prefix=4)
+    flops = row_flops(SMALL, job.without_prefix(), published=True) / row_flops(SMALL, job, published=True)
+    assert gain_limit(SMALL, job, 4) == pytest.approx(flops)
+    assert gain_limit(SMALL, job.without_prefix()) == 1
+    assert gain_limit(SMALL, dataclasses.replace(job, boundary=8)) > flops
+    # Where memory is all that counts, steps cost the same with and without a cache.
+    assert gain_limit(SMALL, job, 4, peak=math.inf, bandwidth=1.0) == pytest.approx(1)
+    assert batch_seconds(SMALL, job, 1, peak=math.inf, bandwidth=1.0) > 32 * weight_bytes(SMALL, 4)
+
+
+def test_requests_have_the_lengths_asked_for() -> None:
+    case = Case("none", 24, 16, 6, 2, 4, "auto", SamplingConfig(gen_length=8))
+    requests = synthetic_requests(SMALL, case)
+    assert {len(request.prompt_ids) for request in requests} == {24 + 8}
+    assert len({request.prompt_ids[:24] for request in requests}) == 2
+    assert SMALL.mask_id not in np.concatenate([request.prompt_ids for request in requests])
+    with pytest.raises(BicacheError, match="leaves no room"):
+        synthetic_requests(SMALL, dataclasses.replace(case, suffix=7))
+
+
+def test_the_command_prints_every_column(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    picture = tmp_path / "speed.png"
+    status = main(
+        ["benchmark", "--model", str(golden.FOLDERS["llada"]), "--policies", "none,naive,bicache,bicache+dual"]
+        + ["--boundary", "2", "--prefix", "24,40", "--suffix", "16", "--rows", "2", "--refresh-interval", "2"]
+        + ["--gen-length", "8", "--steps", "4", "--block-length", "4", "--repeats", "2", "--seconds", "1", "--json"]
+        + ["--plot", str(picture)]
+    )
+    assert status == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["device"] and record["matmul_peak_gflops"] > 0
+    assert [r["policy"] for r in record["results"]] == ["none", "naive", "bicache", "bicache+dual"] * 2
+    for result in record["results"]:
+        assert result["tokens_per_s"] > 0 and result["first_token_s"] > 0 and result["mfu"] > 0
+        assert result["ratio_to_none"] > 0 and result["limit"] >= 1 and result["limit_share"] > 0
+        assert result["memory_bytes"] > 0 and result["dispatches"] >= 1 and result["forward_passes"] == 2 * 4
+    cached = {result["policy"]: result["cache_bytes"] for result in record["results"]}
+    assert cached["none"] == 0 < cached["naive"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--random", "huge"], "no model shape 'huge'"),
+        (["--random", "small", "--policies", "fast"], "policy 'fast'"),
+        (["--random", "small", "--rows", "1", "--prefixes", "2"], "--prefixes 2"),
+        (["--random", "small", "--suffix", "8", "--gen-length", "16"], "leaves no room"),
+        (["--random", "small", "--restart"], "--restart needs --model"),
+        (["--random", "small", "--baseline", "caffe"], "the only baseline is torch"),
+    ],
+)
+def test_faults_are_one_line(flags, fault, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", *flags]) == 2
+    complaint = capsys.readouterr().err
+    assert fault in complaint and complaint.count("\n") == 1
+
+
+def test_the_torch_baseline_gives_the_same_tokens() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from bicache_jax.engine import Engine
+    from bicache_jax.torch_baseline import TorchRunner
+
+    model = random_model("small", dtype="float32")
+    case = Case("none", 40, 24, 2, 1, 16, "auto", SamplingConfig(gen_length=16, steps=8))
+    requests = synthetic_requests(model.config, case)
+    ours = Engine(model, cache=CacheConfig(policy="none")).generate(requests)
+    assert TorchRunner(model, case).generate(8).tolist() == [list(result.token_ids) for result in ours]
+
+
+def test_a_run_reports_the_work_of_its_own_policy() -> None:
+    model = random_model("small", dtype="float32")
+    case = Case("naive", 24, 16, 2, 1, 4, "auto", SamplingConfig(gen_length=8, steps=2))
+    runner = EngineRunner(model, case)
+    assert runner.job().boundary == SMALL.num_layers and runner.job().rows_per_prefix == 2
+    assert EngineRunner(model, dataclasses.replace(case, policy="none")).job().suffix == 40
