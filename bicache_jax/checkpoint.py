@@ -1,22 +1,26 @@
 """Reading a Hugging Face checkpoint folder: `config.json` and safetensors, streamed into stacked arrays.
 
-One stacked parameter is assembled at a time and handed to the device before the next begins, so that host memory never
-holds a second copy of the model. Nothing is ever unpickled, and no code of a checkpoint is run.
+One part of one stacked parameter is assembled at a time and handed to its devices before the next begins, and only the
+bytes that this process's devices need are read: host memory never holds a second copy of the model, nor a whole one
+where the model is sharded over processes. Nothing is ever unpickled, and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bicache_jax.boundary import fingerprint
 from bicache_jax.types import BicacheError
 
 _ABSENT = object()
@@ -69,7 +73,12 @@ class TensorMap:
 
 
 class SafetensorsFolder:
-    """Tensors of a checkpoint folder by name, single or sharded file; files are opened once and read lazily."""
+    """Tensors of a checkpoint folder by name, single or sharded file; files are opened once and read lazily.
+
+    Attributes:
+        folder: where it is.
+        bytes_read: bytes of tensors read so far.
+    """
 
     def __init__(self, folder: Path):
         """Reads headers only.
@@ -78,6 +87,7 @@ class SafetensorsFolder:
             BicacheError: no safetensors file, a file that cannot be read, or an index that names a missing file.
         """
         self.folder = folder
+        self.bytes_read = 0
         index = folder / "model.safetensors.index.json"
         if index.exists():
             listed = read_json(index).get("weight_map")
@@ -119,9 +129,27 @@ class SafetensorsFolder:
         view = self._where[name].get_slice(name)
         return str(view.get_dtype()), tuple(view.get_shape())
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor, copied from the file."""
-        return self._where[name].get_tensor(name)
+    def mark(self, fields: Mapping[str, Any]) -> str:
+        """The checkpoint's fingerprint, `fields` being those of its `config.json`."""
+        headers = {name: self.header(name) for name in sorted(self.names)}
+        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+        return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
+
+    def load(self, mapping: TensorMap, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """`load_params` of this folder."""
+        return load_params(self, mapping, abstract)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of a tensor, copied from the file; other parts are not touched.
+
+        Args:
+            name: the tensor.
+            index: a slice per axis; none: all of it.
+        """
+        view = self._where[name].get_slice(name)
+        part = view[index or tuple(slice(0, size) for size in view.get_shape())]
+        self.bytes_read += part.nbytes
+        return part
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,27 +169,69 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the leaves of a tree of dictionaries, each with the names that lead to it."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _paths(value, (*above, name))
+            yield from paths(value, (*above, name))
         else:
             yield (*above, name), value
 
 
-def load_params(
-    tensors: SafetensorsFolder,
-    mapping: TensorMap,
-    abstract: Mapping[str, Any],
-    put: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: jax.numpy.asarray(array),
-) -> dict[str, Any]:
+def tree_of(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """The tree that has these leaves; the inverse of `paths`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Whether a parameter has a leading axis of layers."""
+    return path[0] == "layers"
+
+
+def stored_names(mapping: TensorMap, path: tuple[str, ...], leaf: Any) -> list[str]:
+    """Checkpoint names of the tensors that a parameter is made of, one a layer where it is stacked."""
+    count = leaf.shape[0] if is_stacked(path) else 1
+    return [mapping.names[path].format(layer=layer) for layer in range(count)]
+
+
+def placed(leaf: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """A parameter on the devices that its sharding names.
+
+    Args:
+        leaf: its shape, dtype and sharding; no sharding: the default device.
+        read: the part of it that an index (a slice per axis) names.
+
+    Returns:
+        The array. A part that several devices of this process hold is read once, and one part is in host memory at a
+        time; parts of other processes' devices are not read.
+    """
+    whole = tuple(slice(0, size) for size in leaf.shape)
+    if leaf.sharding is None:
+        return jnp.asarray(read(whole))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    parts: list[jax.Array] = []
+    for bounds, devices in holders.items():
+        block = read(tuple(slice(*pair) for pair in bounds))
+        parts += jax.block_until_ready([jax.device_put(block, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+
+def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Streams a checkpoint into stacked arrays.
 
     Args:
         tensors: the folder.
         mapping: checkpoint names of the parameters.
-        abstract: shapes and dtypes wanted, as `models.abstract` gives them.
-        put: takes a finished host array to its device.
+        abstract: shapes and dtypes wanted, as `models.abstract` gives them, with a sharding where one is wanted.
 
     Returns:
         The parameter tree.
@@ -169,13 +239,11 @@ def load_params(
     Raises:
         BicacheError: tensors are missing, extra or misshaped; all of them are named.
     """
-    wanted = dict(_paths(abstract))
-    plan: dict[tuple[str, ...], list[str]] = {}
+    wanted = dict(paths(abstract))
+    plan = {path: stored_names(mapping, path, leaf) for path, leaf in wanted.items()}
     faults: list[str] = []
     for path, leaf in wanted.items():
-        stacked = path[0] == "layers"
-        plan[path] = [mapping.names[path].format(layer=i) for i in range(leaf.shape[0] if stacked else 1)]
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
         expected = shape[::-1] if path[-1] == "kernel" else shape
         for name in plan[path]:
             if name not in tensors.names:
@@ -186,16 +254,28 @@ def load_params(
     faults += [f"extra {name}" for name in sorted(tensors.names - known) if not name.endswith(mapping.ignored)]
     if faults:
         raise BicacheError(f"{tensors.folder}: tensors do not fit config.json: " + "; ".join(faults))
+    return tree_of(
+        (path, placed(leaf, functools.partial(read_part, tensors, plan[path], path, leaf.dtype)))
+        for path, leaf in wanted.items()
+    )
 
-    params: dict[str, Any] = {}
-    for path, names in plan.items():
-        leaf = wanted[path]
-        array = np.empty(leaf.shape, leaf.dtype)
-        for place, name in enumerate(names):
-            tensor = tensors.tensor(name)
-            (array if path[0] != "layers" else array[place])[...] = tensor.T if path[-1] == "kernel" else tensor
-        node = params
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = put(path, array)
-    return params
+
+def read_part(
+    tensors: SafetensorsFolder, names: Sequence[str], path: tuple[str, ...], dtype: Any, index: tuple[slice, ...]
+) -> np.ndarray:
+    """A part of a parameter, from the same part of each tensor that is in it.
+
+    Args:
+        tensors: the folder.
+        names: the parameter's tensors, as `stored_names` gives them.
+        path: the parameter.
+        dtype: wanted.
+        index: a slice per axis, start and stop given.
+    """
+    stacked, transposed = is_stacked(path), path[-1] == "kernel"
+    array = np.empty([part.stop - part.start for part in index], dtype)
+    inner = index[1:] if stacked else index
+    for place, name in enumerate(names[index[0]] if stacked else names):
+        part = tensors.read(name, inner[::-1] if transposed else inner)
+        (array[place] if stacked else array)[...] = part.T if transposed else part
+    return array

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bicache_jax.boundary import fingerprint, load_table
-from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
+from bicache_jax.boundary import load_table
+from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, read_json
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, names, published_table
 from bicache_jax.models import FAMILIES, abstract, init
+from bicache_jax.orbax_folder import OrbaxFolder, is_orbax
 from bicache_jax.tokenizer import load_tokenizer
 from bicache_jax.types import BicacheError, Model
 
@@ -70,11 +70,26 @@ def find_folder(path: str | Path) -> Path:
         raise BicacheError(f"{path}: no such folder, and the hub download failed: {reason}") from None
 
 
+def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
+    """The tensors of a checkpoint folder, in whichever of the two layouts it is.
+
+    Raises:
+        BicacheError: they cannot be read.
+    """
+    return OrbaxFolder(folder) if is_orbax(folder) else SafetensorsFolder(folder)
+
+
+def tensor_map(config: ModelConfig) -> TensorMap:
+    """Where the parameters of a model stand in a checkpoint in Hugging Face layout."""
+    return FAMILIES[config.family].tensor_map(config)
+
+
 def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Any = None) -> Model:
-    """Loads a checkpoint in Hugging Face layout.
+    """Loads a checkpoint.
 
     Args:
-        path: folder with `config.json` and `*.safetensors` (tokenizer files optional), a hub id, or `example`.
+        path: folder with `config.json` and `*.safetensors` (tokenizer files optional), an orbax folder written by
+            `bicache convert`, a hub id, or `example`.
         dtype: `auto`, `float32` or `bfloat16`.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         mesh: reserved for sharded loading; must be None.
@@ -95,16 +110,15 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
     if family is None:
         known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
         raise BicacheError(f"{source}: model_type is {model_type!r}, supported: {known}")
-    with SafetensorsFolder(folder) as tensors:
+    with open_checkpoint(folder) as tensors:
         try:
             config = family.config_from_hf(fields, tensors.names, str(source))
             if mask_id is not None:
                 config = dataclasses.replace(config, mask_id=mask_id)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
-        wanted = abstract(config, resolve_dtype(dtype))
-        params = load_params(tensors, family.tensor_map(config), wanted)
-        mark = fingerprint(fields, *_headers_and_norms(tensors))
+        params = tensors.load(tensor_map(config), abstract(config, resolve_dtype(dtype)))
+        mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
     ends = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
     config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
@@ -154,12 +168,3 @@ def _own_table(folder: Path, config: ModelConfig, mark: str) -> tuple[Mapping[in
         return None, ""
     note = f"no boundary table was made for this checkpoint; using the one published for {published.model}"
     return published.table, note
-
-
-def _headers_and_norms(
-    tensors: SafetensorsFolder,
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[tuple[str, np.ndarray]]]:
-    headers = {name: tensors.header(name) for name in sorted(tensors.names)}
-    vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
-    norms = [(name, tensors.tensor(name)) for name in vectors]
-    return headers, norms

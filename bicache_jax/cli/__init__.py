@@ -13,12 +13,18 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from bicache_jax.cli import benchmark, evaluate, generate, profile
+from bicache_jax.cli import benchmark, convert, evaluate, generate, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.types import BicacheError
 
-COMMANDS = {"generate": generate, "profile": profile, "evaluate": evaluate, "benchmark": benchmark}
+COMMANDS = {
+    "generate": generate,
+    "profile": profile,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "convert": convert,
+}
 
 EXIT_FAULT = 2
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE

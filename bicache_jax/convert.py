@@ -1,0 +1,108 @@
+"""Converting checkpoints between the Hugging Face layout and orbax folders, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from bicache_jax.checkpoint import TensorMap, is_stacked, paths, stored_names
+from bicache_jax.loading import find_folder, load_model, open_checkpoint, tensor_map
+from bicache_jax.orbax_folder import MANIFEST, OrbaxFolder, write_params
+from bicache_jax.types import BicacheError
+
+Layout = Literal["orbax", "safetensors"]
+LAYOUTS: tuple[Layout, ...] = ("orbax", "safetensors")
+FILE_BYTES = 5 * 10**9  # of a safetensors file, as the hub has them
+
+
+def convert(source: str | Path, output: str | Path, *, layout: Layout = "orbax", dtype: Any = "auto") -> int:
+    """Writes a model anew in the other layout, config, tokenizer and boundary table alongside.
+
+    Args:
+        source: as in `load_model`.
+        output: a folder that does not exist yet, or is empty.
+        layout: of the output.
+        dtype: of the parameters.
+
+    Returns:
+        Bytes of the parameters written.
+
+    Raises:
+        BicacheError: the model cannot be read, or the output cannot be written.
+    """
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BicacheError(f"--output {output} exists already: name a new folder")
+    folder = find_folder(source)
+    model = load_model(source, dtype=dtype)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, since only a rename within a file system is atomic.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as t:
+            made = Path(t) / "model"
+            made.mkdir()
+            _copy_side_files(folder, made)
+            if layout == "orbax":
+                with open_checkpoint(folder) as tensors:
+                    names = tensors.names
+                write_params(made, model.params, fingerprint=model.fingerprint, names=names)
+                OrbaxFolder(made).verify()
+            else:
+                _write_safetensors(made, model.params, tensor_map(model.config))
+            os.replace(made, target)  # over an empty folder, too
+    except OSError as error:
+        raise BicacheError(f"cannot write --output {output}: {error.strerror or error}") from error
+    return sum(leaf.nbytes for _, leaf in paths(model.params))
+
+
+def _copy_side_files(folder: Path, target: Path) -> None:
+    """Config, tokenizer and tables: data, never code."""
+    for pattern in ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*"):
+        for file in sorted(folder.glob(pattern)):
+            if file.is_file() and file.name != MANIFEST and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, target / file.name)
+
+
+def _tensors(params: Mapping[str, Any], mapping: TensorMap) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the checkpoint's tensors, one at a time."""
+    for path, leaf in paths(params):
+        for place, name in enumerate(stored_names(mapping, path, leaf)):
+            array = np.asarray(leaf[place] if is_stacked(path) else leaf)
+            yield name, np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+
+
+def _write_safetensors(folder: Path, params: Mapping[str, Any], mapping: TensorMap) -> None:
+    """Writes files of at most `FILE_BYTES`, with an index if there are several."""
+    files: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        if held:
+            save_file(held, folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
+            files.append(list(held))
+            held.clear()
+
+    for name, array in _tensors(params, mapping):
+        if sum(other.nbytes for other in held.values()) + array.nbytes > FILE_BYTES:
+            flush()
+        held[name] = array
+    flush()
+    if len(files) == 1:
+        os.replace(folder / "part-00000.safetensors", folder / "model.safetensors")
+        return
+    final = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    for number, name in enumerate(final):
+        os.replace(folder / f"part-{number:05d}.safetensors", folder / name)
+    index = {
+        "metadata": {"total_size": sum(leaf.nbytes for _, leaf in paths(params))},
+        "weight_map": {tensor: file for file, tensors in zip(final, files, strict=True) for tensor in tensors},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
