@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from bicache_jax.engine import Engine
 from bicache_jax.types import BicacheError, Model, Request, Result
 
 Scorer = Callable[[str, Sequence[str]], bool]
+
+TURNS = 3
+"""Turns in which speed is measured, behind one that is not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +42,31 @@ def exact_match(text: str, answers: Sequence[str]) -> bool:
     return text.split() in [answer.split() for answer in answers]
 
 
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"(?:(?<![\w.,])-)?\d[\d,]*(?:\.\d+)?", text)  # 3-5 are two numbers, neither negative
+    return float(found[-1].replace(",", "")) if found else None
+
+
 def numeric_match(text: str, answers: Sequence[str]) -> bool:
     """The last number of the response equals an answer (as GSM8K is scored; thousands separators allowed)."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return False
-    value = float(found[-1].replace(",", ""))
-    wanted = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer) for answer in answers]
-    return any(numbers and float(numbers[-1].replace(",", "")) == value for numbers in wanted)
+    value = _last_number(text)
+    return value is not None and value in map(_last_number, answers)
+
+
+# In the order in which they are believed; "I think" and "A man" name no choice as long as another letter does.
+_CHOICES = (
+    r"(?i:answer)\W*(?:(?i:is)\b)?\W*([A-J])\b",
+    r"\(([A-J])\)",
+    r"^\W*([A-J])(?=\s*(?:[).:,]|$))",
+    r"\b([B-HJ])\b",
+    r"\b([AI])\b",
+)
 
 
 def choice_match(text: str, answers: Sequence[str]) -> bool:
-    """The first letter from A to J that stands alone in the response is the answer's."""
-    found = re.search(r"(?<![A-Za-z])([A-J])(?![A-Za-z])", text)
-    return found is not None and found[1] in [answer.strip().strip("().").upper() for answer in answers]
+    """The letter from A to J that the response chooses is the answer's: "answer is B", "(B)", "B." or a lone B."""
+    found = next((match[1] for pattern in _CHOICES if (match := re.search(pattern, text))), None)
+    return found is not None and found in [answer.strip().strip("().").upper() for answer in answers]
 
 
 SCORERS: Mapping[str, Scorer] = {"exact": exact_match, "numeric": numeric_match, "choice": choice_match}
@@ -68,10 +83,11 @@ def find_scorer(name: str) -> Scorer:
     module, _, function = name.partition(":")
     try:
         scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module is the user's: it may fail in any way
         known = ", ".join(SCORERS)
         raise BicacheError(
-            f"scorer {name!r}: neither one of {known} nor importable as module:function ({error})"
+            f"scorer {name!r}: neither one of {known} nor importable as module:function"
+            f" ({type(error).__name__}: {error})"
         ) from None
     if not callable(scorer):
         raise BicacheError(f"scorer {name!r}: not a function (text, answers) -> bool")
@@ -99,10 +115,10 @@ def parse_policy(name: str, cache: CacheConfig) -> CacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How a policy's accuracy differs from the first one's on the same questions.
+    """How a policy's accuracy differs from the reference's on the same questions.
 
     Attributes:
-        difference: accuracy less the first policy's.
+        difference: accuracy less the reference's.
         interval: 95 % percentile bootstrap interval over questions, paired.
         p_value: exact McNemar test of equal accuracy.
     """
@@ -149,6 +165,55 @@ def _breakdown(right: Sequence[bool], labels: Sequence[str]) -> dict[str, dict[s
     return {label: {"exact_match": _share(flags), "samples": len(flags)} for label, flags in sorted(groups.items())}
 
 
+def reference_of(policies: Sequence[str]) -> int:
+    """Place of the policy that the others are compared with: `none` if it is named, else the first."""
+    return list(policies).index("none") if "none" in policies else 0
+
+
+def measure_speed(
+    engines: Sequence[Engine],
+    requests: Sequence[Request],
+    *,
+    turns: int = TURNS,
+    seconds: float = 60.0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Times engines on the same requests, in turns, so that a slow minute of the machine hits all alike.
+
+    Each engine answers the requests once before, so that nothing is traced or compiled while the clock runs; prefixes
+    are encoded anew in every turn.
+
+    Args:
+        engines: one for each policy.
+        requests: what they answer.
+        turns: most turns.
+        seconds: no turn begins after that, from the third on.
+        progress: called with the number of responses after each run.
+
+    Returns:
+        Wall seconds [turns, engines].
+    """
+    times: list[list[float]] = []
+    begun = 0.0
+    while len(times) <= min(2, turns) or (len(times) <= turns and time.perf_counter() - begun < seconds):
+        row = []
+        for engine in engines:
+            started = time.perf_counter()
+            engine.generate(requests)
+            row.append(time.perf_counter() - started)
+            progress(len(requests))
+        begun = begun or time.perf_counter()
+        times.append(row)
+    return np.asarray(times[1:])
+
+
+def _texts(model: Model, results: Sequence[Result]) -> list[str]:
+    """Responses as text; token ids in words where the model has no tokenizer."""
+    if model.tokenizer is not None:
+        return [result.text or "" for result in results]
+    return [" ".join(map(str, _answer_tokens(model, result))) for result in results]
+
+
 def evaluate(
     model: Model,
     items: Sequence[Item],
@@ -158,61 +223,93 @@ def evaluate(
     sampling: SamplingConfig,
     scorer: Scorer = exact_match,
     batch_size: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    timed: int = 100,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Runs the same questions under several policies.
 
     Args:
         model: the model.
         items: the questions.
-        policies: names as `parse_policy` takes them; the first is what the others are compared with.
+        policies: names as `parse_policy` takes them; all are compared with `none` if it is among them, else with the
+            first.
         cache: settings that policies share.
         sampling: decoding settings.
         scorer: decides whether a response is right.
         batch_size: most rows of a batch.
-        progress: called for each finished response.
+        timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
+        progress: called with the number of responses that have been made since.
 
     Returns:
-        For each policy its accuracy, agreement with the first, speed and work; JSON values only.
+        For each policy its accuracy, agreement with `none`, speed and work; JSON values only, null what was not
+        measured.
+
+    Raises:
+        BicacheError: there are no questions, or the scorer fails.
     """
-    results: list[dict[str, Any]] = []
+    if not items:
+        raise BicacheError("there are no questions to evaluate")
     requests = [item.request for item in items]
+    engines = [
+        Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size) for name in policies
+    ]
     ratios = _ratios(model, requests, cache, sampling)
-    reference: tuple[list[bool], list[tuple[int, ...]], float] | None = None
-    for name in policies:
-        engine = Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size)
+    right: list[list[bool]] = []
+    tokens: list[list[tuple[int, ...]]] = []
+    boundaries: list[list[int]] = []
+    for engine in engines:
         answered: dict[str, Result] = {}
         for result in engine.stream(requests, partial=False):
             answered[result.id] = result
-            progress()
+            progress(1)
         found = [answered[request.id] for request in requests]
-        right = [scorer(result.text or "", item.answers) for result, item in zip(found, items, strict=True)]
-        tokens = [_answer_tokens(model, result) for result in found]
-        stats = engine.stats
-        speed = stats.tokens / max(stats.seconds - stats.compile_seconds, 1e-9)
-        if reference is None:
-            reference = right, tokens, speed
-        comparison = compare(right, reference[0])
-        boundaries = sorted({result.boundary for result in found})
+        texts = _texts(model, found)
+        right.append([_score(scorer, text, item) for text, item in zip(texts, items, strict=True)])
+        tokens.append([_answer_tokens(model, result) for result in found])
+        boundaries.append(sorted({result.boundary for result in found}))
+    stats = [engine.stats for engine in engines]
+    place = reference_of(policies)
+    times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
+    made = sum(request.sampling.gen_length for request in requests[:timed])
+    results: list[dict[str, Any]] = []
+    for index, name in enumerate(policies):
+        comparison = compare(right[index], right[place])
+        ratio = None if times is None else times[:, place] / times[:, index]
+        agreement = [a == b for a, b in zip(tokens[index], tokens[place], strict=True)]
         results.append(
             {
                 "policy": name,
                 "samples": len(items),
-                "exact_match": _share(right),
-                "agreement": _share([a == b for a, b in zip(tokens, reference[1], strict=True)]),
+                "exact_match": _share(right[index]),
+                "agreement": _share(agreement) if "none" in policies else None,
+                "compared_with": policies[place],
                 "difference": round(comparison.difference, 6),
                 "difference_interval": [round(value, 6) for value in comparison.interval],
                 "mcnemar_p": comparison.p_value,
-                "tokens_per_s": round(speed, 2),
-                "ratio": round(speed / reference[2], 3),
-                "forward_passes": stats.forward_passes,
-                "prefixes_encoded": stats.prefixes_encoded,
-                "boundaries": boundaries,
-                "by_kind": _breakdown(right, [item.kind for item in items]),
-                "by_ratio": _breakdown(right, [f"{ratio // 10 * 10}-{ratio // 10 * 10 + 9}" for ratio in ratios]),
+                "tokens_per_s": None if times is None else round(made / float(np.median(times[:, index])), 2),
+                "ratio": None if ratio is None else round(float(np.median(ratio)), 3),
+                "ratio_spread": None if ratio is None else [round(float(ratio.min()), 3), round(float(ratio.max()), 3)],
+                "limit": round(engines[index].plan(requests[:timed] if timed else requests).gain, 3),
+                "forward_passes": stats[index].forward_passes,
+                "prefixes_encoded": stats[index].prefixes_encoded,
+                "boundaries": boundaries[index],
+                "by_kind": _breakdown(right[index], [item.kind for item in items]),
+                "by_ratio": _breakdown(right[index], [_decade(ratio) for ratio in ratios]),
             }
         )
     return results
+
+
+def _score(scorer: Scorer, text: str, item: Item) -> bool:
+    try:
+        return bool(scorer(text, item.answers))
+    except Exception as error:  # the scorer may be the user's
+        raise BicacheError(f"scorer: failed on request {item.request.id!r} ({type(error).__name__}: {error})") from None
+
+
+def _decade(ratio: int) -> str:
+    low = min(ratio, 99) // 10 * 10
+    return f"{low}-{low + 9 if low < 90 else 100}"
 
 
 def _ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:

@@ -1,6 +1,6 @@
 """Measures and draws accuracy against the boundary, from b = 0 to L, at several prefix ratios.
 
-python scripts/accuracy_by_boundary.py --samples 300 --output docs/accuracy_by_boundary
+python scripts/accuracy_by_boundary.py --samples 300 --output scripts/results/accuracy_by_boundary
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(model_name: str, samples: int, seed: int, interval: int, gen_length:
     rows = []
     for boundary in range(model.config.num_layers + 1):
         cache = CacheConfig(boundary=boundary, refresh_interval=interval)
-        (result,) = evaluate(model, items, ["bicache"], cache=cache, sampling=sampling)
+        (result,) = evaluate(model, items, ["bicache"], cache=cache, sampling=sampling, timed=0)
         rows.append({"boundary": boundary, **{key: result[key] for key in ("exact_match", "by_kind", "by_ratio")}})
         print(json.dumps(rows[-1]), flush=True)
     return {"model": model_name, "samples": samples, "seed": seed, "refresh_interval": interval, "rows": rows}

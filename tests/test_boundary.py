@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import pytest
 
 from bicache_jax import BicacheError, configs, load_model
 from bicache_jax.boundary import BoundaryTable, boundary_at, fingerprint, load_table
-from bicache_jax.profiling import Sample, make_table, measure, shallow_layers, synthetic_samples
+from bicache_jax.cli import main
+from bicache_jax.config import SamplingConfig
+from bicache_jax.profiling import (
+    Sample,
+    make_table,
+    measure,
+    samples_of_requests,
+    shallow_layers,
+    synthetic_samples,
+)
+from bicache_jax.types import Request
 
 
 def _write(folder: Path, **changes: Any) -> Path:
@@ -92,19 +103,101 @@ def test_texts_are_split_at_every_ratio() -> None:
     assert all(len(sample.ids) == 20 and sample.prefix_len == sample.ratio // 5 for sample in samples)
 
 
-def test_profile_writes_the_same_table_after_a_restart(tmp_path: Path) -> None:
-    from bicache_jax.cli import main
-
-    texts = tmp_path / "texts.jsonl"
+def _profile(folder: Path, *flags: str) -> int:
+    texts = folder / "texts.jsonl"
     rng = np.random.default_rng(0)
     texts.write_text("".join(json.dumps({"prompt_ids": rng.integers(2, 290, 40).tolist()}) + "\n" for _ in range(4)))
-    flags = ["--model", str(golden.FOLDERS["llada"]), "--data", str(texts), "--synthetic", "--samples", "2"]
-    flags += ["--ratio-step", "25", "--threshold", "0.5", "--quiet"]
-    output = tmp_path / "table.json"
-    assert main(["profile", *flags, "--output", str(output)]) == 0
+    common = ["--model", str(golden.FOLDERS["llada"]), "--data", str(texts), "--synthetic", "--samples", "2"]
+    return main(["profile", *common, "--ratio-step", "25", "--threshold", "0.5", "--quiet", *flags])
+
+
+def test_profile_goes_on_where_it_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, again = tmp_path / "table.json", tmp_path / "again.json"
+    assert _profile(tmp_path, "--output", str(output)) == 0
     table = load_table(output)
     assert isinstance(table, BoundaryTable) and table.fingerprint == load_model(golden.FOLDERS["llada"]).fingerprint
     assert list(table.table) == [25, 50, 75] and table.samples_per_ratio == 2
+    assert list(table.table.values()) == sorted(table.table.values())
+    assert table.similarity is not None and {len(values) for values in table.similarity.values()} == {table.num_layers}
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["profile", *flags, "--output", str(output), "--resume"]) == 0
-    assert load_table(output) == table
+
+    measured: list[int] = []
+
+    def cut_short(model: Any, samples: list[Sample]) -> Any:
+        for count, found in enumerate(measure(model, samples)):
+            if count == 3:
+                raise BicacheError("the power went out")
+            measured.append(found[0])
+            yield found
+
+    monkeypatch.setattr("bicache_jax.profiling.measure", cut_short)
+    assert _profile(tmp_path, "--output", str(again), "--no-plot") == 2
+    assert not again.exists() and len(measured) == 3
+
+    def rest(model: Any, samples: list[Sample]) -> Any:
+        assert len(samples) == 3  # of six
+        yield from measure(model, samples)
+
+    monkeypatch.setattr("bicache_jax.profiling.measure", rest)
+    assert _profile(tmp_path, "--output", str(again), "--no-plot", "--resume") == 0
+    assert again.read_bytes() == output.read_bytes()
+    assert not (tmp_path / "again.json.journal").exists() and not (tmp_path / "again.png").exists()
+
+
+def test_profile_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    class Bar:
+        def __init__(self, *, total: int, initial: int, **settings: Any) -> None:
+            assert (total, initial) == (6, 0)
+
+        def update(self) -> None:
+            shown.append(1)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    assert _profile(tmp_path, "--output", str(tmp_path / "table.json"), "--no-plot") == 0
+    assert len(shown) == 6
+
+
+def test_requests_are_measured_at_their_own_prefixes() -> None:
+    sampling = SamplingConfig(gen_length=10)
+    shared = tuple(range(5, 25))
+    requests = [Request(str(i), (*shared, 30 + i, 40, 41, 42, 43), None, sampling) for i in range(3)]
+    requests.append(Request("alone", (90, 91, 92), None, sampling))
+    take = functools.partial(samples_of_requests, requests, ratio_step=5, mask_id=1)
+    plain = take(per_ratio=2, with_response=False)
+    assert [(s.ids, s.prefix_len, s.ratio) for s in plain] == [(r.prompt_ids, 20, 80) for r in requests[:2]]
+    masked = take(per_ratio=9, with_response=True)
+    assert [(s.ids[-11:], s.prefix_len, s.ratio) for s in masked] == [((43, *[1] * 10), 20, 55)] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ('{"prompt_ids": [5, 6]}\n', [], "no request has a shared prefix to measure; give 'prefix_len'"),
+        ('{"prompt_ids": [5, 99999]}\n', [], "line 1"),
+        ('{"prompt_ids": [5, 6]}\n', ["--output", "nowhere/table.json"], "nowhere"),
+        ('{"prompt_ids": [5, 6]}\n', ["--threshold", "1.5"], "--threshold"),
+    ],
+)
+def test_what_cannot_be_profiled_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(content)
+    common = ["--model", str(golden.FOLDERS["llada"]), "--data", "data.jsonl", "--output", "table.json"]
+    assert main(["profile", *common, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bicache: error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "table.json").exists()

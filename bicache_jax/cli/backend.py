@@ -38,7 +38,7 @@ class Run:
         table = load_table(args.boundary_table) if args.boundary_table is not None else None
         self._model = load(args)
         if table is not None:
-            _check_table(table, args.boundary_table, self._model)
+            check_table(table, args.boundary_table, self._model)
             cache = dataclasses.replace(cache, table=table.table)
         elif cache.policy == "bicache" and cache.boundary == "auto":
             cache = dataclasses.replace(cache, table=self._model.boundaries)
@@ -119,8 +119,12 @@ class Run:
             raise BicacheError("the device is out of memory: choose a smaller --batch-size") from error
 
 
-def _check_table(table: Any, name: str, model: Model) -> None:
-    """A table of another checkpoint may serve, as the published ones do; one of another depth cannot."""
+def check_table(table: Any, name: str, model: Model) -> None:
+    """A table of another checkpoint may serve, as the published ones do, with a warning; one of another depth cannot.
+
+    Raises:
+        BicacheError: the table is for another depth.
+    """
     if table.num_layers != model.config.num_layers:
         raise BicacheError(
             f"--boundary-table {name} is for a model of {table.num_layers} layers, and {model.name} has"

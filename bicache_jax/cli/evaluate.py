@@ -6,23 +6,27 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.inputs import read_requests
-from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.cli.options import boundary, from_flags, integer, warn
 from bicache_jax.config import REMASKING, CacheConfig, SamplingConfig
 from bicache_jax.types import BicacheError, Model, Request
 
 HELP = "compare the accuracy of policies on the same questions"
 DESCRIPTION = """\
-Answers the same questions under several policies and says how accurate each is, how often it agrees with the first,
-and whether the difference means anything (paired bootstrap, McNemar's test).
+Answers the same questions under several policies and says how accurate each is, how often it gives the very answer of
+'none', and whether the difference means anything (paired bootstrap, McNemar's test). Policies are compared with 'none'
+if it is among them, else with the first. Tokens/s are measured afterwards, in turns, with nothing left to compile; the
+limit is the ratio to no cache that counted operations allow.
 
 A task is 'example' (fresh questions for the bundled model, by seed) or a file of requests with an "answer" each
-(a string or a list of strings), and optionally a "kind"."""
+(a string, or a list of strings that count as right), and optionally a "kind". A model without a tokenizer is scored on
+its token ids, written with spaces."""
 EPILOG = """\
 examples:
   bicache evaluate --model example --task example --policies none,naive,bicache --samples 400 --seed 90210 --json
@@ -63,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
+    running.add_argument(
+        "--timed",
+        type=integer(0),
+        default=100,
+        metavar="N",
+        help="questions on which speed is measured, in two or three turns; 0: not at all (default: %(default)s)",
+    )
     running.add_argument("--quiet", action="store_true", help="no progress bar")
     backend.add_compilation_flags(running)
 
@@ -72,8 +83,10 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.boundary import load_table
-    from bicache_jax.evaluation import evaluate, find_scorer
+    from bicache_jax.evaluation import TURNS, evaluate, find_scorer
 
+    if ":" in args.scorer:
+        sys.path.append("")  # a scorer may lie in the current folder
     scorer = find_scorer(args.scorer)
     policies = [name.strip() for name in args.policies.split(",") if name.strip()]
     if not policies:
@@ -90,14 +103,18 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     cache = from_flags(CacheConfig, boundary=args.boundary, refresh_interval=args.refresh_interval)
-    if args.boundary_table is not None:
-        cache = dataclasses.replace(cache, table=load_table(args.boundary_table).table)
+    table = load_table(args.boundary_table) if args.boundary_table is not None else None
     with ExitStack() as stack:
         model = backend.load(args)
+        if table is not None:
+            backend.check_table(table, args.boundary_table, model)
+            cache = dataclasses.replace(cache, table=table.table)
+        elif model.note and args.boundary == "auto" and any(name.startswith("bicache") for name in policies):
+            warn(model.note)
         items = _items(lines, source, model, sampling)[: args.samples]
         bar = stack.enter_context(
             tqdm(
-                total=len(items) * len(policies),
+                total=len(items) * len(policies) + (1 + TURNS) * len(items[: args.timed]) * len(policies),
                 unit="answer",
                 disable=args.quiet or not sys.stderr.isatty(),
                 leave=False,
@@ -111,34 +128,50 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             scorer=scorer,
             batch_size=args.batch_size,
-            progress=lambda: None if bar.update() else None,
+            timed=args.timed,
+            progress=lambda done: None if bar.update(done) else None,
         )
     if args.json:
         print(json.dumps({"model": args.model, "task": args.task, "seed": args.seed, "results": results}))
     else:
-        print(table(results))
+        print(markdown(results))
     return 0
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def markdown(results: list[dict[str, Any]]) -> str:
     """Results for people, in Markdown."""
     kinds = sorted({kind for result in results for kind in result["by_kind"] if kind})
-    heads = ["policy", "exact match", "agreement", "difference (95 %)", "McNemar p", "tokens/s", "ratio", *kinds]
+    heads = [
+        "policy",
+        "exact match",
+        "agreement",
+        "difference (95 %)",
+        "McNemar p",
+        "tokens/s",
+        "ratio",
+        "limit",
+        *kinds,
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in results:
         low, high = result["difference_interval"]
         cells = [
             result["policy"],
             f"{100 * result['exact_match']:.1f} %",
-            f"{100 * result['agreement']:.1f} %",
+            _or_dash(result["agreement"], lambda value: f"{100 * value:.1f} %"),
             f"{100 * result['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
             f"{result['mcnemar_p']:.2g}",
-            f"{result['tokens_per_s']:.0f}",
-            f"{result['ratio']:.2f}",
+            _or_dash(result["tokens_per_s"], lambda value: f"{value:.0f}"),
+            _or_dash(result["ratio"], lambda value: f"{value:.2f}"),
+            f"{result['limit']:.2f}",
             *(f"{100 * result['by_kind'][kind]['exact_match']:.1f} %" for kind in kinds),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)
 
 
 def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:
@@ -169,7 +202,11 @@ def _items(lines: list[Any], source: str, model: Model, sampling: SamplingConfig
             raise BicacheError(f"--task: {entry.error}")
         answer = record.get("answer")
         answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-        if answer is None or not answers:
-            raise BicacheError(f"--task {source}: request {entry.id!r} has no 'answer'")
+        if answer is None or isinstance(answer, dict) or not answers:
+            raise BicacheError(
+                f"--task {source}: request {entry.id!r} needs an 'answer', a string or a list of strings"
+            )
         items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
+    if not items:
+        raise BicacheError(f"--task {source}: there are no requests in it")
     return items
