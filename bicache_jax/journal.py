@@ -93,10 +93,10 @@ class Journal:
         Raises:
             BicacheError: the journal belongs to a run with another `run`, or to another release's format.
         """
-        header = {"format": FORMAT, "run": json.loads(json.dumps(run))}
+        header = header_of(run)
         if self.finished:
             try:
-                _check_same_run(self.path, self._found, header)
+                check_same_run(self.path, self._found, header)
             except BicacheError:
                 self._file.close()
                 raise
@@ -151,19 +151,8 @@ class Journal:
         self._file.seek(0)
         # `readline` ends a line at b"\n" alone: a result's text may hold every other line separator unescaped.
         reader = io.BufferedReader(io.FileIO(self._file.fileno(), closefd=False))
-        first = reader.readline()
-        found = _parse_header(first)
-        if found is None:
-            raise BicacheError(f"{self.path} is not a journal of bicache: move it away, or choose another --output")
-        self._found = found
-        good = len(first)
-        for line in iter(reader.readline, b""):
-            if not line.endswith(b"\n"):
-                break
-            good += len(line)
-            record = _parse_record(line)
-            if record is not None:  # else: a line that a dying machine garbled; its result is computed again
-                self.finished[record["id"], record["sample"]] = record
+        self._found, records, good = read_journal(reader, self.path)
+        self.finished = {(record["id"], record["sample"]): record for record in records}
         return good
 
     def _write(self, line: bytes) -> None:
@@ -208,6 +197,35 @@ def write_atomic(path: str | Path, lines: Iterable[bytes]) -> None:
         raise BicacheError(f"cannot write {path}: {error.strerror}") from error
 
 
+def read_journal(stream: IO[bytes], path: object) -> tuple[Record, list[Record], int]:
+    """Reads a journal, whole or torn.
+
+    Args:
+        stream: its bytes.
+        path: its name in messages.
+
+    Returns:
+        Its header (empty where that was torn), its records, and how many bytes are whole lines.
+
+    Raises:
+        BicacheError: it is no journal.
+    """
+    first = stream.readline()
+    header = _parse_header(first)
+    if header is None:
+        raise BicacheError(f"{path} is not a journal of bicache: move it away, or choose another --output")
+    records = []
+    good = len(first)
+    for line in iter(stream.readline, b""):
+        if not line.endswith(b"\n"):
+            break
+        good += len(line)
+        record = _parse_record(line)
+        if record is not None:  # else: a line that a dying machine garbled; its result is computed again
+            records.append(record)
+    return header, records, good
+
+
 def _parse_header(line: bytes) -> Record | None:
     """The header in a journal's first line, empty where it was torn; None where it is no header."""
     if not line.endswith(b"\n"):
@@ -227,7 +245,17 @@ def _parse_record(line: bytes) -> Record | None:
         return None
 
 
-def _check_same_run(path: Path, found: Record, header: Record) -> None:
+def header_of(run: Mapping[str, Any]) -> Record:
+    """The header of a run's journal; `run` is everything that determines results, JSON values only."""
+    return {"format": FORMAT, "run": json.loads(json.dumps(run))}
+
+
+def check_same_run(path: object, found: Record, header: Record) -> None:
+    """Compares the header of a journal with that of the run that wants to go on with it.
+
+    Raises:
+        BicacheError: they differ; the message names the first thing in which they do.
+    """
     if found["format"] != header["format"]:
         raise BicacheError(
             f"{path} has journal format {found['format']} and this release writes {header['format']}: delete it to"

@@ -37,8 +37,11 @@ class FakeRun(backend.Run):
         return self.counts
 
     def parse(self, requests):
-        items, seen = [], set()
-        for number, line in enumerate(requests.lines, 1):
+        return list(self.iterate(requests.lines, requests.source))
+
+    def iterate(self, lines, source):
+        index, seen = 0, set()
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -48,11 +51,13 @@ class FakeRun(backend.Run):
                     raise ValueError("repeated id")
                 seen.add(name)
                 prompt = tuple(fields["prompt"].encode())
-                items.append(Request(name, prompt, n=fields.get("n", 1), index=len(items), sampling=self.sampling))
+                yield Request(name, prompt, n=fields.get("n", 1), index=index, sampling=self.sampling)
             except (ValueError, KeyError, AttributeError) as error:
-                fault = f"{requests.source}, line {number}: {error!r}"
-                items.append(Result(str(number), finish_reason="error", error=fault))
-        return items
+                yield Result(str(number), finish_reason="error", error=f"{source}, line {number}: {error!r}")
+            index += 1
+
+    def shares(self, requests):
+        return [backend.Share(request.prompt_ids[:8], 5, float(request.n)) for request in requests]
 
     def describe(self, requests):
         return f"{len(requests)} requests, boundary {self.cache.boundary}"

@@ -7,15 +7,29 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.options import version, warn
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.journal import Key, Record
 from bicache_jax.types import BicacheError, Model, Request, Result
+
+
+class Share(NamedTuple):
+    """What dividing requests over workers needs to know of one.
+
+    Attributes:
+        prefix: its prefix, which costs least where others share it.
+        prefix_len: tokens of that.
+        cost: operations of all its samples.
+    """
+
+    prefix: tuple[int, ...]
+    prefix_len: int
+    cost: float
 
 
 class Run:
@@ -64,6 +78,30 @@ class Run:
             sampling=self._sampling,
             source=requests.source,
         )
+
+    def iterate(self, lines: Iterable[bytes], source: str) -> Iterator[Request | Result]:
+        """Tokenises lines one by one."""
+        from bicache_jax.requests import iter_requests
+
+        model = self._model
+        return iter_requests(
+            lines, config=model.config, tokenizer=model.tokenizer, sampling=self._sampling, source=source
+        )
+
+    def shares(self, requests: Sequence[Request]) -> list[Share]:
+        """The prefix and the work of each request, among all these requests."""
+        from bicache_jax.plan import jobs
+        from bicache_jax.work import row_flops
+
+        rows = self._engine.plan(requests).rows
+        found: dict[str, Share] = {}
+        for row, job in zip(rows, jobs(rows), strict=True):
+            job = dataclasses.replace(
+                job, refresh_interval=self._cache.refresh_interval, block_cache=self._cache.block_cache
+            )
+            cost = row_flops(self._model.config, job) + (found[row.request.id].cost if row.request.id in found else 0.0)
+            found[row.request.id] = Share(row.prefix, row.prefix_len, cost)
+        return [found[request.id] for request in requests]
 
     def describe(self, requests: Sequence[Request]) -> str:
         """What would be run, for people."""

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write results to standard output as they happen, unfinished ones (finish_reason null) included",
     )
 
+    add_running_arguments(parser)
+
+
+def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what to run and how, whatever the files are."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
@@ -148,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `bicache generate`; returns the exit status."""
-    cache, sampling = _configurations(args)
+    cache, sampling = configurations(args)
     output: Output | None = None
     progress: Progress | None = None
 
@@ -191,7 +196,12 @@ def run(args: argparse.Namespace) -> int:
     return _status(records)
 
 
-def _configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfig]:
+def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfig]:
+    """What the flags say about caching and decoding.
+
+    Raises:
+        BicacheError: flags that do not go together.
+    """
     if args.policy == "none" and args.boundary_table is not None:
         raise BicacheError("--policy none keeps no prefix cache, so it takes no --boundary-table")
     if args.boundary != "auto" and args.boundary_table is not None:

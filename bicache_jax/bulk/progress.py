@@ -1,0 +1,110 @@
+"""How far a worker is: statistics as JSON lines, and now and then a line for people."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bicache_jax.bulk.storage import AnyPath, is_remote, write_whole
+
+STATISTICS = (
+    "rows",
+    "tokens",
+    "forward_passes",
+    "prefixes_encoded",
+    "prefix_hits",
+    "batches",
+    "compilations",
+    "compile_seconds",
+    "seconds",
+)
+
+
+class Progress:
+    """Counts results, and reports when it is time to.
+
+    Attributes:
+        place: bytes of the input that lie behind.
+    """
+
+    def __init__(
+        self, path: AnyPath, worker: str, total: int, *, every: float, say: bool, stats: Callable[[], Any]
+    ) -> None:
+        """Begins to count.
+
+        Args:
+            path: where statistics go, behind what is there.
+            worker: its name.
+            total: bytes of the input.
+            every: seconds between reports.
+            say: whether to tell people, too.
+            stats: gives the engine's counts.
+        """
+        self._path, self._worker, self._total = path, worker, max(1, total)
+        self._every, self._say, self._stats = every, say, stats
+        self._started = self._reported = time.monotonic()
+        self._results = self._resumed = 0
+        self._skipped = 0.0  # share of the input that earlier runs have done
+        self.place = 0.0
+        self._kept = path.read_bytes() if is_remote(path) and path.exists() else b""
+
+    def skip(self, size: float, results: int = 0) -> None:
+        """Bytes of the input, and results, that were there already."""
+        self.place += size
+        self._skipped += size
+        self._resumed += results
+
+    def advance(self, size: float, results: int = 1) -> None:
+        """Bytes of the input, and results, that are done now; reports if it is time to."""
+        self.place += size
+        self._results += results
+        if time.monotonic() - self._reported >= self._every:
+            self.report()
+
+    def rest(self, beyond: float = 0.0) -> float:
+        """Share of the input that lies ahead, but for the next `beyond` bytes."""
+        return max(0.0, 1.0 - (self.place + beyond) / self._total)
+
+    def report(self, **more: Any) -> None:
+        """Writes a line of statistics; `more` goes into it."""
+        self._reported = now = time.monotonic()
+        seconds = now - self._started
+        share = min(1.0, self.place / self._total)
+        fresh = (self.place - self._skipped) / self._total
+        left = seconds * (1.0 - share) / fresh if fresh > 0 else None
+        stats = self._stats()
+        counts = {name: getattr(stats, name) for name in STATISTICS if hasattr(stats, name)}
+        line = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "worker": self._worker,
+            "progress": round(share, 6),
+            "elapsed_seconds": round(seconds, 3),
+            "eta_seconds": None if left is None else round(left, 1),
+            "results": self._results,
+            "results_resumed": self._resumed,
+            "tokens_per_second": round(counts.get("tokens", 0) / seconds, 3) if seconds else 0.0,
+            **counts,
+            **more,
+        }
+        self._write(json.dumps(line).encode() + b"\n")
+        if self._say:
+            eta = "unknown time" if left is None else str(datetime.timedelta(seconds=round(left)))
+            print(
+                f"bicache: {share:.1%} of the input, {self._results} results, {line['tokens_per_second']:.0f} tokens/s,"
+                f" {eta} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _write(self, line: bytes) -> None:
+        if is_remote(self._path):  # an object cannot be appended to
+            self._kept += line
+            write_whole(self._path, [self._kept])
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(line)

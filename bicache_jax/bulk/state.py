@@ -1,0 +1,306 @@
+"""What a job has finished, on disk or in a bucket, so that it can be killed anywhere and go on anywhere.
+
+    OUTPUT/requests.jsonl                                   results of requests.jsonl in input order, once complete
+    OUTPUT/_state/run.json                                  what determines results; a restart must agree
+    OUTPUT/_state/requests.jsonl/000003.00001-of-00002.journal    window 3's results of worker 1 of 2, as they came
+    OUTPUT/_state/00001-of-00002.done                       worker 1 has finished, and how many windows there are
+
+Workers share nothing else. Whoever finds that all have finished puts the outputs together and removes the state; should
+two find it at once, they write the same bytes. A slice (`--shard 1/4`) has `-00001-of-00004` behind every name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bicache_jax.bulk.storage import AnyPath, is_remote, path_of, reason, write_whole
+from bicache_jax.journal import Journal, Key, Record, check_same_run, dump, header_of, read_journal
+from bicache_jax.types import BicacheError
+
+UPLOAD_SECONDS = 30.0
+"""Objects in buckets cannot be appended to: journals are uploaded anew, at most this often."""
+
+_ERROR: Record = {"finish_reason": "error"}
+_OWN = re.compile(r"(?:\d{6}\.)?(\d{5})-of-(\d{5})\.(?:journal|done)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """One of the processes that divide an input.
+
+    Attributes:
+        number: which one.
+        count: how many there are.
+        shard: which independent slice of the input they all work on, and how many there are.
+    """
+
+    number: int = 0
+    count: int = 1
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def name(self) -> str:
+        """The worker among those that share a state."""
+        return f"{self.number:05d}-of-{self.count:05d}"
+
+    @property
+    def suffix(self) -> str:
+        """What names of outputs end in."""
+        part, parts = self.shard
+        return f"-{part:05d}-of-{parts:05d}" if parts > 1 else ""
+
+
+class State:
+    """The state of a job, as one worker sees it."""
+
+    def __init__(self, output: str, files: Sequence[AnyPath], worker: Worker, *, resume: bool) -> None:
+        """Looks at what there is.
+
+        Args:
+            output: the folder of the results.
+            files: the input files.
+            worker: which worker this is.
+            resume: whether to go on with what an earlier run left.
+
+        Raises:
+            BicacheError: the folder cannot be written, or holds results of an earlier run and `resume` is not set.
+        """
+        self.worker = worker
+        self.output = path_of(output)
+        self._folder = self.output / f"_state{worker.suffix}"
+        self._files = {path.name: path for path in files}
+        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._refuse_earlier()
+            self._done(worker.number).unlink(missing_ok=True)  # a run that was killed while it put outputs together
+        except BicacheError:
+            raise
+        except Exception as error:  # bucket libraries raise many kinds
+            raise BicacheError(f"cannot write --output {output}: {reason(error)}") from None
+
+    def _refuse_earlier(self) -> None:
+        """Other workers of this very job may have begun already; what is refused is what they cannot have written."""
+        hint = "go on with it by --resume, delete it, or choose another --output"
+        for name in self._files:
+            if self.final(name).exists():
+                raise BicacheError(f"{self.final(name)} exists already: {hint}")
+        for path in (path for folder in (self._folder, *self._journal_folders()) for path in folder.glob("*-of-*")):
+            found = _OWN.fullmatch(path.name)
+            if found and (int(found[2]) != self.worker.count or int(found[1]) == self.worker.number):
+                raise BicacheError(f"{self._folder} holds results of an earlier run: {hint}")
+
+    def _journal_folders(self) -> list[AnyPath]:
+        return [folder for name in self._files if (folder := self._folder / name).exists()]
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Checks that what is there belongs to this run, or says what run this is.
+
+        Args:
+            run: everything that determines results but the input, by name; JSON values only.
+
+        Raises:
+            BicacheError: it is another run's.
+        """
+        path = self._folder / "run.json"
+        header = header_of(run)
+        if path.exists():
+            try:
+                found = json.loads(path.read_bytes())
+                found = {"format": int(found["format"]), "run": dict(found["run"])}
+            except (ValueError, KeyError, TypeError):
+                raise BicacheError(f"{path} is damaged: delete {self._folder} to begin again") from None
+            check_same_run(path, found, header)
+        elif not is_remote(path):  # each worker by a temporary file of its own
+            temporary = path.with_name(f".run.{self.worker.name}")
+            temporary.write_bytes(dump(header))
+            temporary.replace(path)
+        else:
+            write_whole(path, [dump(header)])
+
+    def final(self, name: str) -> AnyPath:
+        """The output of an input file."""
+        stem, dot, kind = name.rpartition(".")
+        return self.output / (f"{stem}{self.worker.suffix}.{kind}" if dot else f"{name}{self.worker.suffix}")
+
+    def is_complete(self, name: str) -> bool:
+        """Whether an earlier run has finished an input file."""
+        return self.final(name).exists()
+
+    @contextlib.contextmanager
+    def window(self, name: str, number: int, run: Mapping[str, Any], requests: int) -> Iterator[WindowJournal]:
+        """Opens this worker's journal of a window.
+
+        Args:
+            name: the input file.
+            number: the window.
+            run: everything that determines its results.
+            requests: how many requests it has, bad lines included.
+
+        Raises:
+            BicacheError: it cannot be written, or the journals there belong to another run.
+        """
+        folder = self._folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{number:06d}.{self.worker.name}.journal"
+        header = {**run, "requests": requests}
+        others = {}
+        for path in sorted(folder.glob(f"{number:06d}.*.journal"), key=str):
+            if path != target:
+                found, records = _read(path)
+                if records:
+                    check_same_run(path, found, header_of(header))
+                others.update({(record["id"], record["sample"]): record for record in records})
+        path = target
+        if self._spool is not None:
+            path = Path(self._spool.name) / f"{name}.{target.name}"
+            if target.exists():
+                path.write_bytes(target.read_bytes())
+        journal = WindowJournal(Journal(path, resume=True), others, target if path != target else None)
+        try:
+            journal.begin(header)
+            yield journal
+        finally:
+            journal.close()
+
+    def finish(self, windows: Mapping[str, Sequence[int]]) -> list[AnyPath]:
+        """Says that this worker has finished, and if all have, puts the outputs together.
+
+        Args:
+            windows: windows that have requests, by input file, of the files that had to be worked on.
+
+        Returns:
+            The outputs written; none as long as another worker is at work.
+
+        Raises:
+            BicacheError: they cannot be written, or results are missing.
+        """
+        if not self.is_over():
+            write_whole(self._done(self.worker.number), [dump({"windows": {k: list(v) for k, v in windows.items()}})])
+            if not all(self._done(number).exists() for number in range(self.worker.count)) and not self.is_over():
+                return []
+            for name, numbers in windows.items():
+                if not self.is_complete(name):
+                    try:
+                        write_whole(self.final(name), self._results(name, numbers))
+                    except (BicacheError, OSError):
+                        if not self.is_complete(name):  # else: another worker was faster, and has tidied up
+                            raise
+        _remove(self._folder)
+        return [self.final(name) for name in self._files]
+
+    def is_over(self) -> bool:
+        """Whether all outputs are complete."""
+        return all(map(self.is_complete, self._files))
+
+    def _done(self, number: int) -> AnyPath:
+        return self._folder / f"{number:05d}-of-{self.worker.count:05d}.done"
+
+    def close(self) -> None:
+        """Removes what was kept on this machine only."""
+        if self._spool is not None:
+            self._spool.cleanup()
+
+    def _results(self, name: str, windows: Sequence[int]) -> Iterator[bytes]:
+        """Yields the lines of an output, a window in memory at a time."""
+        folder = self._folder / name
+        for number in windows:
+            requests = 0
+            found: dict[int, dict[int, Record]] = {}
+            for path in sorted(folder.glob(f"{number:06d}.*.journal"), key=str):
+                header, records = _read(path)
+                requests = int(header["run"]["requests"]) if records else requests
+                for record in records:
+                    samples = found.setdefault(record["index"], {})
+                    if samples.get(record["sample"], _ERROR)["finish_reason"] == "error":
+                        samples[record["sample"]] = record
+            if not requests:
+                raise BicacheError(f"{folder}: there is no journal of window {number}; run again with --resume")
+            for index in range(requests):
+                yield from _in_order(found.get(index, {}), f"{folder}, window {number}, request {index}")
+
+
+class WindowJournal:
+    """One worker's journal of one window.
+
+    Attributes:
+        finished: results that need not be computed again, by (id, sample): this worker's and the others'.
+        errors: places of requests whose error is in the journal.
+    """
+
+    def __init__(self, journal: Journal, others: Mapping[Key, Record], target: AnyPath | None) -> None:
+        self._journal = journal
+        self._target = target
+        self._uploaded = time.monotonic()
+        found = {**others, **journal.finished}
+        self.finished = {key: record for key, record in found.items() if record["finish_reason"] != "error"}
+        self.errors = {record["index"] for record in found.values() if record["finish_reason"] == "error"}
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Checks that the journal is of this run, or writes its header."""
+        self._journal.begin(run)
+
+    def add(self, record: Record, *, index: int, of: int) -> None:
+        """Writes a finished result.
+
+        Args:
+            record: the result.
+            index: the place of its request in the window.
+            of: results that the request has in all.
+        """
+        self._journal.add({**record, "index": index, "of": of})
+        if self._target is not None and time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self._upload()
+
+    def close(self) -> None:
+        """Makes sure that everything is where a restart will look for it."""
+        self._journal.close()
+        if self._target is not None:
+            self._upload()
+            self._journal.path.unlink(missing_ok=True)
+
+    def _upload(self) -> None:
+        assert self._target is not None
+        if self._journal.path.exists():  # a journal without results removes itself
+            with self._journal.path.open("rb") as lines:
+                write_whole(self._target, lines)
+        self._uploaded = time.monotonic()
+
+
+def _read(path: AnyPath) -> tuple[Record, list[Record]]:
+    header, records, _ = read_journal(io.BytesIO(path.read_bytes()), path)
+    return header, [record for record in records if {"index", "of", "finish_reason"} <= record.keys()]
+
+
+def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[bytes]:
+    """Yields the results of a request by sample, as they are written for users.
+
+    Raises:
+        BicacheError: some are missing.
+    """
+    records = [samples[sample] for sample in sorted(samples)]
+    failed = any(record["finish_reason"] == "error" for record in records)
+    if not failed and len(records) != (records[0]["of"] if records else 1):
+        raise BicacheError(f"{source}: results are missing; run again with --resume")
+    for record in records:
+        yield dump({name: value for name, value in record.items() if name not in ("index", "of")})
+
+
+def _remove(folder: AnyPath) -> None:
+    """Removes a folder that another worker may be removing, too."""
+    if is_remote(folder):
+        with contextlib.suppress(Exception):
+            folder.rmtree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

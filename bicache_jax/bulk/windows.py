@@ -1,0 +1,94 @@
+"""An input file in windows of requests: what is in memory at a time, and within which prefixes are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from bicache_jax.bulk.storage import AnyPath, reason
+from bicache_jax.cli.inputs import Requests
+from bicache_jax.types import BicacheError, Request, Result
+
+T = TypeVar("T")
+Parse = Callable[[Iterable[bytes], str], Iterable[Request | Result]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Requests of a file that are planned together.
+
+    Attributes:
+        number: place among the windows of the file.
+        requests: what they are; their digest is that of the window's lines.
+        first: place of the first request in the file.
+        end: bytes of the file up to its end.
+    """
+
+    number: int
+    requests: Requests
+    first: int
+    end: int
+
+    @property
+    def responses(self) -> int:
+        """Results of the window: one a sample, one a bad line."""
+        return sum(item.n if isinstance(item, Request) else 1 for item in self.requests.items)
+
+
+class _Lines:
+    """Lines of a stream, hashed and counted as they pass."""
+
+    def __init__(self, stream: Iterable[bytes]) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._stream:
+            self._digest.update(line)
+            self.bytes += len(line)
+            yield line
+
+    def digest(self) -> str:
+        """The hash of the lines since the last call."""
+        found = self._digest.hexdigest()
+        self._digest = hashlib.sha256()
+        return found
+
+
+def windows(path: AnyPath, parse: Parse, size: int) -> Iterator[Window]:
+    """Reads a file window by window; nothing of a window is kept but the ids of its requests.
+
+    Args:
+        path: the file.
+        parse: turns lines into requests or error results, one by one.
+        size: requests in a window.
+
+    Raises:
+        BicacheError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            lines = _Lines(stream)
+            items = iter(parse(lines, str(path)))
+            number = first = 0
+            while batch := list(islice(items, size)):
+                yield Window(number, Requests(str(path), [], lines.digest(), batch), first, lines.bytes)
+                number, first = number + 1, first + len(batch)
+    except OSError as error:
+        raise BicacheError(f"cannot read --input {path}: {reason(error)}") from error
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next one being made by a thread while one is in use."""
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item  # type: ignore[misc]
