@@ -24,6 +24,9 @@ from bicache_jax.boundary import fingerprint
 from bicache_jax.types import BicacheError
 
 _ABSENT = object()
+_INT_LIMIT = 2**31
+# Weights of other types are quantised, and mean nothing without their scales.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_field(
@@ -34,11 +37,21 @@ def read_field(
     *,
     default: Any = _ABSENT,
     allowed: tuple[Any, ...] | None = None,
+    least: int = 1,
 ) -> Any:
     """A field of a `config.json`, checked; null counts as absent.
 
+    Args:
+        fields: the file's fields.
+        name: the field.
+        source: file name for messages.
+        kind: type that it must have.
+        default: what an absent field stands for; without one it must be there.
+        allowed: the values that are supported; None: all.
+        least: smallest integer allowed; other numbers must be positive and finite.
+
     Raises:
-        BicacheError: it is missing without a default, of the wrong type, not positive, or not among `allowed`.
+        BicacheError: it is missing without a default, of the wrong type, out of range, or not among `allowed`.
     """
     value = fields.get(name)
     if value is None:
@@ -51,11 +64,26 @@ def read_field(
             number = number and isinstance(value, int)
         if not (number if kind in (int, float) else isinstance(value, kind)):
             raise BicacheError(f"{source}: field {name!r} must be {kind.__name__}, got {value!r}")
-        if number and value < 0:
-            raise BicacheError(f"{source}: field {name!r} must not be negative, got {value!r}")
+        if number and kind is int and not least <= value < _INT_LIMIT:
+            raise BicacheError(f"{source}: field {name!r} must be an integer >= {least}, got {value!r}"[:400])
+        if number and kind is float and not 0 < value < float("inf"):
+            raise BicacheError(f"{source}: field {name!r} must be positive and finite, got {value!r}"[:400])
     if allowed is not None and value not in allowed:
         raise BicacheError(f"{source}: field {name!r} is {value!r}, supported: {', '.join(map(repr, allowed))}")
     return value
+
+
+def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
+    """Token ids that stand as one number or as a list; null and absence are no ids.
+
+    Raises:
+        BicacheError: something in it is no integer.
+    """
+    value = fields.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
+        raise BicacheError(f"{source}: field {name!r} must be a token id or a list of them, got {value!r}"[:400])
+    return tuple(ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +116,10 @@ class SafetensorsFolder:
         """
         self.folder = folder
         self.bytes_read = 0
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
+        index, single = folder / "model.safetensors.index.json", "model.safetensors"
+        if (folder / single).is_file():  # as the Hub's libraries have it; other files beside it are not the model
+            files = [single]
+        elif index.exists():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise BicacheError(f"{index}: no object 'weight_map'; download the index file again")
@@ -162,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise BicacheError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BicacheError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BicacheError(f"{path}: must hold a JSON object")
@@ -237,9 +267,12 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mappin
         The parameter tree.
 
     Raises:
-        BicacheError: tensors are missing, extra or misshaped; all of them are named.
+        BicacheError: tensors are missing, extra, misshaped or no floating-point numbers; all of them are named.
     """
     wanted = dict(paths(abstract))
+    layers = max((leaf.shape[0] for path, leaf in wanted.items() if path[0] == "layers"), default=0)
+    if layers > len(tensors.names):  # a wrong number, not a list of what is missing
+        raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
     plan = {path: stored_names(mapping, path, leaf) for path, leaf in wanted.items()}
     faults: list[str] = []
     for path, leaf in wanted.items():
@@ -248,8 +281,12 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mappin
         for name in plan[path]:
             if name not in tensors.names:
                 faults.append(f"missing {name}")
-            elif (found := tensors.header(name)[1]) != expected:
+                continue
+            dtype, found = tensors.header(name)
+            if found != expected:
                 faults.append(f"misshaped {name}: {list(found)}, expected {list(expected)}")
+            if dtype not in _WEIGHT_DTYPES:
+                faults.append(f"unsupported {name}: {dtype}, expected one of {', '.join(_WEIGHT_DTYPES)}")
     known = {name for names in plan.values() for name in names}
     faults += [f"extra {name}" for name in sorted(tensors.names - known) if not name.endswith(mapping.ignored)]
     if faults:

@@ -11,6 +11,8 @@ BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
+CACHED_BLOCK = 32
+"""Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
 
 

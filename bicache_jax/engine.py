@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from bicache_jax.boundary import boundary_at
 from bicache_jax.buckets import length_bucket, width_bucket
 from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.compilation import CompileCounter
-from bicache_jax.config import CacheConfig, SamplingConfig
+from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, detect_prefixes, plan_batches, prefix_ratio
@@ -149,17 +150,23 @@ class Engine:
     def _admit(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> list[Request | Result]:
         entries = list(requests)
         parsed = [entry for entry in entries if isinstance(entry, Request | Result)]
-        if len(parsed) == len(entries):
+        if len(parsed) == len(entries):  # also what `parse_requests` returns
             return [
                 dataclasses.replace(entry, index=place) if isinstance(entry, Request) else entry
                 for place, entry in enumerate(parsed)
             ]
         if parsed:
             raise TypeError("requests must be all parsed (Request) or all raw (mappings)")
-        raw = [entry for entry in entries if isinstance(entry, Mapping)]
-        model = self.model
+        raw = [entry for entry in entries if not isinstance(entry, Request | Result)]
+        model, sampling = self.model, self.sampling
+        open_block = sampling.block_length is None and self.cache.block_cache != "off"
         return parse_requests(
-            raw, config=model.config, tokenizer=model.tokenizer, sampling=self.sampling, source="requests"
+            raw,
+            config=model.config,
+            tokenizer=model.tokenizer,
+            sampling=sampling,
+            source="requests",
+            auto_block=CACHED_BLOCK if open_block else None,
         )
 
     def _boundary_rule(self) -> Callable[[int], int]:
@@ -180,6 +187,8 @@ class Engine:
                 f"{self.model.name or 'model'}: no boundary table belongs to it; make one with 'bicache profile', "
                 "or give a boundary"
             )
+        if table is self.model.boundaries and self.model.note:
+            warnings.warn(self.model.note, UserWarning, stacklevel=3)
         deepest = max(table.values(), default=0)
         if deepest > num_layers:
             raise BicacheError(f"boundary table: boundary {deepest} is deeper than the model's {num_layers} layers")
@@ -310,7 +319,7 @@ class Engine:
             ends = [place for place, token in enumerate(tokens) if token in config.eos_ids]
             text = None
             if tokenizer is not None:
-                text = tokenizer.decode([token for token in tokens[: ends[0] if ends else None]])
+                text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
             yield (
                 row,
                 Result(
@@ -325,6 +334,7 @@ class Engine:
                     refresh_interval=self.cache.refresh_interval,
                     steps=int(state[1][place]),
                     forward_passes=int(state[2][place]),
+                    masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),
                 ),
             )
 

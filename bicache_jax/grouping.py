@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 import numpy as np
@@ -111,28 +111,54 @@ def detect_prefixes(requests: Sequence[Request], *, min_prefix: int, min_suffix:
             lengths[place] = most
         else:
             open_places.append(place)
-    order = sorted(open_places, key=lambda place: requests[place].prompt_ids)
-    whole = [requests[place].prompt_ids for place in order]
-    prompts = [np.asarray(prompt[: max(0, len(prompt) - min_suffix)]) for prompt in whole]
-    common = [_shared(a, b) for a, b in zip(prompts, prompts[1:], strict=False)]
-
-    # Intervals of the sorted order still to be divided: rows first..last share `depth` tokens and have `accepted`.
-    todo = [(0, len(order) - 1, 0)] if order else []
-    while todo:
-        first, last, accepted = todo.pop()
-        if first == last:
-            lengths[order[first]] = accepted
-            continue
-        depth = min(common[first:last])
-        if depth >= max(min_prefix, accepted * DEEPER):
-            accepted = depth
-        begin = first
-        for place in range(first, last):
-            if common[place] == depth:
-                todo.append((begin, place, accepted))
-                begin = place + 1
-        todo.append((begin, last, accepted))
+    # As big-endian bytes, prompts compare at the speed of memory; ids are never negative.
+    prompts = {place: np.asarray(requests[place].prompt_ids, ">i4") for place in open_places}
+    order = sorted(open_places, key=lambda place: prompts[place].tobytes())
+    ends = {place: max(0, len(prompts[place]) - min_suffix) for place in order}
+    common = [_shared(prompts[a][: ends[a]], prompts[b][: ends[b]]) for a, b in pairwise(order)]
+    for place, shared in zip(order, _worth_caching(common, min_prefix) if order else [], strict=True):
+        lengths[place] = shared
     return lengths
+
+
+def _worth_caching(common: Sequence[int], min_prefix: int) -> list[int]:
+    """The prefix that each of the sorted prompts takes, given what neighbours share.
+
+    The common prefixes are the inner nodes of a tree, one pass over the neighbours builds it: `open_nodes` are those
+    that the prompt at hand lies below, from the root down.
+    """
+    depths: list[int] = []
+    parents: list[int] = []
+    leaves: list[int] = []  # the node above each prompt
+    open_nodes: list[int] = []
+
+    def node(depth: int) -> int:
+        depths.append(depth)
+        parents.append(-1)
+        return len(depths) - 1
+
+    def enter(depth: int) -> None:
+        entered = node(depth)
+        if open_nodes:
+            parents[entered] = open_nodes[-1]
+        open_nodes.append(entered)
+
+    for depth in [*common, 0]:  # what a prompt shares with the next one
+        if not open_nodes or depths[open_nodes[-1]] < depth:
+            enter(depth)
+        leaves.append(open_nodes[-1])
+        left = -1
+        while open_nodes and depths[open_nodes[-1]] > depth:
+            left = open_nodes.pop()
+        if left >= 0 and (not open_nodes or depths[open_nodes[-1]] < depth):
+            enter(depth)
+        if left >= 0:
+            parents[left] = open_nodes[-1]
+    accepted = [0] * len(depths)
+    for place in sorted(range(len(depths)), key=lambda place: depths[place]):  # parents come first
+        above = accepted[parents[place]] if parents[place] >= 0 else 0
+        accepted[place] = depths[place] if depths[place] >= max(min_prefix, above * DEEPER) else above
+    return [accepted[leaf] for leaf in leaves]
 
 
 def default_rows(prefix_len: int, suffix_len: int) -> int:

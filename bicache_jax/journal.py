@@ -36,10 +36,14 @@ def journal_path(output: str | Path) -> Path:
     return Path(f"{output}.journal")
 
 
+# What many readers, Python's `splitlines` for one, take for the end of a line; JSON may write them as escapes.
+_SEPARATORS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
+
+
 def dump(record: Mapping[str, Any]) -> bytes:
-    """A JSON line, readable where UTF-8 allows it."""
+    """A JSON line, readable where UTF-8 and the readers of lines allow it."""
     try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(record, ensure_ascii=False).translate(_SEPARATORS).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate in an id
         return json.dumps(record).encode() + b"\n"
 
@@ -157,8 +161,11 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         view = memoryview(line)
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:  # a full disk; what is there can be resumed
+            raise BicacheError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.boundary import load_table
-from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, read_json
+from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, read_ids, read_json
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, names, published_table
 from bicache_jax.models import FAMILIES, abstract, init
@@ -120,10 +120,16 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         params = tensors.load(tensor_map(config), abstract(config, resolve_dtype(dtype)))
         mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
-    ends = set(config.eos_ids) | set(tokenizer.eos_ids if tokenizer else ())
+    ends = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
     config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
     boundaries, note = _own_table(folder, config, mark)
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def _generation_ends(folder: Path) -> tuple[int, ...]:
+    """Ends of text that only `generation_config.json` names, often one more than `config.json`."""
+    file = folder / "generation_config.json"
+    return read_ids(read_json(file), "eos_token_id", str(file)) if file.is_file() else ()
 
 
 def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:

@@ -27,6 +27,7 @@ def parse_requests(
     tokenizer: Tokenizer | None,
     sampling: SamplingConfig,
     source: str = "<input>",
+    auto_block: int | None = None,
 ) -> list[Request | Result]:
     """Parses a request file.
 
@@ -36,11 +37,17 @@ def parse_requests(
         tokenizer: its tokenizer; without one only `prompt_ids` can be served.
         sampling: settings of a request that names none.
         source: what messages call the file.
+        auto_block: where neither a request nor `sampling` was given a block length: the most tokens of a block, which
+            is never longer than the response; None: `sampling` holds for all.
 
     Returns:
         A request, or an error result that names the line and the fault, for each line, in order.
     """
-    return list(iter_requests(lines, config=config, tokenizer=tokenizer, sampling=sampling, source=source))
+    return list(
+        iter_requests(
+            lines, config=config, tokenizer=tokenizer, sampling=sampling, source=source, auto_block=auto_block
+        )
+    )
 
 
 def iter_requests(
@@ -50,12 +57,13 @@ def iter_requests(
     tokenizer: Tokenizer | None,
     sampling: SamplingConfig,
     source: str = "<input>",
+    auto_block: int | None = None,
 ) -> Iterator[Request | Result]:
     """`parse_requests`, one at a time."""
     seen: set[str] = set()
     index = 0
     for number, line in enumerate(lines, 1):
-        if not isinstance(line, Mapping) and not line.strip():
+        if is_blank(line):
             continue
         name = str(number)
         try:
@@ -65,15 +73,24 @@ def iter_requests(
                 repeated, name = name, str(number)
                 raise _BadRequest(f"id {repeated!r} stands on an earlier line; give every request an id of its own")
             seen.add(name)
-            yield _request(record, name, index, config, tokenizer, sampling)
+            yield _request(record, name, index, config, tokenizer, _sampling(record, config, sampling, auto_block))
         except _BadRequest as fault:
             message = " ".join(f"{source}, line {number}: {fault}".split())
             yield Result(id=name, finish_reason="error", error=message.encode("utf-8", "replace").decode())
         index += 1
 
 
+def is_blank(line: Any) -> bool:
+    """Whether a line holds nothing, a byte order mark aside."""
+    if isinstance(line, bytes):
+        return not line.removeprefix(b"\xef\xbb\xbf").strip()
+    return isinstance(line, str) and not line.removeprefix("\ufeff").strip()
+
+
 def _object(line: str | bytes | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(line, Mapping):
+    if not isinstance(line, str | bytes):
+        if not isinstance(line, Mapping):
+            raise _BadRequest("must be a JSON object")
         return line
     try:
         text = line.decode("utf-8-sig") if isinstance(line, bytes) else line.removeprefix("\ufeff")
@@ -115,7 +132,9 @@ def _integer(record: Mapping[str, Any], field: str, least: int, below: int) -> i
     return int(value)
 
 
-def _sampling(record: Mapping[str, Any], config: ModelConfig, sampling: SamplingConfig) -> SamplingConfig:
+def _sampling(
+    record: Mapping[str, Any], config: ModelConfig, sampling: SamplingConfig, auto_block: int | None
+) -> SamplingConfig:
     limit = config.max_length + 1
     given = {
         "gen_length": _integer(record, "gen_length", 1, limit),
@@ -123,6 +142,8 @@ def _sampling(record: Mapping[str, Any], config: ModelConfig, sampling: Sampling
         "block_length": _integer(record, "block_length", 1, limit),
         "seed": _integer(record, "seed", 0, _SEED_LIMIT),
     }
+    if auto_block is not None and given["block_length"] is None:
+        given["block_length"] = min(auto_block, given["gen_length"] or sampling.gen_length)
     try:
         return dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValueError as error:
@@ -161,8 +182,11 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _conversation(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], int]:
-    """Tokens of a conversation, and how many it shares with the template of all but its last user message."""
+def _conversation(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], int | None]:
+    """Tokens of a conversation, and how many it shares with the template of all but its last user message.
+
+    None where there is no other message: such a request shares what it shares with others, like any prompt.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise _BadRequest('\'messages\' must be a non-empty list of {"role", "content"}')
     for message in value:
@@ -179,9 +203,9 @@ def _conversation(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, .
     user = [place for place, message in enumerate(value) if message["role"] == "user"]
     others = [message for place, message in enumerate(value) if not user or place != user[-1]]
     try:
-        return ids, _shared(ids, tokenizer.chat_ids(others, generate=False)) if others else 0
-    except ValueError:  # a template may insist on a user message: then there is nothing to share
-        return ids, 0
+        return ids, _shared(ids, tokenizer.chat_ids(others, generate=False)) if others else None
+    except ValueError:  # a template may insist on a user message
+        return ids, None
 
 
 def _request(
@@ -190,13 +214,12 @@ def _request(
     index: int,
     config: ModelConfig,
     tokenizer: Tokenizer | None,
-    sampling: SamplingConfig,
+    own: SamplingConfig,
 ) -> Request:
     given = [field for field in _PROMPTS if record.get(field) is not None]
     if len(given) != 1:
         wanted = ", ".join(map(repr, _PROMPTS))
         raise _BadRequest(f"must have exactly one of {wanted}, has {', '.join(given) or 'none'}")
-    own = _sampling(record, config, sampling)
     samples = _integer(record, "n", 1, _MOST_SAMPLES) or 1
     prefix_len: int | None = None
     if given == ["messages"]:

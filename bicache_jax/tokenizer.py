@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: `tokenizer.json` by the `tokenizers` library, chat templates in jinja2's sandbox.
+"""Tokenizers of checkpoints: `tokenizer.json` by the `tokenizers` library, or a byte-level BPE from older files.
 
 A checkpoint without tokenizer files still runs on `prompt_ids`. Nothing of a checkpoint is executed.
 """
@@ -6,19 +6,20 @@ A checkpoint without tokenizer files still runs on `prompt_ids`. Nothing of a ch
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from bicache_jax.chat_template import render
 from bicache_jax.checkpoint import read_json
 from bicache_jax.types import BicacheError
+
+HOLE = "\u2591"
+"""What stands for a masked position in a text that is not finished."""
 
 _END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")
 # How Qwen2 splits text before byte-level BPE; published with its tokenizer.
@@ -51,6 +52,20 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return self.core.decode(list(ids), skip_special_tokens=True)
 
+    def canvas(self, ids: Sequence[int], mask_id: int) -> str:
+        """Text of a canvas that is not finished: a `HOLE` for each masked position, the rest decoded."""
+        pieces, known = [], list[int]()
+        for masked, group in groupby(ids, key=lambda token: token == mask_id):
+            run = list(group)
+            if masked:
+                pieces.append(HOLE * len(run))
+                continue
+            # What a run adds to the text before it, so that word-level decoders set it apart.
+            before, text = self.decode(known), self.decode(known + run)
+            pieces.append(text[len(before) :] if text.startswith(before) else self.decode(run))
+            known += run
+        return "".join(pieces)
+
     def chat_text(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> str:
         """Renders the chat template.
 
@@ -63,37 +78,11 @@ class Tokenizer:
         """
         if self.template is None:
             raise ValueError("the model has no chat template; use 'prompt' or 'prompt_ids'")
-        try:
-            return (
-                _environment()
-                .from_string(self.template)
-                .render(
-                    messages=[dict(message) for message in messages], add_generation_prompt=generate, **self.special
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
-        except Exception as error:  # a template is data of the checkpoint and may fail in any way
-            raise ValueError(f"the chat template fails on the messages: {type(error).__name__}: {error}") from None
+        return render(self.template, messages, self.special, generate=generate)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> tuple[int, ...]:
         """Token ids of a conversation; the template holds every special token there is."""
         return self.encode(self.chat_text(messages, generate=generate), special=False)
-
-
-def _environment() -> jinja2.Environment:
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def dump(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-
-    loops = ["jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-    environment.filters["tojson"] = dump
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-    return environment
 
 
 def _content(token: Any) -> str | None:
@@ -118,9 +107,55 @@ def _template(settings: Mapping[str, Any], folder: Path) -> str | None:
     return template
 
 
-def _byte_level_bpe(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """A token outside the vocabulary proper."""
+
+    content: str
+    index: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
+
+    def token(self) -> tokenizers.AddedToken:
+        flags = {name: getattr(self, name) for name in ("lstrip", "rstrip", "normalized", "single_word")}
+        return tokenizers.AddedToken(self.content, special=self.special, **flags)
+
+
+def _added(folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> list[_Added]:
+    """Added tokens, from `tokenizer_config.json` or, in older layouts, `added_tokens.json`; by id.
+
+    Raises:
+        BicacheError: an entry is not a token with an id.
+    """
+    listed, file = settings.get("added_tokens_decoder"), folder / "tokenizer_config.json"
+    found = []
+    try:
+        if listed is None:
+            file = folder / "added_tokens.json"
+            contents = read_json(file) if file.is_file() else {}
+            named = {*special.values(), *map(_content, settings.get("additional_special_tokens") or [])}
+            listed = {index: {"content": token, "special": token in named} for token, index in contents.items()}
+        for index, entry in listed.items():
+            flags = {
+                field.name: bool(entry[field.name])
+                for field in dataclasses.fields(_Added)
+                if field.type == "bool" and field.name in entry
+            }
+            found.append(_Added(str(entry["content"]), int(index), **flags))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BicacheError(f"{file}: added tokens must stand as {{id: {{'content': text, ...}}}}") from None
+    return sorted(found, key=lambda token: token.index)
+
+
+def _byte_level_bpe(folder: Path, added: Sequence[_Added]) -> tokenizers.Tokenizer:
     """Qwen2's tokenizer from its vocabulary and merges, as Dream's checkpoints have it."""
-    core = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    # Tokens that the library adds are numbered on from the vocabulary; in it they keep the ids that the files name.
+    vocabulary |= {token.content: token.index for token in added}
+    core = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -129,12 +164,18 @@ def _byte_level_bpe(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tok
         ]
     )
     core.decoder = decoders.ByteLevel()
-    added = settings.get("added_tokens_decoder")
-    if isinstance(added, Mapping):
-        for _, token in sorted(added.items(), key=lambda item: int(item[0])):
-            flags = {name: bool(token.get(name, False)) for name in ("lstrip", "rstrip", "normalized", "single_word")}
-            core.add_tokens([tokenizers.AddedToken(token["content"], special=bool(token.get("special")), **flags)])
+    core.add_tokens([token.token() for token in added])
     return core
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, with the special tokens that only `special_tokens_map.json` names."""
+    files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+    merged: dict[str, Any] = {}
+    for file in files:
+        if file.is_file():
+            merged |= {name: value for name, value in read_json(file).items() if value is not None}
+    return merged
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -144,19 +185,20 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         BicacheError: a tokenizer file cannot be read; the message names it.
     """
     folder = Path(folder)
-    config_file, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    settings = read_json(config_file) if config_file.is_file() else {}
+    file, settings = folder / "tokenizer.json", _settings(folder)
+    special = {name: text for name, token in settings.items() if name.endswith("_token") and (text := _content(token))}
     try:
         if file.is_file():
             core = tokenizers.Tokenizer.from_file(str(file))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             file = folder / "vocab.json"
-            core = _byte_level_bpe(folder, settings)
+            core = _byte_level_bpe(folder, _added(folder, settings, special))
         else:
             return None
+    except BicacheError:
+        raise
     except Exception as error:  # the library raises bare exceptions
         raise BicacheError(f"{file}: not a tokenizer that the tokenizers library can read ({error})") from None
-    special = {name: text for name, token in settings.items() if name.endswith("_token") and (text := _content(token))}
     ends = dict.fromkeys([special.get("eos_token", ""), *_END_TOKENS])
     eos_ids = tuple(index for token in ends if (index := core.token_to_id(token)) is not None)
     return Tokenizer(core, _template(settings, folder), special, eos_ids)

@@ -44,7 +44,7 @@ class Result:
         id: id of the request.
         sample: number of the sample, 0..n-1.
         token_ids: the whole response canvas [gen_length], masks included where a stream shows it unfinished.
-        text: decoded up to the end of text; None without a tokenizer.
+        text: decoded up to the end of text, a hole for each masked position; None without a tokenizer.
         finish_reason: `stop` (an end-of-text token is in the response), `length`, or `error`; None while unfinished.
         prefix_len: P, prompt tokens served from the prefix cache.
         prefix_ratio: r = round(100 P / (P + U)).
@@ -53,6 +53,7 @@ class Result:
         steps: denoising steps made.
         forward_passes: forward passes made for the row, the encoding of its prefix not counted.
         error: what is wrong with the request, one line; None if all is well.
+        masked: positions of the canvas that are still undecided, in a stream's unfinished results.
     """
 
     id: str
@@ -67,13 +68,17 @@ class Result:
     steps: int = 0
     forward_passes: int = 0
     error: str | None = None
+    masked: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; `error` stands only where there is one."""
+        """The result as a JSON object; `error` stands only where there is one, `masked` while it is unfinished."""
         record = dataclasses.asdict(self)
         record["token_ids"] = list(self.token_ids)
         if self.error is None:
             del record["error"]
+        masked = record.pop("masked")
+        if self.finish_reason is None:
+            record["masked"] = list(masked)
         return record
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoint import TensorMap, read_field
+from bicache_jax.checkpoint import TensorMap, read_field, read_ids
 from bicache_jax.config import ModelConfig
 from bicache_jax.types import BicacheError
 
@@ -21,7 +21,6 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         raise BicacheError(f"{source}: field 'rope_scaling' is {fields['rope_scaling']!r}, supported: null")
     d_model = read_field(fields, "hidden_size", source, int)
     num_heads = read_field(fields, "num_attention_heads", source, int)
-    eos = fields.get("eos_token_id")
     return ModelConfig(
         family="dream",
         vocab_size=read_field(fields, "vocab_size", source, int),
@@ -34,8 +33,8 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         rope_theta=float(read_field(fields, "rope_theta", source, float, default=10000.0)),
         norm_eps=float(read_field(fields, "rms_norm_eps", source, float, default=1e-6)),
         max_length=read_field(fields, "max_position_embeddings", source, int, default=32768),
-        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID, least=0),
+        eos_ids=read_ids(fields, "eos_token_id", source),
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
         tied=read_field(fields, "tie_word_embeddings", source, bool, default=False),
         shift_logits=True,

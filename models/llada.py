@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoint import TensorMap, read_field
+from bicache_jax.checkpoint import TensorMap, read_field, read_ids
 from bicache_jax.config import ModelConfig
 
 MODEL_TYPES = ("llada",)
@@ -47,7 +47,6 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
     vocab_size = read_field(fields, "vocab_size", source, int)
     kv_default = 1 if fields.get("multi_query_attention") else num_heads
     bias = read_field(fields, "include_bias", source, bool, default=False)
-    eos = fields.get("eos_token_id")
     return ModelConfig(
         family="llada",
         vocab_size=read_field(fields, "embedding_size", source, int, default=vocab_size),
@@ -66,8 +65,8 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         rope_theta=float(read_field(fields, "rope_theta", source, float, default=10000.0)),
         norm_eps=float(read_field(fields, "rms_norm_eps", source, float, default=1e-5)),
         max_length=read_field(fields, "max_sequence_length", source, int, default=4096),
-        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID, least=0),
+        eos_ids=read_ids(fields, "eos_token_id", source),
         qkv_bias=bias or read_field(fields, "include_qkv_bias", source, bool, default=False),
         bias=bias,
         norm_bias="model.transformer.ln_f.bias" in names,
@@ -99,8 +98,9 @@ def tensor_map(config: ModelConfig) -> TensorMap:
             names["layers", linear, "bias"] = f"{block}{name}.bias"
     if config.norm_bias:
         names["norm", "bias"] = "model.transformer.ln_f.bias"
+    head = "model.transformer.ff_out.weight"
     if not config.tied:
-        names["head",] = "model.transformer.ff_out.weight"
+        names["head",] = head
     if config.head_bias:
         names["head_bias",] = "model.transformer.ff_out.bias"
-    return TensorMap(names, ignored=("rotary_emb.inv_freq",))
+    return TensorMap(names, ignored=("rotary_emb.inv_freq", *[head] * config.tied))

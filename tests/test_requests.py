@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers
 
 from bicache_jax.config import ModelConfig, SamplingConfig
-from bicache_jax.requests import parse_requests
+from bicache_jax.requests import is_blank, parse_requests
 from bicache_jax.tokenizer import Tokenizer
 from bicache_jax.types import Request, Result
 
@@ -142,7 +142,7 @@ _LINES = st.one_of(
 @hypothesis.given(st.lists(_LINES, min_size=6, max_size=12), st.booleans())
 def test_any_lines_yield_a_request_or_an_error_each(lines: list[Any], with_tokenizer: bool) -> None:
     found = _parse(*lines, tokenizer=_tokenizer() if with_tokenizer else None)
-    expected = [line for line in lines if isinstance(line, dict) or line.strip()]
+    expected = [line for line in lines if not is_blank(line)]
     assert len(found) == len(expected)
     for entry in found:
         assert isinstance(entry, Request) or (entry.finish_reason == "error" and entry.error)

@@ -16,6 +16,7 @@ from typing import TextIO
 from bicache_jax.cli import benchmark, convert, evaluate, generate, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
+from bicache_jax.cli.outputs import abandon
 from bicache_jax.types import BicacheError
 
 COMMANDS = {
@@ -73,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_interrupted(str(interrupt))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # What is buffered has no reader any more, and flushing it at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon(sys.stdout.buffer)
         return EXIT_CLOSED_PIPE
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.options import version, warn
-from bicache_jax.config import CacheConfig, SamplingConfig
+from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.journal import Key, Record
 from bicache_jax.types import BicacheError, Model, Request, Result
 
@@ -55,10 +55,9 @@ class Run:
             check_table(table, args.boundary_table, self._model)
             cache = dataclasses.replace(cache, table=table.table)
         elif cache.policy == "bicache" and cache.boundary == "auto":
-            cache = dataclasses.replace(cache, table=self._model.boundaries)
-            if self._model.note:
-                warn(self._model.note)
+            cache = dataclasses.replace(cache, table=self._model.boundaries)  # a journal names what was used
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
+        self._auto_block = CACHED_BLOCK if cache.block_cache != "off" and args.block_length is None else None
         self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size)
 
     @property
@@ -77,6 +76,7 @@ class Run:
             tokenizer=model.tokenizer,
             sampling=self._sampling,
             source=requests.source,
+            auto_block=self._auto_block,
         )
 
     def iterate(self, lines: Iterable[bytes], source: str) -> Iterator[Request | Result]:
@@ -241,10 +241,12 @@ def start_compilation_cache(args: argparse.Namespace) -> None:
     folder = args.compilation_cache
     if args.no_compilation_cache or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(folder) if folder is not None else Path(home) / "bicache-jax" / "xla"
     try:
-        use_persistent_cache(path)
+        home = folder or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return
+    try:
+        use_persistent_cache(Path(home) if folder is not None else Path(home) / "bicache-jax" / "xla")
     except OSError as error:
         if folder is not None:
             raise BicacheError(f"cannot write --compilation-cache {folder}: {error.strerror}") from error

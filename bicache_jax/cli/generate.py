@@ -13,7 +13,7 @@ from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import boundary, fraction, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.config import BLOCK_CACHES, POLICIES, REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.config import BLOCK_CACHES, CACHED_BLOCK, POLICIES, REMASKING, CacheConfig, SamplingConfig
 from bicache_jax.journal import Record
 from bicache_jax.types import BicacheError, Result
 
@@ -33,7 +33,6 @@ examples:
   bicache generate --model ./LLaDA-8B-Instruct --input - --output - --gen-length 256 --steps 128 --block-length 32"""
 
 EXIT_ERRORS = 3
-BLOCK_LENGTH = 32  # of a block cache, as Fast-dLLM has it
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -220,7 +219,7 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         SamplingConfig,
         gen_length=args.gen_length,
         steps=args.steps,
-        block_length=args.block_length or (None if args.block_cache == "off" else BLOCK_LENGTH),
+        block_length=args.block_length or (None if args.block_cache == "off" else min(CACHED_BLOCK, args.gen_length)),
         temperature=args.temperature,
         remasking=args.remasking,
         threshold=args.threshold,

@@ -38,9 +38,11 @@ class Requests:
 
     def answers(self) -> list[str | None]:
         """The `answer` field per item; None where there is none."""
+        from bicache_jax.requests import is_blank  # which imports jax
+
         found: list[str | None] = []
         for line in self.lines:
-            if not line.strip():
+            if is_blank(line):
                 continue
             try:
                 answer = json.loads(line)["answer"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bicache_jax.cli.inputs import STANDARD, Requests
 from bicache_jax.journal import Journal, Key, Record, dump, journal_path, write_atomic
 from bicache_jax.types import BicacheError
+
+STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+"""Other names of standard output: where it is redirected to a file, that file must not be replaced by a rename."""
 
 
 class Output:
@@ -51,9 +55,9 @@ class Output:
 class StreamOutput(Output):
     """Writes each result to a stream as soon as all before it are there."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, name: str) -> None:
         super().__init__()
-        self._stream = stream
+        self._stream, self._name = stream, name
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
         """Writes the errors that come before the first result."""
@@ -75,8 +79,8 @@ class StreamOutput(Output):
         for record in self._due:
             if record is None:
                 break
-            self._stream.write(dump(record))
-        self._stream.flush()
+            _write(self._stream, dump(record), self._name)
+        _write(self._stream, b"", self._name)
 
 
 class FileOutput(Output):
@@ -142,14 +146,17 @@ def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output
     Raises:
         BicacheError: the output cannot be written there.
     """
+    if name in STANDARD_OUTPUT:
+        name = STANDARD
     special = os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
     if name == STANDARD or special:
         if resume:
             raise BicacheError(f"--resume reads the journal beside an output file, and --output {name} has none")
         if name == STANDARD:
-            return Output() if stream else StreamOutput(sys.stdout.buffer)
+            return Output() if stream else StreamOutput(sys.stdout.buffer, "standard output")
         try:
-            return StreamOutput(open(name, "wb"))  # a device or a pipe: not to be replaced by a rename
+            # A device or a pipe: not to be replaced by a rename.
+            return StreamOutput(open(name, "wb"), f"--output {name}")
         except OSError as error:
             raise BicacheError(f"cannot write --output {name}: {error.strerror}") from error
     if os.path.exists(name) and os.path.exists(source) and os.path.samefile(name, source):
@@ -159,5 +166,26 @@ def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output
 
 def write_event(record: Record) -> None:
     """Writes a result, finished or not, to standard output at once."""
-    sys.stdout.buffer.write(dump(record))
-    sys.stdout.buffer.flush()
+    _write(sys.stdout.buffer, dump(record), "standard output")
+
+
+def _write(stream: BinaryIO, data: bytes, name: str) -> None:
+    """Writes and flushes.
+
+    Raises:
+        BicacheError: that fails, on a full device for one. A reader that went away is not a fault.
+    """
+    try:
+        stream.write(data)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon(stream)
+        raise BicacheError(f"cannot write {name}: {error.strerror}") from error
+
+
+def abandon(stream: BinaryIO) -> None:
+    """Lets what is buffered go nowhere: flushing it at exit must not complain once more."""
+    with suppress(OSError):  # a stream in memory has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
