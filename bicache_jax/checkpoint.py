@@ -66,7 +66,7 @@ def read_field(
             raise BicacheError(f"{source}: field {name!r} must be {kind.__name__}, got {value!r}")
         if number and kind is int and not least <= value < _INT_LIMIT:
             raise BicacheError(f"{source}: field {name!r} must be an integer >= {least}, got {value!r}"[:400])
-        if number and kind is float and not 0 < value < float("inf"):
+        if number and kind is float and not 0 < value < 1e38:  # the largest float32
             raise BicacheError(f"{source}: field {name!r} must be positive and finite, got {value!r}"[:400])
     if allowed is not None and value not in allowed:
         raise BicacheError(f"{source}: field {name!r} is {value!r}, supported: {', '.join(map(repr, allowed))}")

@@ -21,7 +21,7 @@ class _BadRequest(Exception):
 
 
 def parse_requests(
-    lines: Iterable[str | bytes | Mapping[str, Any]],
+    lines: Iterable[Any],
     *,
     config: ModelConfig,
     tokenizer: Tokenizer | None,
@@ -32,7 +32,8 @@ def parse_requests(
     """Parses a request file.
 
     Args:
-        lines: its lines, or objects already read; blank lines count as lines and are skipped.
+        lines: its lines (text or bytes), or objects already read; blank lines count as lines and are skipped, anything
+            else is a fault.
         config: architecture of the model the requests are for.
         tokenizer: its tokenizer; without one only `prompt_ids` can be served.
         sampling: settings of a request that names none.
@@ -51,7 +52,7 @@ def parse_requests(
 
 
 def iter_requests(
-    lines: Iterable[str | bytes | Mapping[str, Any]],
+    lines: Iterable[Any],
     *,
     config: ModelConfig,
     tokenizer: Tokenizer | None,
@@ -87,7 +88,7 @@ def is_blank(line: Any) -> bool:
     return isinstance(line, str) and not line.removeprefix("\ufeff").strip()
 
 
-def _object(line: str | bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+def _object(line: Any) -> Mapping[str, Any]:
     if not isinstance(line, str | bytes):
         if not isinstance(line, Mapping):
             raise _BadRequest("must be a JSON object")

@@ -115,12 +115,60 @@ def test_biases_grouped_heads_and_tied_embeddings(tmp_path: Path) -> None:
         ({"n_kv_heads": 3}, "num_kv_heads"),
         ({"mask_token_id": 400}, "mask_id"),
         ({"n_layers": 7}, "missing"),
+        ({"n_layers": 0}, "n_layers"),
+        ({"n_layers": 10**7}, "10000000 layers"),
+        ({"n_heads": 0}, "n_heads"),
+        ({"n_kv_heads": 0}, "n_kv_heads"),
+        ({"d_model": 0}, "d_model"),
+        ({"d_model": 10**40}, "d_model"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"mask_token_id": -1}, "mask_token_id"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": ["1"]}, "eos_token_id"),
+        ({"eos_token_id": [1, None]}, "eos_token_id"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id"),
+        ({"eos_token_id": 1.5}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
     ],
 )
 def test_faults_of_config_name_the_file_and_the_field(tmp_path: Path, fields: dict[str, Any], word: str) -> None:
     with pytest.raises(BicacheError, match=word) as caught:
         load_model(_copy(tmp_path, **fields))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, bool])
+def test_quantised_tensors_are_refused(tmp_path: Path, dtype: Any) -> None:
+    folder = _copy(tmp_path)
+    name = "model.transformer.blocks.1.q_proj.weight"
+    _rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(dtype)}))
+    with pytest.raises(BicacheError, match=f"unsupported {name}"):
+        load_model(folder)
+
+
+def test_files_beside_the_model_are_not_the_model(tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    save_file({"surplus": np.zeros(3, np.float32)}, folder / "adapter.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    load_model(folder)
+
+
+def test_ends_of_text_come_from_every_file_that_names_one(tmp_path: Path) -> None:
+    folder = _copy(tmp_path, eos_token_id=[4, 7, 4])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 7, 320, -1]}')
+    assert load_model(folder).config.eos_ids == (4, 7, 9)
+    for bad in ('{"eos_token_id": "x"}', "{", "[" * 100_000):
+        (folder / "generation_config.json").write_text(bad)
+        with pytest.raises(BicacheError, match=r"generation_config\.json"):
+            load_model(folder)
+
+
+def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
+    assert load_model(_copy(tmp_path, weight_tying=True)).config.tied
 
 
 def test_the_mask_token_may_be_replaced() -> None:

@@ -211,6 +211,33 @@ def test_permissions_are_one_line(generate, tmp_path):
     assert "Permission denied" in only_error(generate("--input", "in.jsonl")[2])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+@pytest.mark.parametrize("flags", [["--output", "/dev/full"], ["--output", "-"], ["--stream"]])
+def test_a_full_device_is_one_line(tmp_path, flags):
+    write_requests(tmp_path / "in.jsonl", 2)
+    command = [*FAKE, "--model", "fake", "--input", str(tmp_path / "in.jsonl"), *flags]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left on device" in only_error(done.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such name")
+def test_standard_output_by_another_name_is_not_replaced(generate, tmp_path):
+    write_requests(tmp_path / "in.jsonl", 2)
+    generate("--input", "in.jsonl", "--output", "out.jsonl")
+    command = [*FAKE, "--model", "fake", "--input", "in.jsonl", "--output", "/dev/stdout"]
+    (tmp_path / "all.jsonl").write_bytes(b"before\n")
+    with open(tmp_path / "all.jsonl", "ab") as output:
+        assert subprocess.run(command, stdout=output, stderr=subprocess.PIPE, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "all.jsonl").read_bytes() == b"before\n" + (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_results_have_a_line_each_for_every_reader_of_lines(generate, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a\u2028b\x85c\u2029d", "prompt": "x"}) + "\n")
+    out = generate("--input", "in.jsonl")[1]
+    assert len(out.splitlines()) == 1 and json.loads(out)["id"] == "a\u2028b\x85c\u2029d"
+
+
 # Interruptions
 
 

@@ -132,6 +132,9 @@ def test_stream_shows_the_canvas_at_interval_edges(model: Model) -> None:
     unfinished = [event for event in events if event.finish_reason is None]
     assert {event.steps for event in unfinished} == {3, 6}
     assert all(event.token_ids.count(model.config.mask_id) == 16 - 2 * event.steps for event in unfinished)
+    for event in events:
+        assert event.masked == tuple(i for i, token in enumerate(event.token_ids) if token == model.config.mask_id)
+        assert event.to_json().get("masked") == (None if event.finish_reason else list(event.masked))
     assert _tokens([event for event in events if event.finish_reason]) == _tokens(_engine(model).generate(_requests(2)))
 
 
@@ -158,6 +161,20 @@ def test_raw_requests_and_their_faults_come_back_in_order(model: Model) -> None:
         ("bad", True),
         ("c", False),
     ]
+
+
+def test_a_block_cache_has_blocks_without_being_told(model: Model) -> None:
+    lines = [{"prompt_ids": list(range(2, 40)), "gen_length": length} for length in (8, 64)]
+    open_engine = Engine(model, cache=CacheConfig(boundary=2, block_cache="dual"))
+    told = [line | {"block_length": min(32, line["gen_length"])} for line in lines]
+    assert _tokens(open_engine.generate(lines)) == _tokens(open_engine.generate(told))
+
+
+def test_a_borrowed_table_is_used_with_a_warning(model: Model) -> None:
+    borrowed = dataclasses.replace(model, boundaries={0: 2}, note="using the one published for another")
+    with pytest.warns(UserWarning, match="published for another"):
+        Engine(borrowed)
+    Engine(borrowed, cache=CacheConfig(table={0: 1}))  # no warning: warnings are errors here
 
 
 def test_a_model_without_a_table_asks_for_one(model: Model) -> None:

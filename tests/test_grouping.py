@@ -32,6 +32,37 @@ def test_detected_prefixes_are_shared_long_enough_and_independent_of_order(
     assert again == [lengths[place] for place in order]
 
 
+def _by_recursion(prompts: list[tuple[int, ...]], least: int, accepted: int = 0) -> dict[tuple[int, ...], int]:
+    """The rule of `detect_prefixes` as it reads, for prompts that may be shared whole."""
+    if len(prompts) == 1:
+        return {prompts[0]: accepted}
+    depth = next(
+        (i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), min(map(len, prompts))
+    )
+    accepted = depth if depth >= max(least, accepted * DEEPER) else accepted
+    groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for place, prompt in enumerate(prompts):
+        # A prompt that ends here has no token to go on with, and is alone, however many are like it.
+        groups.setdefault(prompt[depth : depth + 1] or (-1, place), []).append(prompt)
+    return {
+        prompt: length for group in groups.values() for prompt, length in _by_recursion(group, least, accepted).items()
+    }
+
+
+@hypothesis.given(_PROMPTS, st.integers(1, 4))
+def test_detected_prefixes_follow_the_rule(prompts: list[tuple[int, ...]], least: int) -> None:
+    requests = [_request(str(i), prompt) for i, prompt in enumerate(prompts)]
+    wanted = _by_recursion(prompts, least)
+    assert detect_prefixes(requests, min_prefix=least, min_suffix=0) == [wanted[prompt] for prompt in prompts]
+
+
+def test_detection_takes_linear_time() -> None:
+    """Each prompt shares one token more with the next: every neighbour is a level of the tree."""
+    requests = [_request(str(i), (*[7] * i, 1)) for i in range(3000)]
+    lengths = detect_prefixes(requests, min_prefix=16, min_suffix=0)
+    assert lengths[:16] == [0] * 16 and lengths[-1] > 2000
+
+
 def test_two_questions_that_begin_alike_do_not_split_a_document() -> None:
     document = tuple(range(100))
     requests = [_request(str(i), (*document, 7, 8, i)) for i in range(3)] + [_request("x", (*document, 9))]

@@ -121,6 +121,40 @@ def test_a_template_may_be_missing_or_refuse() -> None:
     assert "chat template" in _fault(line, _tokenizer("{{ 1 / 0 }}"))
 
 
+def test_a_conversation_of_one_message_shares_what_it_shares_with_others() -> None:
+    line = {"messages": [{"role": "user", "content": "a b"}]}
+    (alone,) = _parse(line, tokenizer=_tokenizer())
+    assert isinstance(alone, Request) and alone.prefix_len is None
+    insists = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}[user] a"
+    line["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (refused,) = _parse(line, tokenizer=_tokenizer(insists))
+    assert isinstance(refused, Request) and refused.prefix_len is None
+
+
+def test_a_byte_order_mark_is_no_line() -> None:
+    good = json.dumps({"prompt_ids": [1]})
+    found = _parse(b"\xef\xbb\xbf", b"\xef\xbb\xbf" + good.encode() + b"\r", "\ufeff ", "\ufeff" + good)
+    assert [(type(entry), entry.id) for entry in found] == [(Request, "2"), (Request, "4")]
+
+
+@pytest.mark.parametrize("line", [None, 3, [1], ("a",), object()])
+def test_what_is_no_line_at_all_is_a_fault_too(line: Any) -> None:
+    assert "must be a JSON object" in _fault(line)
+
+
+def test_an_open_block_length_follows_the_response() -> None:
+    lines = [{"prompt_ids": [1], "gen_length": 4}, {"prompt_ids": [1]}, {"prompt_ids": [1], "block_length": 2}]
+    found = parse_requests(
+        [*lines, {"prompt_ids": [1], "gen_length": 12}],
+        config=_config(),
+        tokenizer=None,
+        sampling=SamplingConfig(gen_length=16),
+        auto_block=8,
+    )
+    assert [entry.sampling.block_length for entry in found[:3] if isinstance(entry, Request)] == [4, 8, 2]
+    assert isinstance(found[3], Result) and "12 and 8" in (found[3].error or "")
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
