@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from bicache_jax.attention import Attention
 from bicache_jax.config import ModelConfig
+from bicache_jax.sharding import Table
 
 Params = Any
 LayerParams = Any
@@ -30,6 +31,16 @@ class Backbone(Protocol):
     @property
     def attention(self) -> Attention:
         """Prefix attention to use."""
+        ...
+
+    @property
+    def axis(self) -> str | None:
+        """Mesh axis over which heads, MLP and vocabulary are split; None: they are whole."""
+        ...
+
+    @property
+    def axes(self) -> Table:
+        """Logical axes of every parameter, by path."""
         ...
 
     def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt32
 
 from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.config import ModelConfig
+from bicache_jax.sharding import PER_SHARD, PREFIX, on_shards
 from bicache_jax.types import Request
 
 
@@ -48,6 +50,24 @@ def build_rows(
     num_rows: int,
     length: int,
 ) -> Rows:
+    """`lay_out`, and then to the default device."""
+    return put_rows(lay_out(entries, prefix_index, config, num_rows=num_rows, length=length), jnp.asarray)
+
+
+def put_rows(arrays: Mapping[str, np.ndarray], put: Callable[[np.ndarray], Array]) -> Rows:
+    """The rows of `lay_out` on their devices; `put` takes an array there."""
+    placed = {name: put(array) for name, array in arrays.items()}  # a buffer of its own for each: they are donated
+    return Rows(**placed | {"key": _keys(placed["key"])})
+
+
+def lay_out(
+    entries: Sequence[tuple[Request, int, int]],
+    prefix_index: Sequence[int],
+    config: ModelConfig,
+    *,
+    num_rows: int,
+    length: int,
+) -> dict[str, np.ndarray]:
     """Lays out a batch on the host.
 
     Args:
@@ -58,7 +78,7 @@ def build_rows(
         length: U, at least every row's suffix.
 
     Returns:
-        The rows at step 0.
+        The fields of the rows at step 0, their keys as words.
     """
     front = int(config.shift_logits)
     tokens = np.full((num_rows, length), config.mask_id, np.int32)
@@ -79,30 +99,39 @@ def build_rows(
     index = np.zeros(num_rows, np.int32)
     index[: len(prefix_index)] = prefix_index
 
-    def counter() -> Array:  # one buffer each: they are donated
-        return jnp.asarray(np.zeros(num_rows, np.int32))
-
-    return Rows(
-        tokens=jnp.asarray(tokens),
-        positions=jnp.asarray(positions),
-        valid=jnp.asarray(valid),
-        prefix_index=jnp.asarray(index),
-        key=_keys(words),
-        step=counter(),
-        block=counter(),
-        block_step=counter(),
-        done=jnp.asarray(np.arange(num_rows) >= len(entries)),
-        forward_passes=counter(),
-    )
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "valid": valid,
+        "prefix_index": index,
+        "key": words,
+        **{name: np.zeros(num_rows, np.int32) for name in ("step", "block", "block_step", "forward_passes")},
+        "done": np.arange(num_rows) >= len(entries),
+    }
 
 
-@jax.jit
-def join_prefixes(caches: tuple[PrefixCache, ...], boundary: Int[Array, ""]) -> PrefixCache:
-    """The caches of single prefixes as one of G, with the hidden states in front of one boundary."""
-    return PrefixCache(
-        k=jnp.concatenate([cache.k for cache in caches], axis=1),
-        v=jnp.concatenate([cache.v for cache in caches], axis=1),
-        hidden=jnp.concatenate([cache.hidden_at(boundary) for cache in caches], axis=0)[None],
-        boundaries=boundary[None],
-        length=jnp.concatenate([cache.length for cache in caches]),
-    )
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def join_prefixes(
+    caches: tuple[PrefixCache, ...], boundary: Int[Array, " S"], *, mesh: Mesh | None = None
+) -> PrefixCache:
+    """The caches of single prefixes as one of G, with the hidden states in front of one boundary.
+
+    Args:
+        caches: G caches of one prefix each; on a mesh, of one prefix on each data shard.
+        boundary: the boundary, of each data shard where there is a mesh.
+        mesh: where they lie.
+
+    Returns:
+        The joined cache.
+    """
+
+    def join(caches: tuple[PrefixCache, ...], boundary: Array) -> PrefixCache:
+        return PrefixCache(
+            k=jnp.concatenate([cache.k for cache in caches], axis=1),
+            v=jnp.concatenate([cache.v for cache in caches], axis=1),
+            hidden=jnp.concatenate([cache.hidden_at(boundary[0]) for cache in caches], axis=0)[None],
+            boundaries=boundary,
+            length=jnp.concatenate([cache.length for cache in caches]),
+        )
+
+    return on_shards(join, mesh, ((PREFIX,) * len(caches), PER_SHARD), PREFIX)(caches, boundary)

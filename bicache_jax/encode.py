@@ -6,14 +6,32 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.backbone import Backbone, Params, layer_params
 from bicache_jax.cache import PrefixCache
+from bicache_jax.sharding import PER_SHARD, PREFIX, on_shards, param_specs
 
 
-@functools.partial(jax.jit, static_argnames=("backbone", "num_layers"))
+@functools.partial(jax.jit, static_argnames=("backbone", "num_layers", "mesh"))
 def encode(
+    backbone: Backbone,
+    params: Params,
+    prefix_ids: Int[Array, "G P"],
+    prefix_len: Int[Array, " G"],
+    boundaries: Int[Array, " J"],
+    *,
+    num_layers: int,
+    mesh: Mesh | None = None,
+) -> PrefixCache:
+    """`encode_alone` as a program: on one device, or with prefixes and `boundaries` of its own on every data shard."""
+    run = functools.partial(encode_alone, backbone, num_layers=num_layers)
+    specs = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD)
+    return on_shards(run, mesh, specs, PREFIX)(params, prefix_ids, prefix_len, boundaries)
+
+
+def encode_alone(
     backbone: Backbone,
     params: Params,
     prefix_ids: Int[Array, "G P"],

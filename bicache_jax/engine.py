@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from bicache_jax.backbone import Backbone
-from bicache_jax.batch import build_rows, join_prefixes
+from bicache_jax.batch import join_prefixes, lay_out
 from bicache_jax.boundary import boundary_at
 from bicache_jax.buckets import length_bucket, width_bucket
 from bicache_jax.cache import PrefixCache, Rows
@@ -27,11 +25,15 @@ from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_for
-from bicache_jax.grouping import Batch, Row, detect_prefixes, plan_batches, prefix_ratio
-from bicache_jax.interval import decode, empty_suffix
+from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
+from bicache_jax.interval import decode
+from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan
 from bicache_jax.requests import parse_requests
-from bicache_jax.schedule import make_decoding, most_steps, window_size
+from bicache_jax.rounds import Round, plan_rounds
+from bicache_jax.schedule import make_decoding, most_steps, stages
+from bicache_jax.sharding import check_mesh
+from bicache_jax.store import PrefixStore
 from bicache_jax.types import BicacheError, Model, Request, Result
 
 
@@ -80,7 +82,7 @@ class Engine:
         sampling: SamplingConfig | None = None,
         batch_size: int | None = None,
         attention: str = "auto",
-        mesh: Any = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Makes an engine.
 
@@ -88,22 +90,24 @@ class Engine:
             model: from `load_model`.
             cache: how prefixes are reused; the default is BiCache with the model's own boundary table.
             sampling: how canvases are denoised, unless a request says otherwise.
-            batch_size: most rows of a batch; None: planned from the shapes.
+            batch_size: most rows of a batch (on a mesh: of each data shard's); None: planned from the shapes.
             attention: implementation of prefix attention.
-            mesh: reserved; must be None.
+            mesh: mesh `("data", "model")` to run on (`bicache_jax.sharding.make_mesh`); None: the default device. A
+                model that was not loaded onto it is cut here.
 
         Raises:
-            BicacheError: there is no boundary table for the model, or the boundary is deeper than the model.
+            BicacheError: there is no boundary table for the model, the boundary is deeper than the model, or the mesh
+                has other axes.
         """
-        if mesh is not None:
-            raise BicacheError("mesh: sharded engines are not available in this version; leave it out")
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
         self.model = model
         self.cache = cache or CacheConfig()
         self.sampling = sampling or SamplingConfig()
         self.batch_size = batch_size
-        self._backbone = backbone_for(model.config, attention)
+        self._placement = place = Placement(model.config, None if mesh is None else check_mesh(mesh))
+        self._backbone = backbone_for(place.layout.local, attention, axis=place.axis)
+        self._params = place.params(model.params, self._backbone.axes)
         self._boundary_of = self._boundary_rule()
         self._compiles = CompileCounter()
         self._stats = Stats()
@@ -209,12 +213,12 @@ class Engine:
         return rows
 
     def _plan(self, requests: Sequence[Request]) -> Plan:
-        batches = plan_batches(
-            self._rows(requests), batch_size=self.batch_size, batch_boundary=self.cache.batch_boundary
-        )
         config = self.model.config
-        dtype = jnp.dtype(self.model.params["embed"].dtype)
-        return Plan(config, dtype, self.cache, tuple(batches), Buffers.of(batches, config.num_layers))
+        rounds = plan_rounds(
+            config, self.cache, self._rows(requests), shards=self._placement.shards, batch_size=self.batch_size
+        )
+        dtype = jnp.dtype(self._params["embed"].dtype)
+        return Plan(config, dtype, self.cache, tuple(rounds), Buffers.of(rounds, config.num_layers))
 
     def _answer(self, entries: Sequence[Request | Result], *, partial: bool) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""
@@ -223,100 +227,132 @@ class Engine:
                 yield place, entry.sample, entry
         places = {id(entry): place for place, entry in enumerate(entries)}
         plan = self._plan([entry for entry in entries if isinstance(entry, Request)])
-        store = _PrefixStore(plan)
-        for batch in plan.batches:
-            for row, result in self._run(batch, plan, store, partial):
+        store = PrefixStore(plan)
+        for batches in plan.rounds:
+            for row, result in self._run(batches, plan, store, partial):
                 yield places[id(row.request)], row.sample, result
 
-    def _run(self, batch: Batch, plan: Plan, store: _PrefixStore, partial: bool) -> Iterator[tuple[Row, Result]]:
-        """Runs a batch to its end; between dispatches its state is tokens, counters and keys."""
+    def _run(self, batches: Round, plan: Plan, store: PrefixStore, partial: bool) -> Iterator[tuple[Row, Result]]:
+        """Runs a batch on every data shard, to its end; between dispatches its state is tokens, counters and keys."""
         started = time.perf_counter()
-        config = self.model.config
-        *_, num_rows, length = plan.shape(batch)
-        sampling = batch.rows[0].request.sampling
-        prefixes = self._prefixes(batch, plan, store)
-        rows = build_rows(
-            [(row.request, row.sample, row.prefix_len) for row in batch.rows],
-            batch.prefix_index,
-            config,
-            num_rows=num_rows,
-            length=length,
-        )
-        block_steps = sampling.num_steps // sampling.num_blocks
-        decoding = make_decoding(
-            config,
-            sampling,
-            batch.boundary,
-            self.cache.refresh_interval,
-            block_cache=self.cache.block_cache,
-            room=length_bucket(block_steps),
-        )
-        state = (rows, empty_suffix(self._backbone, rows, plan.dtype, block_cache=self.cache.block_cache != "off"))
-        while True:
-            window, stop_block = self._window(sampling, state[0])
-            state = decode(
-                self._backbone,
-                self.model.params,
-                prefixes,
-                state,
-                decoding,
-                jnp.asarray(1 if partial else most_steps(sampling), jnp.int32),
-                jnp.asarray(stop_block, jnp.int32),
-                block_width=width_bucket(sampling.block_size),
-                deep_layers=plan.buffers.deep,
-                window=min(window, length),
-            )
-            rows = state[0]
-            seen = jax.device_get((rows.tokens, rows.step, rows.forward_passes, rows.done))
-            finished = bool(seen[3].all())
-            self._count(dispatches=1, seconds=time.perf_counter() - started)
-            if finished:
-                break
-            if partial:
-                yield from self._results(batch, seen, finished=False)
-            started = time.perf_counter()
-        self._count(
-            batches=1,
-            rows=len(batch.rows),
-            tokens=len(batch.rows) * sampling.gen_length,
-            forward_passes=int(seen[2].sum()),
-        )
-        yield from self._results(batch, seen, finished=True)
-
-    def _window(self, sampling: SamplingConfig, rows: Rows) -> tuple[int, int]:
-        """Tokens that steps inside a block run, and the block at which that number changes."""
-        if self.cache.block_cache != "prefix":
-            return window_size(sampling, self.cache.block_cache, 0) and width_bucket(
-                sampling.block_size
-            ), sampling.num_blocks
-        block, done = jax.device_get((rows.block, rows.done))
-        earliest = int(block[~done].min())
-        return window_size(sampling, "prefix", earliest), earliest + 1
-
-    def _prefixes(self, batch: Batch, plan: Plan, store: _PrefixStore) -> PrefixCache:
-        """The batch's prefixes as one cache; each is encoded when it is first needed and kept for its last batch."""
-        groups, length, _, _ = plan.shape(batch)
-        caches = []
-        for prefix in batch.prefixes:
-            cache = store.get(prefix)
-            if cache is None:
-                cache = encode_padded(
-                    self._backbone, self.model.params, prefix, store.boundaries(prefix), plan.buffers, length
+        place, config, cache = self._placement, self.model.config, self.cache
+        *_, num_rows, length = plan.shape(*batches)
+        samplings = [batch.rows[0].request.sampling for batch in batches if batch.rows]
+        prefixes = self._prefixes(batches, plan, store)
+        rows = place.rows(
+            [
+                lay_out(
+                    [(row.request, row.sample, row.prefix_len) for row in batch.rows],
+                    batch.prefix_index,
+                    config,
+                    num_rows=num_rows,
+                    length=length,
                 )
-                store.put(prefix, cache)
-                self._count(prefixes_encoded=int(bool(prefix)), prefix_hits=-int(bool(prefix)))
-            caches.append(cache)
-        self._count(prefix_hits=sum(row.prefix_len > 0 for row in batch.rows))
-        store.release(batch)
-        boundary = jnp.asarray(min(batch.boundary, self.model.config.num_layers - 1), jnp.int32)
-        return join_prefixes(tuple(caches + caches[:1] * (groups - len(caches))), boundary)
+                for batch in batches
+            ]
+        )
+        decoding = place.decoding(
+            [
+                make_decoding(
+                    config,
+                    sampling := batch.rows[0].request.sampling if batch.rows else samplings[0],
+                    batch.boundary,
+                    cache.refresh_interval,
+                    block_cache=cache.block_cache,
+                    room=length_bucket(sampling.num_steps // sampling.num_blocks),
+                )
+                for batch in batches
+            ]
+        )
+        intervals = 1 if partial else max(map(most_steps, samplings))
+        state = place.state(rows, plan.dtype, block_cache=cache.block_cache != "off")
+        for window, stop_block in stages(samplings[0], cache.block_cache):
+            stop = max(sampling.num_blocks for sampling in samplings) if not window else stop_block
+            while True:
+                state = decode(
+                    self._backbone,
+                    self._params,
+                    prefixes,
+                    state,
+                    decoding,
+                    jnp.asarray(intervals, jnp.int32),
+                    jnp.asarray(stop, jnp.int32),
+                    block_width=width_bucket(samplings[0].block_size),
+                    deep_layers=plan.buffers.deep,
+                    window=min(window and width_bucket(window), length),
+                    mesh=place.mesh,
+                )
+                self._count(dispatches=1)
+                if not partial:
+                    break
+                seen = self._see(state[0])
+                self._count(seconds=time.perf_counter() - started)
+                if all(bool((done | (block >= stop)).all()) for *_, done, block in seen.values()):
+                    break
+                yield from self._results(batches, seen, finished=False)
+                started = time.perf_counter()
+        seen = self._see(state[0])
+        self._count(
+            seconds=time.perf_counter() - started,
+            batches=sum(bool(batch.rows) for batch in batches),
+            rows=sum(len(batch.rows) for batch in batches),
+            tokens=sum(row.request.sampling.gen_length for batch in batches for row in batch.rows),
+            forward_passes=sum(int(passes.sum()) for _, _, passes, _, _ in seen.values()),
+        )
+        yield from self._results(batches, seen, finished=True)
 
-    def _results(self, batch: Batch, state: Sequence[np.ndarray], *, finished: bool) -> Iterator[tuple[Row, Result]]:
+    def _see(self, rows: Rows) -> dict[int, list[np.ndarray]]:
+        """Waits for a dispatch and fetches what results are made of, by data shard."""
+        return self._placement.read([rows.tokens, rows.step, rows.forward_passes, rows.done, rows.block])
+
+    def _prefixes(self, batches: Round, plan: Plan, store: PrefixStore) -> PrefixCache:
+        """The round's prefixes as one cache; each is encoded when it is first needed and kept for its last round."""
+        groups, length, _, _ = plan.shape(*batches)
+        place, last = self._placement, self.model.config.num_layers - 1
+        for prefixes in store.missing(batches, length):
+            pieces = place.split(self._encode(prefixes, plan, store, length))
+            for shard, prefix in enumerate(prefixes):
+                if prefix is not None:
+                    store.put(shard, length, prefix, pieces[shard])
+            self._count(prefixes_encoded=sum(map(bool, prefixes)), prefix_hits=-sum(map(bool, prefixes)))
+        self._count(prefix_hits=sum(row.prefix_len > 0 for batch in batches for row in batch.rows))
+        caches = tuple(map(place.assemble, store.columns(batches, length, groups)))
+        store.release(batches, length)
+        boundary = place.vector([min(batch.boundary, last) for batch in batches])
+        return join_prefixes(caches, boundary, mesh=place.mesh)
+
+    def _encode(
+        self, prefixes: Sequence[tuple[int, ...] | None], plan: Plan, store: PrefixStore, length: int
+    ) -> PrefixCache:
+        """Encodes a prefix on every data shard, `length` tokens long, for the boundaries that its rows use."""
+        ids = np.zeros((len(prefixes), 1, length), np.int32)
+        slots = np.full((len(prefixes), plan.buffers.slots), self.model.config.num_layers, np.int32)
+        for shard, prefix in enumerate(prefixes):
+            if prefix:
+                ids[shard, 0, : len(prefix)] = prefix
+                boundaries = store.boundaries(prefix)
+                slots[shard, : len(boundaries)] = boundaries
+        place = self._placement
+        return encode(
+            self._backbone,
+            self._params,
+            place.tokens(list(ids)),
+            place.vector([len(prefix or ()) for prefix in prefixes]),
+            place.tokens(list(slots)),
+            num_layers=plan.buffers.shallow,
+            mesh=place.mesh,
+        )
+
+    def _results(
+        self, batches: Round, seen: Mapping[int, Sequence[np.ndarray]], *, finished: bool
+    ) -> Iterator[tuple[Row, Result]]:
+        """Results of the rows that this process can see."""
         config, tokenizer = self.model.config, self.model.tokenizer
         front = int(config.shift_logits)
-        for place, row in enumerate(batch.rows):
+        for shard, place, row in [(s, p, row) for s in seen for p, row in enumerate(batches[s].rows)]:
+            state, boundary = seen[shard], batches[shard].boundary
             tokens = tuple(int(token) for token in state[0][place, front : front + row.request.sampling.gen_length])
-            ends = [place for place, token in enumerate(tokens) if token in config.eos_ids]
+            ends = [at for at, token in enumerate(tokens) if token in config.eos_ids]
             text = None
             if tokenizer is not None:
                 text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
@@ -330,7 +366,7 @@ class Engine:
                     finish_reason=("stop" if ends else "length") if finished else None,
                     prefix_len=row.prefix_len,
                     prefix_ratio=row.ratio,
-                    boundary=batch.boundary,
+                    boundary=boundary,
                     refresh_interval=self.cache.refresh_interval,
                     steps=int(state[1][place]),
                     forward_passes=int(state[2][place]),
@@ -341,51 +377,3 @@ class Engine:
     def _count(self, **more: float) -> None:
         now = {name: getattr(self._stats, name) + value for name, value in more.items()}
         self._stats = dataclasses.replace(self._stats, **now)
-
-
-def encode_padded(
-    backbone: Backbone, params: Any, prefix: tuple[int, ...], boundaries: Sequence[int], buffers: Buffers, length: int
-) -> PrefixCache:
-    """Encodes one prefix in its bucket, `length` tokens long, for the boundaries that its rows use."""
-    ids = np.zeros((1, length), np.int32)
-    ids[0, : len(prefix)] = prefix
-    slots = np.full(buffers.slots, backbone.config.num_layers, np.int32)
-    slots[: len(boundaries)] = boundaries
-    return encode(
-        backbone,
-        params,
-        jnp.asarray(ids),
-        jnp.asarray([len(prefix)], jnp.int32),
-        jnp.asarray(slots),
-        num_layers=buffers.shallow,
-    )
-
-
-class _PrefixStore:
-    """Caches of encoded prefixes, each held from its first batch to its last. The engine's only mutable state."""
-
-    def __init__(self, plan: Plan) -> None:
-        last = plan.config.num_layers - 1
-        self._caches: dict[tuple[int, ...], PrefixCache] = {}
-        self._uses = Counter(prefix for batch in plan.batches for prefix in batch.prefixes)
-        self._boundaries: dict[tuple[int, ...], set[int]] = {}
-        for batch in plan.batches:
-            for prefix in batch.prefixes:
-                self._boundaries.setdefault(prefix, set()).add(min(batch.boundary, last))
-
-    def boundaries(self, prefix: tuple[int, ...]) -> list[int]:
-        """Boundaries at which the prefix is used in this run."""
-        return sorted(self._boundaries[prefix])
-
-    def get(self, prefix: tuple[int, ...]) -> PrefixCache | None:
-        return self._caches.get(prefix)
-
-    def put(self, prefix: tuple[int, ...], cache: PrefixCache) -> None:
-        self._caches[prefix] = cache
-
-    def release(self, batch: Batch) -> None:
-        """Drops the prefixes whose last batch this was."""
-        for prefix in batch.prefixes:
-            self._uses[prefix] -= 1
-            if not self._uses[prefix]:
-                del self._caches[prefix]

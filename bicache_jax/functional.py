@@ -21,7 +21,7 @@ from bicache_jax.interval import empty_suffix, intervals
 from bicache_jax.kernels import PrefixAttention
 from bicache_jax.models import Transformer
 from bicache_jax.numerics import precision
-from bicache_jax.schedule import make_decoding, most_steps, window_size
+from bicache_jax.schedule import make_decoding, most_steps, stages
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +40,15 @@ class Denoised:
     forward_passes: Int[Array, " B"]
 
 
-def backbone_for(config: ModelConfig, attention: str = "auto") -> Backbone:
-    """The model's pieces with an implementation of prefix attention (`auto`, `xla`)."""
-    return Transformer(config, PrefixAttention(attention))
+def backbone_for(config: ModelConfig, attention: str = "auto", *, axis: str | None = None) -> Backbone:
+    """The model's pieces.
+
+    Args:
+        config: the architecture, or a shard's part of it.
+        attention: implementation of prefix attention (`auto`, `xla`).
+        axis: mesh axis over which the parts are summed; None: `config` is whole.
+    """
+    return Transformer(config, PrefixAttention(attention), axis)
 
 
 def encode_prefix(
@@ -140,10 +146,9 @@ def denoise(
     canvas_len = jnp.full((num_rows,), length) if canvas_len is None else jnp.asarray(canvas_len)
     rows = _layout_rows(config, prefix, canvas, canvas_len, gen_length, jnp.asarray(prefix_index), key)
     backbone = backbone_for(config, attention)
-    state = (rows, empty_suffix(backbone, rows, prefix.k.dtype, block_cache=block_cache != "off"))
+    state = (rows, empty_suffix(config, rows.tokens.shape, prefix.k.dtype, block_cache=block_cache != "off"))
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
-    windows = [window_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
-    for window in sorted(set(windows), reverse=True):
+    for window, stop_block in stages(sampling, block_cache):
         state = intervals(
             backbone,
             params,
@@ -151,7 +156,7 @@ def denoise(
             state,
             decoding,
             jnp.asarray(most_steps(sampling)),
-            jnp.asarray(sampling.num_blocks - windows[::-1].index(window)),
+            jnp.asarray(stop_block),
             block_width=sampling.block_size,
             deep_layers=config.num_layers - 1,
             window=window,

@@ -6,6 +6,8 @@ Each tile updates a few running statistics and is forgotten. Confidence is ranke
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,8 @@ from jaxtyping import Array, Float, Int, Key
 from bicache_jax.numerics import precision
 
 TILE = 2048
+NOISE_BLOCK = 128
+"""Noise is drawn for this many tokens from one key, whatever tile or shard asks for it."""
 
 
 class Choice(NamedTuple):
@@ -63,7 +67,7 @@ class _Mass(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """Statistics over the tiles seen so far, each [B, W]; the mask token is left out of all but `mask`.
+    """Statistics over some tokens of the vocabulary, each [B, W]; the mask token is left out of all but `mask`.
 
     Attributes:
         best: highest noisy logit.
@@ -83,6 +87,28 @@ class _Running(NamedTuple):
     mass: _Mass
     mask: Array
 
+    def __or__(self, later: _Running) -> _Running:
+        """Statistics of both; among equals the tokens of `self` go first."""
+        wins, leads = later.best > self.best, later.mass.peak > self.mass.peak
+        return _Running(
+            best=jnp.maximum(later.best, self.best),
+            token=jnp.where(wins, later.token, self.token),
+            raw=jnp.where(wins, later.raw, self.raw),
+            top=jnp.where(leads, later.top, self.top),
+            second=jnp.maximum(jnp.minimum(later.mass.peak, self.mass.peak), jnp.maximum(later.second, self.second)),
+            mass=self.mass | later.mass,
+            mask=jnp.maximum(self.mask, later.mask),
+        )
+
+
+def _merge_shards(mine: _Running, axis: str | None) -> _Running:
+    """Statistics of the whole vocabulary from those of its shards: a few numbers a position travel, never logits."""
+    if axis is None:
+        return mine
+    everyone = jax.lax.all_gather(mine, axis)
+    parts = (jax.tree.map(lambda leaf, i=i: leaf[i], everyone) for i in range(jax.lax.axis_size(axis)))
+    return functools.reduce(operator.or_, parts)
+
 
 def choose(
     x_bwd: Float[Array, "B W D"],
@@ -93,13 +119,15 @@ def choose(
     scale: Float[Array, ""],
     noise: Float[Array, ""],
     keys_bw: Key[Array, "B W"],
+    vocab_size: int | None = None,
+    axis: str | None = None,
 ) -> Choice:
     """Chooses a token at each position.
 
     Logits are multiplied by `scale`; the choice is made after Gumbel noise times `noise` is added, in log space and
     float32. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1;
-    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. Noise
-    is drawn by tile from the position's key, so it depends on nothing but that key.
+    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. The
+    noise of a token depends on the position's key and the token alone, not on tiles or shards.
 
     Args:
         x_bwd: normed hidden states of the block's positions.
@@ -109,18 +137,27 @@ def choose(
         scale: factor of the logits.
         noise: factor of the noise; 0 draws none.
         keys_bw: noise key of each position.
+        vocab_size: tokens of the whole vocabulary; None: V. Rows of the head beyond it are padding.
+        axis: mesh axis over which the vocabulary is split, V rows to a shard; None: it is whole.
 
     Returns:
         Token and confidence of each position.
     """
-    vocab_size = head_vd.shape[0]
-    tile = min(TILE, vocab_size)
+    num_rows = head_vd.shape[0]
+    vocab_size = num_rows if vocab_size is None else vocab_size
+    first = 0 if axis is None else jax.lax.axis_index(axis) * num_rows
+    tile = min(TILE, num_rows)
     shape = x_bwd.shape[:2]
     lowest = float(jnp.finfo(jnp.float32).min)
 
-    def gumbel(index: Array) -> Array:
+    def gumbel(start: Array) -> Array:
+        block, skipped = jnp.divmod(start, NOISE_BLOCK)
+        blocks = block + jnp.arange(-(-tile // NOISE_BLOCK) + 1)
+
         def draw(key: Array) -> Array:
-            return jax.random.gumbel(jax.random.fold_in(key, index), (tile,), jnp.float32)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(blocks)
+            drawn = jax.vmap(lambda key: jax.random.gumbel(key, (NOISE_BLOCK,), jnp.float32))(keys)
+            return jax.lax.dynamic_slice_in_dim(drawn.ravel(), skipped, tile)
 
         return jax.vmap(jax.vmap(draw))(keys_bw)
 
@@ -130,8 +167,8 @@ def choose(
 
     def step(index: Array, was: _Running) -> _Running:
         begin = index * tile
-        start = jnp.minimum(begin, vocab_size - tile)  # the last tile overlaps the one before it
-        ids = start + jnp.arange(tile)
+        start = jnp.minimum(begin, num_rows - tile)  # the last tile overlaps the one before it
+        ids = first + start + jnp.arange(tile)
         rows_td = jax.lax.dynamic_slice_in_dim(head_vd, start, tile)
         logits = jnp.einsum(
             "bwd,td->bwt", x_bwd, rows_td, precision=precision(x_bwd.dtype), preferred_element_type=jnp.float32
@@ -139,9 +176,10 @@ def choose(
         if bias_v is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias_v, start, tile).astype(jnp.float32)
         logits *= scale
-        mask_place = mask_id - start
+        mask_place = mask_id - first - start
         mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_place, 0, tile - 1), axis=-1, keepdims=False)
-        allowed = jnp.where((ids >= begin) & (ids != mask_id), logits, -jnp.inf)
+        fresh = (ids >= first + begin) & (ids < vocab_size)
+        allowed = jnp.where(fresh & (ids != mask_id), logits, -jnp.inf)
 
         peak = jnp.max(allowed, axis=-1)
         top = first_at(allowed, peak, ids)
@@ -152,27 +190,20 @@ def choose(
         mass = _Mass(peak, weight.sum(-1), (weight * below).sum(-1))
 
         def with_noise() -> tuple[Array, Array, Array]:
-            noisy = allowed + noise * gumbel(index)
+            noisy = allowed + noise * gumbel(first + start)
             best = jnp.max(noisy, axis=-1)
             token = first_at(noisy, best, ids)
-            return best, token, jnp.take_along_axis(logits, (token - start)[..., None], -1)[..., 0]
+            place = jnp.clip(token - first - start, 0, tile - 1)
+            return best, token, jnp.take_along_axis(logits, place[..., None], -1)[..., 0]
 
         best, token, raw = jax.lax.cond(noise > 0, with_noise, lambda: (peak, top, peak))
-        wins = best > was.best
-        return _Running(
-            best=jnp.maximum(best, was.best),
-            token=jnp.where(wins, token, was.token),
-            raw=jnp.where(wins, raw, was.raw),
-            top=jnp.where(peak > was.mass.peak, top, was.top),
-            second=jnp.maximum(jnp.minimum(peak, was.mass.peak), jnp.maximum(second, was.second)),
-            mass=was.mass | mass,
-            mask=jnp.where((mask_place >= 0) & (mask_place < tile), mask, was.mask),
-        )
+        here = jnp.where((mask_place >= 0) & (mask_place < tile), mask, -jnp.inf)
+        return was | _Running(best, token, raw, top, second, mass, here)
 
     unseen, zero, nothing = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
     start = _Running(unseen, nothing, unseen, nothing, unseen, _Mass(unseen, zero, zero), unseen)
     with jax.named_scope("head"):
-        last = jax.lax.fori_loop(0, -(-vocab_size // tile), step, start)
+        last = _merge_shards(jax.lax.fori_loop(0, -(-num_rows // tile), step, start), axis)
         mass = last.mass | _Mass(last.mask, zero, zero)
         share = jnp.exp(last.raw - mass.peak)
         certain = (last.token == last.top) & (last.raw >= mass.peak)

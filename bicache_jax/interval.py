@@ -7,25 +7,28 @@ inside it; what travels from one dispatch to the next is tokens, counters and ke
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.backbone import Backbone, Params
 from bicache_jax.cache import Decoding, DeepCache, PrefixCache, Rows, SuffixCache
+from bicache_jax.config import ModelConfig
 from bicache_jax.passes import SuffixPass
+from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE, on_shards, param_specs
 from bicache_jax.unmask import idle, unmask
 
 State = tuple[Rows, SuffixCache]
 Steps = tuple[Array, Rows, DeepCache, SuffixCache]
 
 
-def empty_suffix(backbone: Backbone, rows: Rows, dtype: jnp.dtype, *, block_cache: bool) -> SuffixCache:
-    """Room for the KV of a block cache, or the empty one that means there is none."""
-    config = backbone.config
+def empty_suffix(config: ModelConfig, rows: tuple[int, ...], dtype: jnp.dtype, *, block_cache: bool) -> SuffixCache:
+    """Room for the KV of a block cache of rows of shape (B, U), or the empty one that means there is none."""
     layers = config.num_layers if block_cache else 0
-    shape = (layers, rows.tokens.shape[0], config.num_kv_heads, rows.tokens.shape[1], config.head_dim)
+    shape = (layers, rows[0], config.num_kv_heads, rows[1], config.head_dim)
     return SuffixCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
@@ -139,6 +142,31 @@ def intervals(
     return rows, suffix
 
 
-decode = functools.partial(
-    jax.jit, static_argnames=("backbone", "block_width", "deep_layers", "window"), donate_argnames=("state",)
-)(intervals)
+@functools.partial(
+    jax.jit, static_argnames=("backbone", "block_width", "deep_layers", "window", "mesh"), donate_argnames=("state",)
+)
+def decode(
+    backbone: Backbone,
+    params: Params,
+    cache: PrefixCache,
+    state: State,
+    decoding: Decoding,
+    num_intervals: Int[Array, ""],
+    stop_block: Int[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    **sizes: Any,
+) -> State:
+    """`intervals` as a program: on one device, or a batch of its own on every data shard of a mesh.
+
+    On a mesh rows, prefixes and (with a leading axis) `decoding` are those of all data shards, one after the other, and
+    `prefix_index` counts the prefixes of the row's own shard.
+    """
+
+    def shard(params: Params, cache: PrefixCache, state: State, decoding: Decoding, *limits: Array) -> State:
+        if mesh is not None:
+            decoding = jax.tree.map(lambda leaf: leaf[0], decoding)
+        return intervals(backbone, params, cache, state, decoding, *limits, **sizes)
+
+    specs = (param_specs(backbone.axes, params), PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED)
+    return on_shards(shard, mesh, specs, STATE)(params, cache, state, decoding, num_intervals, stop_block)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
 from bicache_jax.grouping import Batch, Row
+from bicache_jax.rounds import Round
 from bicache_jax.work import Job, row_flops
 
 
@@ -28,11 +29,11 @@ class Buffers:
     slots: int
 
     @classmethod
-    def of(cls, batches: Iterable[Batch], num_layers: int) -> Buffers:
-        """The buffers that a run of `batches` needs."""
+    def of(cls, rounds: Iterable[Round], num_layers: int) -> Buffers:
+        """The buffers that a run needs."""
         last = num_layers - 1
         used: dict[tuple[int, ...], set[int]] = {}
-        for batch in batches:
+        for batch in (batch for batches in rounds for batch in batches if batch.rows):
             for prefix in batch.prefixes:
                 used.setdefault(prefix, set()).add(min(batch.boundary, last))
         boundaries = set().union(*used.values())
@@ -71,15 +72,20 @@ class Plan:
         config: the model's architecture.
         dtype: dtype of parameters and caches.
         cache: how prefixes are reused.
-        batches: batches in the order in which they run.
+        rounds: batches in the order in which they run, those of all data shards at a time.
         buffers: cache sizes of the run.
     """
 
     config: ModelConfig
     dtype: jnp.dtype
     cache: CacheConfig
-    batches: tuple[Batch, ...]
+    rounds: tuple[Round, ...]
     buffers: Buffers
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All batches that have rows."""
+        return [batch for batches in self.rounds for batch in batches if batch.rows]
 
     @property
     def rows(self) -> list[Row]:
@@ -98,11 +104,12 @@ class Plan:
             none += row_flops(self.config, job.without_prefix())
         return none / planned if planned else 1.0
 
-    def shape(self, batch: Batch) -> tuple[int, int, int, int]:
-        """(G, P, B, U) in buckets."""
-        prefix = length_bucket(max(map(len, batch.prefixes), default=0))
-        suffix = length_bucket(max(row.suffix_len for row in batch.rows))
-        return count_bucket(len(batch.prefixes)), prefix, count_bucket(len(batch.rows)), suffix
+    def shape(self, *batches: Batch) -> tuple[int, int, int, int]:
+        """(G, P, B, U) in buckets, of a batch or of the batches of a round."""
+        prefix = length_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
+        suffix = length_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
+        groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
+        return groups, prefix, max(count_bucket(len(batch.rows)) for batch in batches), suffix
 
     def cache_bytes(self, batch: Batch) -> int:
         """KV of a batch: shared ones of its prefixes and the rows' own deep ones."""

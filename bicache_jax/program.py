@@ -55,7 +55,7 @@ def lower_decode(backbone: Backbone, params: Any, plan: Plan, batch: Batch) -> j
     def state() -> Any:
         entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
         rows = build_rows(entries, batch.prefix_index, plan.config, num_rows=num_rows, length=length)
-        return rows, empty_suffix(backbone, rows, plan.dtype, block_cache=block_cache != "off")
+        return rows, empty_suffix(plan.config, rows.tokens.shape, plan.dtype, block_cache=block_cache != "off")
 
     room = length_bucket(sampling.num_steps // sampling.num_blocks)
     decoding = make_decoding(

@@ -47,6 +47,13 @@ def window_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -
     return sampling.block_size if block_cache == "dual" else sampling.gen_length - block * sampling.block_size
 
 
+def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[tuple[int, int]]:
+    """The dispatches of a run: (tokens that steps inside a block run, the block at which that number changes)."""
+    windows = [window_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
+    ends = {window: block + 1 for block, window in enumerate(windows)}
+    return list(ends.items())
+
+
 def most_steps(sampling: SamplingConfig) -> int:
     """Most denoising steps a row can take."""
     return sampling.num_steps if sampling.threshold is None else sampling.gen_length

@@ -111,6 +111,8 @@ def unmask(
         scale=decoding.scale,
         noise=decoding.noise,
         keys_bw=token_keys,
+        vocab_size=config.vocab_size,
+        axis=backbone.axis,
     )
     with jax.named_scope("unmask"):
         score = jax.lax.switch(decoding.remasking, RULES, choice, order_keys)

@@ -2,6 +2,7 @@
 
 from bicache_jax.models import dream as dream
 from bicache_jax.models import llada as llada
+from bicache_jax.models.transformer import AXES as AXES
 from bicache_jax.models.transformer import Transformer as Transformer
 from bicache_jax.models.transformer import abstract as abstract
 from bicache_jax.models.transformer import init as init

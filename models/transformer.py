@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from bicache_jax.attention import Attention
 from bicache_jax.config import ModelConfig
 from bicache_jax.models.rope import rotate
 from bicache_jax.numerics import precision
+from bicache_jax.sharding import psum
 
 Params = Any
 LayerParams = Any
@@ -71,10 +73,35 @@ class Block(nnx.Module):
         self.up = linear(config.d_model, config.d_mlp, config.bias)
         self.down = linear(config.d_mlp, config.d_model, config.bias)
 
-    def mlp(self, x_btd: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """SwiGLU of the normed residual stream."""
+    def gated(self, x_btd: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """SwiGLU of the normed residual stream, in front of the down projection."""
         normed = self.mlp_norm(x_btd)
-        return self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        return jax.nn.silu(self.gate(normed)) * self.up(normed)
+
+
+AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("embed",): ("vocab", "width"),
+    ("head",): ("vocab", "width"),
+    ("head_bias",): ("vocab",),
+    ("norm", "scale"): ("width",),
+    ("norm", "bias"): ("width",),
+    **{
+        ("layers", name, part): ("layer", "width")
+        for name in ("attention_norm", "mlp_norm")
+        for part in ("scale", "bias")
+    },
+    **{
+        ("layers", name, part): ("layer", "width", axis) if part == "kernel" else ("layer", axis)
+        for name, axis in {"q": "heads", "k": "kv_heads", "v": "kv_heads", "gate": "mlp", "up": "mlp"}.items()
+        for part in ("kernel", "bias")
+    },
+    **{
+        ("layers", name, part): ("layer", axis, "width") if part == "kernel" else ("layer", "width")
+        for name, axis in {"o": "heads", "down": "mlp"}.items()
+        for part in ("kernel", "bias")
+    },
+}
+"""Logical axes of every parameter, for both families; `bicache_jax.sharding.RULES` says where each lies on a mesh."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,20 +146,40 @@ class Transformer:
     """`bicache_jax.backbone.Backbone` for the LLaDA and Dream block; static and hashable, parameters are arguments.
 
     Attributes:
-        config: the architecture.
+        config: the architecture, or a shard's part of it (`bicache_jax.sharding.Layout.local`).
         attention: prefix attention to use.
+        axis: mesh axis over which heads, MLP and vocabulary are split; None: they are whole.
     """
 
     config: ModelConfig
     attention: Attention
+    axis: str | None = None
+
+    @property
+    def axes(self) -> Mapping[tuple[str, ...], tuple[str, ...]]:
+        """`AXES`."""
+        return AXES
 
     def _block(self, layer: LayerParams) -> Block:
         dtype = layer["q"]["kernel"].dtype
         return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(layer))
 
+    def _sum(self, linear: nnx.Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """A projection whose inputs are split over shards; its bias is added once."""
+        if self.axis is None or linear.bias is None:
+            return psum(linear(x), self.axis)
+        first = jax.lax.axis_index(self.axis) == 0
+        linear.bias[...] = jnp.where(first, linear.bias[...], 0)
+        return psum(linear(x), self.axis)
+
     def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Token embeddings."""
-        return params["embed"][ids]
+        """Token embeddings; a shard has those of its own part of the vocabulary, and zeros for the others."""
+        table = params["embed"]
+        if self.axis is None:
+            return table[ids]
+        place = ids - jax.lax.axis_index(self.axis) * table.shape[0]
+        inside = (place >= 0) & (place < table.shape[0])
+        return psum(jnp.where(inside[..., None], table[jnp.where(inside, place, 0)], 0), self.axis)
 
     def _heads(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:2], heads, self.config.head_dim).swapaxes(1, 2)
@@ -164,13 +211,13 @@ class Transformer:
             block = self._block(layer)
             width = self.config.num_heads * self.config.head_dim
             merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], width)
-            x_btd = x_btd + block.o(merged)
-            return x_btd + block.mlp(x_btd)
+            x_btd = x_btd + self._sum(block.o, merged)
+            return x_btd + self._sum(block.down, block.gated(x_btd))
 
     def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """The norm in front of the head."""
         return nnx.merge(_graphs(self.config, x.dtype)[1], nnx.State(params["norm"]))(x)
 
     def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
-        """Rows of the LM head, and its bias where there is one."""
+        """Rows of the LM head, and its bias where there is one; a shard's are its part of the vocabulary."""
         return params["embed"] if self.config.tied else params["head"], params.get("head_bias")

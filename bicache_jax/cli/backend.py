@@ -48,8 +48,10 @@ class Run:
         """
         from bicache_jax.boundary import load_table
         from bicache_jax.engine import Engine
+        from bicache_jax.sharding import make_mesh
 
         table = load_table(args.boundary_table) if args.boundary_table is not None else None
+        mesh = make_mesh(args.mesh) if args.mesh is not None else None
         self._model = load(args)
         if table is not None:
             check_table(table, args.boundary_table, self._model)
@@ -58,7 +60,7 @@ class Run:
             cache = dataclasses.replace(cache, table=self._model.boundaries)  # a journal names what was used
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
         self._auto_block = CACHED_BLOCK if cache.block_cache != "off" and args.block_length is None else None
-        self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size)
+        self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size, mesh=mesh)
 
     @property
     def stats(self) -> Any:

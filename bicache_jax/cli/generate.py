@@ -144,6 +144,11 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
     running.add_argument(
+        "--mesh",
+        metavar="data=D,model=M",
+        help="devices to run on: D batches at a time, each model cut over M devices (default: one device)",
+    )
+    running.add_argument(
         "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
     )
     backend.add_compilation_flags(running)
