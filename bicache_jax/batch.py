@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +55,8 @@ def build_rows(
     return put_rows(lay_out(entries, prefix_index, config, num_rows=num_rows, length=length), jnp.asarray)
 
 
-def put_rows(arrays: Mapping[str, np.ndarray], put: Callable[[np.ndarray], Array]) -> Rows:
-    """The rows of `lay_out` on their devices; `put` takes an array there."""
+def put_rows(arrays: Mapping[str, Any], put: Callable[[Any], Array]) -> Rows:
+    """The rows of `lay_out` on their devices; `put` takes a field there."""
     placed = {name: put(array) for name, array in arrays.items()}  # a buffer of its own for each: they are donated
     return Rows(**placed | {"key": _keys(placed["key"])})
 

@@ -2,9 +2,9 @@
 
 A shard that serves a prefix encodes it once. So a group of rows (those of one prefix) stays together unless it is
 larger than a shard's share; then it is split and its prefix is encoded on several shards. This is makespan
-scheduling with set-up times: groups are cut into pieces no larger than a bound, pieces go to the least loaded shard in order of size
-(longest processing time first, Graham 1969), and rows then move away from the fullest shard while that helps. The bound
-that gives the shortest makespan is taken.
+scheduling with set-up times: groups are cut into pieces no larger than a bound, pieces go to the least loaded shard in
+order of size (longest processing time first, Graham 1969), and rows then move away from the fullest shard while that
+helps. The bound that gives the shortest makespan is taken.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Placement:
     def rows(self, per_shard: Sequence[Mapping[str, np.ndarray]]) -> Rows:
         """The rows that `bicache_jax.batch.lay_out` laid out for each data shard."""
         joined = {name: [arrays[name] for arrays in per_shard] for name in per_shard[0]}
-        return put_rows(joined, self._put)  # type: ignore[arg-type]
+        return put_rows(joined, self._put)
 
     def decoding(self, per_shard: Sequence[Decoding]) -> Decoding:
         """What the rows of each data shard share."""
