@@ -1,4 +1,4 @@
-"""Numbers that are data: model shapes and published boundary tables."""
+"""Numbers that are data: model shapes, published boundary tables, and decoding presets (`bicache_jax.cli.presets`)."""
 
 from __future__ import annotations
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from bicache_jax.cli import backend
+from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.inputs import Requests, read_requests
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import boundary, fraction, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
+from bicache_jax.cli.presets import preset_flags, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
 from bicache_jax.config import BLOCK_CACHES, CACHED_BLOCK, POLICIES, REMASKING, CacheConfig, SamplingConfig
 from bicache_jax.journal import Record
@@ -24,7 +26,10 @@ Answers requests with a diffusion language model. Prompts that share a prefix ha
 A request is a JSON object on a line of its own, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
 and optionally "id", "prefix_len" (tokens), "gen_length", "steps", "block_length", "seed", "n" (samples), "answer"."""
-EPILOG = """\
+EPILOG = f"""\
+presets:
+{preset_summary()}
+
 exit status: 0 all is well, 2 bad flags or an unreadable file, 3 some requests have an error as their result,
 130 interrupted (finished results are kept in OUTPUT.journal; the same command with --resume goes on).
 
@@ -50,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--stream",
         action="store_true",
-        help="write results to standard output as they happen, unfinished ones (finish_reason null) included",
+        help="show results on standard output as they happen, unfinished ones too: on a terminal the canvases fill in,"
+        " anything else gets JSON lines, with finish_reason null and the masked positions where one is unfinished",
     )
 
     add_running_arguments(parser)
@@ -109,6 +115,12 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     decoding = parser.add_argument_group("decoding", "a request's own gen_length, steps, block_length and seed precede")
+    decoding.add_argument(
+        "--preset",
+        type=preset_flags,
+        metavar="NAME",
+        help="flags as a model's authors publish them (names below); any flag given with it precedes (default: none)",
+    )
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
     )
@@ -179,16 +191,18 @@ def run(args: argparse.Namespace) -> int:
 
         output.begin(requests, run.identity(requests))
         resumed = len(output.finished)
+        drawn = args.stream and is_terminal(sys.stdout)
+        show = Canvas().show if drawn else write_event
         if args.stream:
             for item in requests.items:
                 if isinstance(item, Result):
-                    write_event(item.to_json())
-        progress = Progress(requests, resumed, quiet=args.quiet)
+                    show(item.to_json())
+        progress = Progress(requests, resumed, quiet=args.quiet or drawn)
         stack.callback(progress.close)
         try:
             for record in run.stream(requests.valid, output.finished, partial=args.stream):
                 if args.stream:
-                    write_event(record)
+                    show(record)
                 if record["finish_reason"] is not None:
                     output.add(record)
                     progress.update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import re
 import sys
@@ -19,6 +20,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses once more where a preset is named: its flags become the defaults, so that any flag precedes them."""
+        first = super().parse_known_args(args, copy.copy(namespace))
+        preset = getattr(first[0], "preset", None)
+        if preset is None or not any(action.dest == "preset" for action in self._actions):
+            return first
+        known = {action.dest for action in self._actions}
+        self.set_defaults(**{name: value for name, value in preset.items() if name in known})
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage, which is a screen long."""

@@ -1,0 +1,103 @@
+"""Answers a file of requests under several policies, in turns in one process, and sets their speed side by side.
+
+python scripts/compare_policies.py examples/five_shot.jsonl --output scripts/results/five_shot.md
+python scripts/compare_policies.py examples/samples.jsonl --temperature 1 --output scripts/results/samples.md
+
+Unlike `bicache evaluate` it runs every sample that a request asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
+from bicache_jax.evaluation import exact_match, measure_speed, parse_policy
+from bicache_jax.requests import is_blank, parse_requests
+
+HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward passes", "prefixes encoded", "boundary")
+
+
+def main() -> None:
+    """Runs the comparison and prints its table."""
+    parser = argparse.ArgumentParser(description="Sets the speed of policies on a file of requests side by side.")
+    parser.add_argument("requests", type=Path, help="requests, JSON lines, each with an answer")
+    parser.add_argument("--model", default="example", help="folder, hub id, or 'example' (default: %(default)s)")
+    parser.add_argument("--policies", default="none,bicache", help="the first is the reference (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="(default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="measured turns (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file for the table (default: it is printed only)")
+    args = parser.parse_args()
+    try:
+        table = compare(args)
+    except BicacheError as error:
+        raise SystemExit(f"compare_policies.py: {error}") from None
+    print(table, end="")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(table, encoding="utf-8")
+
+
+def compare(args: argparse.Namespace) -> str:
+    """The comparison as a Markdown table."""
+    model = load_model(args.model)
+    sampling = SamplingConfig(temperature=args.temperature)
+    lines = [line for line in args.requests.read_bytes().split(b"\n") if not is_blank(line)]
+    parsed = parse_requests(
+        lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=str(args.requests)
+    )
+    requests = [entry for entry in parsed if isinstance(entry, Request)]
+    if len(requests) < len(parsed):
+        raise BicacheError(next(entry.error or "" for entry in parsed if not isinstance(entry, Request)))
+    answers = {request.id: json.loads(line).get("answer") for request, line in zip(requests, lines, strict=True)}
+    engines = [
+        Engine(model, cache=parse_policy(name, CacheConfig()), sampling=sampling) for name in args.policies.split(",")
+    ]
+    rows = [_answer(engine, requests, answers) for engine in engines]
+    made = sum(request.n * request.sampling.gen_length for request in requests)
+    times = measure_speed(engines, requests, turns=args.turns, seconds=300)
+    against = times[:, :1] / times
+    out = [
+        f"`{args.requests.name}`: {len(requests)} requests, {sum(request.n for request in requests)} responses,"
+        f" {made} tokens; model `{args.model}`, temperature {args.temperature:g}.",
+        f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores), {len(times)} turns: medians,"
+        " in brackets the range.",
+        "",
+        "| " + " | ".join(HEADS) + " |",
+        "|" + "---|" * len(HEADS),
+    ]
+    for place, (name, row) in enumerate(zip(args.policies.split(","), rows, strict=True)):
+        speed, ratio = made / np.median(times[:, place]), against[:, place]
+        cells = [
+            name,
+            row["right"],
+            f"{speed:.0f}",
+            f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
+            f"{engines[place].plan(requests).gain:.2f}",
+            *(str(row[field]) for field in ("forward_passes", "prefixes", "boundaries")),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _answer(engine: Engine, requests: list[Request], answers: dict[str, Any]) -> dict[str, Any]:
+    results = engine.generate(requests)
+    scored = [exact_match(result.text or "", [answers[result.id]]) for result in results if answers[result.id]]
+    boundaries = sorted({result.boundary for result in results if result.prefix_len})
+    return {
+        "right": f"{sum(scored)} of {len(scored)}",
+        "forward_passes": engine.stats.forward_passes,
+        "prefixes": engine.stats.prefixes_encoded,
+        "boundaries": " to ".join(map(str, dict.fromkeys([boundaries[0], boundaries[-1]]))) if boundaries else "-",
+    }
+
+
+if __name__ == "__main__":
+    main()
