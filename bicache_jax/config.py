@@ -10,6 +10,8 @@ Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
+ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+"""Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""

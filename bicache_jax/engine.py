@@ -24,7 +24,7 @@ from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
-from bicache_jax.functional import backbone_for
+from bicache_jax.functional import backbone_here
 from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
 from bicache_jax.placement import Placement
@@ -91,13 +91,13 @@ class Engine:
             cache: how prefixes are reused; the default is BiCache with the model's own boundary table.
             sampling: how canvases are denoised, unless a request says otherwise.
             batch_size: most rows of a batch (on a mesh: of each data shard's); None: planned from the shapes.
-            attention: implementation of prefix attention.
+            attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
             mesh: mesh `("data", "model")` to run on (`bicache_jax.sharding.make_mesh`); None: the default device. A
                 model that was not loaded onto it is cut here.
 
         Raises:
-            BicacheError: there is no boundary table for the model, the boundary is deeper than the model, or the mesh
-                has other axes.
+            BicacheError: there is no boundary table for the model, the boundary is deeper than the model, the
+                implementation of attention does not run here, or the mesh has other axes.
         """
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
@@ -106,7 +106,7 @@ class Engine:
         self.sampling = sampling or SamplingConfig()
         self.batch_size = batch_size
         self._placement = place = Placement(model.config, None if mesh is None else check_mesh(mesh))
-        self._backbone = backbone_for(place.layout.local, attention, axis=place.axis)
+        self._backbone = backbone_here(place.layout.local, attention, axis=place.axis)
         self._params = place.params(model.params, self._backbone.axes)
         self._boundary_of = self._boundary_rule()
         self._compiles = CompileCounter()

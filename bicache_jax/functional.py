@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.backbone import Backbone, Params, layer_params
 from bicache_jax.cache import PrefixCache, Rows
-from bicache_jax.config import BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.config import ATTENTION, BlockCache, ModelConfig, SamplingConfig
 from bicache_jax.encode import encode
 from bicache_jax.interval import empty_suffix, intervals
-from bicache_jax.kernels import PrefixAttention
+from bicache_jax.kernels import PrefixAttention, elsewhere
 from bicache_jax.models import Transformer
 from bicache_jax.numerics import precision
 from bicache_jax.schedule import make_decoding, most_steps, stages
+from bicache_jax.types import BicacheError
 
 
 @jax.tree_util.register_dataclass
@@ -45,10 +46,23 @@ def backbone_for(config: ModelConfig, attention: str = "auto", *, axis: str | No
 
     Args:
         config: the architecture, or a shard's part of it.
-        attention: implementation of prefix attention (`auto`, `xla`).
+        attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         axis: mesh axis over which the parts are summed; None: `config` is whole.
     """
     return Transformer(config, PrefixAttention(attention), axis)
+
+
+def backbone_here(config: ModelConfig, attention: str, *, axis: str | None = None) -> Backbone:
+    """`backbone_for` this process's devices.
+
+    Raises:
+        BicacheError: there is no such implementation of attention, or it does not run here.
+    """
+    if attention not in ATTENTION:
+        raise BicacheError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if why := elsewhere(attention, jax.default_backend()):
+        raise BicacheError(f"attention: {why}")
+    return backbone_for(config, attention, axis=axis)
 
 
 def encode_prefix(

@@ -174,7 +174,9 @@ class SuffixPass:
     def _boundary_layer(self, x: Float[Array, "B T D"], suffix: SuffixCache) -> Carry:
         """Layer b: prefix KV and prefix queries are still one per prefix; what comes out is one per row."""
         rows, hidden = self.rows, self.cache.hidden_at(self.boundary)
-        layer, positions = layer_params(self.params, self.boundary), self._window(rows.positions)
+        # A layer that is the same in every refresh would be copied out of the stack in front of all loops.
+        x, boundary = jax.lax.optimization_barrier((x, self.boundary))
+        layer, positions = layer_params(self.params, boundary), self._window(rows.positions)
         q_prefix = self.backbone.query(layer, hidden, jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]))
         q = jnp.concatenate([q_prefix[rows.prefix_index], self.backbone.query(layer, x, positions)], axis=2)
         k, v = self.backbone.key_value(layer, x, positions)

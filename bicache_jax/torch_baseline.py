@@ -140,10 +140,12 @@ def _state(params: Any, torch: Any, dtype: Any) -> dict[str, Any]:
         "norm.weight": _tensor(params["norm"]["scale"], torch, dtype),
     }
     layers = params["layers"]
-    for index in range(layers["q"]["kernel"].shape[0]):
+    for index in range(layers["q"]["weight"].shape[0]):
         at = f"layers.{index}."
         for name, ours in _LAYER.items():
-            state[at + name + ".weight"] = _tensor(layers[ours]["kernel"][index].T, torch, dtype)
+            linear = layers[ours]
+            weight = linear["weight"][index] if "weight" in linear else linear["kernel"][index].T
+            state[at + name + ".weight"] = _tensor(weight, torch, dtype)
         state[at + "input_layernorm.weight"] = _tensor(layers["attention_norm"]["scale"][index], torch, dtype)
         state[at + "post_attention_layernorm.weight"] = _tensor(layers["mlp_norm"]["scale"][index], torch, dtype)
     return state

@@ -1,14 +1,36 @@
-"""Dispatch of prefix attention to an implementation."""
+"""Dispatch of prefix attention to an implementation.
+
+The platform that counts is the one a computation is lowered for, not the one of the process: a program for a TPU
+topology that is not here gets the TPU's kernel. So the choice is made when it is lowered (`lax.platform_dependent`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax import attention
+from bicache_jax.config import ATTENTION as IMPLEMENTATIONS
+from bicache_jax.kernels import gpu, tpu
+from bicache_jax.kernels.axes import spread
+from bicache_jax.kernels.support import PLATFORM, check, elsewhere, refusal
 
-IMPLEMENTATIONS = ("auto", "xla")
+Call = Callable[..., Array]
+# A nested jit is traced once for the same shapes: a program has attention in four places, on platforms of no use to it.
+_traced_once = functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+_KERNELS: dict[str, Call] = {
+    "pallas_tpu": _traced_once(tpu.prefix_attention),
+    "pallas_gpu": _traced_once(gpu.prefix_attention),
+}
 
 
 def prefix_attention(
@@ -24,8 +46,14 @@ def prefix_attention(
     scale: float | None = None,
     layer: Int[Array, ""] | int | None = None,
     implementation: str = "auto",
+    interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Prefix attention; `bicache_jax.attention.prefix_attention` is its specification.
+
+    Works under `jit` and `shard_map` and in loops with a traced `layer`. Against the specification in float64 on the
+    concatenated keys and values, for normal inputs, results are off by at most 2e-6 in float32 and 2e-2 in bfloat16,
+    whatever the implementation. `auto` and `xla` have the gradient of the plain-JAX form; kernels asked for by name
+    have none, and say so.
 
     Args:
         q: queries, rotated.
@@ -38,36 +66,125 @@ def prefix_attention(
         suffix_valid: which suffix tokens may be attended to.
         scale: factor of the scores; None: `H ** -0.5`.
         layer: layer of a stacked prefix cache; may be traced.
-        implementation: `xla` is the plain-JAX specification; `auto` picks the best for the platform.
+        implementation: `auto`: by the platform that the computation is for, plain JAX where its kernel cannot serve
+            (said once); `xla`: plain JAX; `pallas_tpu`, `pallas_gpu`: that kernel or an error.
+        interpret: run a kernel that is asked for by name in Pallas's interpreter, on any platform.
 
     Returns:
         Attended values in `q`'s dtype.
 
     Raises:
-        ValueError: the implementation is unknown.
+        ValueError: the implementation is unknown, or shapes do not fit each other.
+        NotImplementedError: the implementation asked for by name cannot serve: dtypes or sizes (raised here), the
+            platform (raised when the computation is lowered), a gradient.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    return attention.prefix_attention(
-        q,
-        k_prefix,
-        v_prefix,
-        k_suffix,
-        v_suffix,
-        prefix_index=prefix_index,
-        prefix_len=prefix_len,
-        suffix_valid=suffix_valid,
-        scale=scale,
-        layer=layer,
-    )
+    arrays = (q, k_prefix, v_prefix, k_suffix, v_suffix)
+    check(*arrays, prefix_index=prefix_index, prefix_len=prefix_len, suffix_valid=suffix_valid, layer=layer)
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32)
+    named = {"prefix_index": prefix_index, "prefix_len": prefix_len, "suffix_valid": suffix_valid, "layer": layer}
+    plain: Call = functools.partial(attention.prefix_attention, scale=scale)
+    if implementation == "xla":
+        return plain(*arrays, **named)
+    if implementation == "auto":
+        return _by_platform(plain, {name: _or_plain(name, plain, arrays, scale) for name in _KERNELS}, arrays, named)
+    why = refusal(implementation, *arrays)
+    if why is not None:
+        raise NotImplementedError(f"{why}; implementation='xla' serves it")
+    kernel = functools.partial(_KERNELS[implementation], scale=scale, interpret=interpret)
+    return _named(implementation, kernel, arrays, named, anywhere=interpret)
+
+
+def _or_plain(implementation: str, plain: Call, arrays: tuple[Array, ...], scale: float | None) -> Call:
+    """The kernel of a platform, or the plain form where it cannot serve."""
+    why = refusal(implementation, *arrays)
+    if why is None:
+        return functools.partial(_KERNELS[implementation], scale=scale)
+    if elsewhere(implementation, jax.default_backend()) is None:
+        _say_once(why)
+    return plain
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    warnings.warn(f"prefix attention runs as plain JAX: {why}", stacklevel=2)
+
+
+def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+    """Picks when the computation is lowered; the gradient is the plain form's, everywhere."""
+
+    @jax.custom_jvp
+    def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+        return jax.lax.platform_dependent(
+            arrays,
+            named,
+            default=lambda arrays, named: plain(*arrays, **named),
+            **{PLATFORM[name]: lambda arrays, named, run=run: run(*arrays, **named) for name, run in kernels.items()},
+        )
+
+    @call.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(lambda arrays, named: plain(*arrays, **named), primals, tangents)
+
+    return call(arrays, named)
+
+
+def _named(
+    implementation: str, kernel: Call, arrays: tuple[Array, ...], named: dict[str, Any], *, anywhere: bool
+) -> Array:
+    """A kernel on its platform (interpreted: anywhere), a refusal on the others, and no gradient."""
+
+    @jax.custom_jvp
+    def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+        if anywhere:
+            return kernel(*arrays, **named)
+        return jax.lax.platform_dependent(
+            arrays,
+            named,
+            default=lambda arrays, named: _refused(implementation, arrays, named),
+            **{PLATFORM[implementation]: lambda arrays, named: kernel(*arrays, **named)},
+        )
+
+    @call.defjvp
+    def jvp(primals: Any, tangents: Any) -> NoReturn:
+        raise NotImplementedError(f"{implementation} has no gradient; implementation='xla' has one")
+
+    return call(arrays, named)
+
+
+def _refused(implementation: str, arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+    """Has the kernel's type, and cannot be lowered."""
+    (q, *_), _ = spread([*arrays, *jax.tree.leaves(named)])
+    return _refused_p.bind(q, implementation=implementation)
+
+
+def _refuse(implementation: str, platforms: str) -> NoReturn:
+    raise NotImplementedError(elsewhere(implementation, platforms))
+
+
+_refused_p = Primitive("prefix_attention_refused")
+_refused_p.def_impl(lambda _, *, implementation: _refuse(implementation, jax.default_backend()))
+_refused_p.def_abstract_eval(lambda aval, *, implementation: aval)
+mlir.register_lowering(
+    _refused_p,
+    lambda ctx, _, *, implementation: _refuse(implementation, ", ".join(ctx.platforms or ctx.module_context.platforms)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixAttention:
-    """`prefix_attention` with its implementation chosen: a hashable value, so that it can be a static argument."""
+    """`prefix_attention` with its implementation chosen: a hashable value, so that it can be a static argument.
+
+    Attributes:
+        implementation: as `prefix_attention` takes it.
+        interpret: likewise.
+    """
 
     implementation: str = "auto"
+    interpret: bool = False
 
     def __call__(self, *args: Array, **kwargs: object) -> Array:
         """Attends."""
-        return prefix_attention(*args, **kwargs, implementation=self.implementation)  # type: ignore[arg-type]
+        attend: Call = prefix_attention
+        return attend(*args, **kwargs, implementation=self.implementation, interpret=self.interpret)

@@ -52,7 +52,7 @@ def tensor_map(config: ModelConfig) -> TensorMap:
         ("layers", "o", "kernel"): f"{block}self_attn.o_proj.weight",
     }
     for name in ("q", "k", "v"):
-        names["layers", name, "kernel"] = f"{block}self_attn.{name}_proj.weight"
+        names["layers", name, "weight"] = f"{block}self_attn.{name}_proj.weight"
         if config.qkv_bias:
             names["layers", name, "bias"] = f"{block}self_attn.{name}_proj.bias"
     for name in ("gate", "up", "down"):

@@ -93,7 +93,7 @@ def tensor_map(config: ModelConfig) -> TensorMap:
         if config.norm_bias:
             names["layers", norm, "bias"] = f"{block}{name}.bias"
     for linear, (name, bias) in linears.items():
-        names["layers", linear, "kernel"] = f"{block}{name}.weight"
+        names["layers", linear, "weight" if linear in "qkv" else "kernel"] = f"{block}{name}.weight"
         if bias:
             names["layers", linear, "bias"] = f"{block}{name}.bias"
     if config.norm_bias:

@@ -44,6 +44,26 @@ class Norm(nnx.Module):
         return x if self.bias is None else x + self.bias[...]
 
 
+class HeadLinear(nnx.Module):
+    """A linear map to heads, its weight `[out, in]` as in checkpoints.
+
+    TPUs make `[B, N, T, H]` of it in one go. From a weight `[in, out]` they do so as well, but re-lay it for that, in
+    every layer of every step.
+    """
+
+    def __init__(self, features_in: int, features_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Initialises the weight like `Block`'s other ones, the bias to zero."""
+        weight = jax.random.normal(rngs.params(), (features_out, features_in), dtype)
+        self.weight = nnx.Param(weight * jnp.asarray(features_in**-0.5, dtype))
+        self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B NH"]:
+        """Maps the last axis."""
+        weight = self.weight[...]
+        out = jnp.einsum("...d,nd->...n", x, weight, precision=precision(weight.dtype))
+        return out if self.bias is None else out + self.bias[...]
+
+
 class Block(nnx.Module):
     """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP."""
 
@@ -64,9 +84,8 @@ class Block(nnx.Module):
 
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.attention_norm = Norm(config, dtype=dtype)
-        self.q = linear(config.d_model, query_size, config.qkv_bias)
-        self.k = linear(config.d_model, kv_size, config.qkv_bias)
-        self.v = linear(config.d_model, kv_size, config.qkv_bias)
+        heads = functools.partial(HeadLinear, config.d_model, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v = heads(query_size), heads(kv_size), heads(kv_size)
         self.o = linear(query_size, config.d_model, config.bias)
         self.mlp_norm = Norm(config, dtype=dtype)
         self.gate = linear(config.d_model, config.d_mlp, config.bias)
@@ -91,8 +110,13 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
         for part in ("scale", "bias")
     },
     **{
-        ("layers", name, part): ("layer", "width", axis) if part == "kernel" else ("layer", axis)
-        for name, axis in {"q": "heads", "k": "kv_heads", "v": "kv_heads", "gate": "mlp", "up": "mlp"}.items()
+        ("layers", name, part): ("layer", axis, "width") if part == "weight" else ("layer", axis)
+        for name, axis in {"q": "heads", "k": "kv_heads", "v": "kv_heads"}.items()
+        for part in ("weight", "bias")
+    },
+    **{
+        ("layers", name, part): ("layer", "width", "mlp") if part == "kernel" else ("layer", "mlp")
+        for name in ("gate", "up")
         for part in ("kernel", "bias")
     },
     **{
@@ -161,7 +185,7 @@ class Transformer:
         return AXES
 
     def _block(self, layer: LayerParams) -> Block:
-        dtype = layer["q"]["kernel"].dtype
+        dtype = layer["q"]["weight"].dtype
         return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(layer))
 
     def _sum(self, linear: nnx.Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:

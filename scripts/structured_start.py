@@ -82,7 +82,7 @@ def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
             values.append(parts[kept].T)
             outputs.append(parts[kept] * gain)
         for name, stack in (("q", queries), ("k", keys), ("v", values)):
-            layers[name]["kernel"][layer] = np.concatenate(stack, axis=1)
+            layers[name]["weight"][layer] = np.concatenate(stack, axis=1).T
         layers["o"]["kernel"][layer] = np.concatenate(outputs, axis=0)
         layers["down"]["kernel"][layer] = 0
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

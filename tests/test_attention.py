@@ -20,13 +20,13 @@ def _inputs(
     return [rng.normal(size=shape) for shape in shapes]
 
 
-def _plain(inputs: list, index: np.ndarray, prefix_len: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def plain_attention(inputs: list, index: np.ndarray, prefix_len: np.ndarray, valid: np.ndarray) -> np.ndarray:
     q, k_prefix, v_prefix, k_suffix, v_suffix = inputs
     k, v = (np.concatenate([p[index], s], axis=2) for p, s in ((k_prefix, k_suffix), (v_prefix, v_suffix)))
     repeat = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
     seen = np.concatenate([np.arange(k_prefix.shape[2]) < prefix_len[index][:, None], valid], axis=1)
-    scores = np.where(seen[:, None, None], q @ k.swapaxes(-1, -2) / 4, -np.inf)
+    scores = np.where(seen[:, None, None], q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, -np.inf)
     with np.errstate(invalid="ignore"):
         p = np.exp(scores - scores.max(-1, keepdims=True))
         out = p @ v / p.sum(-1, keepdims=True)
@@ -57,7 +57,7 @@ def test_it_is_attention_over_both_parts(
         suffix_valid=jnp.asarray(valid),
     )
     assert out.dtype == dtype
-    wanted = _plain(rounded, index, prefix_len, valid)
+    wanted = plain_attention(rounded, index, prefix_len, valid)
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=BOUNDS[dtype], rtol=BOUNDS[dtype])
     assert not np.asarray(out[0], np.float64).any()
 

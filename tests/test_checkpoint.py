@@ -100,7 +100,7 @@ def test_biases_grouped_heads_and_tied_embeddings(tmp_path: Path) -> None:
     assert (model.config.num_kv_heads, model.config.tied, model.config.bias) == (2, True, True)
     shapes = jax.tree.map(jnp.shape, model.params)
     assert shapes == jax.tree.map(jnp.shape, abstract(model.config))
-    assert shapes["layers"]["k"] == {"kernel": (6, 64, 32), "bias": (6, 32)} and "head" not in shapes
+    assert shapes["layers"]["k"] == {"weight": (6, 32, 64), "bias": (6, 32)} and "head" not in shapes
 
 
 @pytest.mark.parametrize(

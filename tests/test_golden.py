@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bicache_jax import CacheConfig, Engine, Model, Request, SamplingConfig, denoise, encode_prefix, forward, load_model
+from bicache_jax import (
+    CacheConfig,
+    Engine,
+    Model,
+    Request,
+    SamplingConfig,
+    denoise,
+    encode_prefix,
+    forward,
+    functional,
+    load_model,
+)
+from bicache_jax.kernels import PrefixAttention
 
 _SETTINGS = ("boundary", "refresh_interval", "steps", "gen_length", "block_length", "threshold", "alg", "batch")
 
@@ -83,7 +95,7 @@ def test_tokens_match_the_published_loop(
 
 
 _encode = jax.jit(encode_prefix, static_argnames=("config", "boundaries"))
-_denoise = jax.jit(denoise, static_argnames=("config", "sampling", "block_cache"))
+_denoise = jax.jit(denoise, static_argnames=("config", "sampling", "block_cache", "attention"))
 
 
 def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any) -> Any:
@@ -100,6 +112,7 @@ def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any)
         jax.random.key(0),
         refresh_interval=case["refresh_interval"],
         block_cache=case.get("block_cache", "off"),
+        attention=case.get("attention", "auto"),
     )
 
 
@@ -117,6 +130,26 @@ def test_the_functional_layer_gives_them_too(models: dict[str, Model], family: s
     out = _run(models[family], case, prompt, block_cache=_block_cache(name))
     np.testing.assert_array_equal(out.tokens, golden.expected(family)[name][:, prompt.shape[1] :])
     assert int(out.forward_passes[0]) == case["nfe"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "family", "name"),
+    [
+        ("pallas_tpu", "dream", "dream_bicache_entropy_P16_b3_N4"),
+        ("pallas_gpu", "llada", "bicache_P16_b3_N4"),
+        pytest.param("pallas_tpu", "llada", "bicache_P16_b3_N4", marks=(pytest.mark.slow, pytest.mark.full)),
+        pytest.param("pallas_gpu", "llada", "bicache_dual_P16_b3_N4", marks=(pytest.mark.slow, pytest.mark.full)),
+    ],
+)
+def test_the_kernels_give_them_too(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, implementation: str, family: str, name: str
+) -> None:
+    """In Pallas's interpreter."""
+    monkeypatch.setattr(functional, "PrefixAttention", lambda name: PrefixAttention(name, interpret=True))
+    prompt = golden.expected(family)["prompt"]
+    changes = {"block_cache": _block_cache(name), "attention": implementation}
+    out = _run(models[family], golden.cases(family)[name], prompt, **changes)
+    np.testing.assert_array_equal(out.tokens, golden.expected(family)[name][:, prompt.shape[1] :])
 
 
 def test_last_layer_boundary_equals_the_naive_cache_and_zero_refreshed_always_equals_none(

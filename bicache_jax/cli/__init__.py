@@ -17,6 +17,7 @@ from bicache_jax.cli import benchmark, convert, evaluate, generate, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.cli.outputs import abandon
+from bicache_jax.libtpu import expect_no_tpu
 from bicache_jax.types import BicacheError
 
 COMMANDS = {
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Runs the command as a process of its own."""
+    expect_no_tpu()
     status = main()
     if status == EXIT_INTERRUPTED:  # shutting down in the middle of XLA's work may crash
         os._exit(status)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.options import version, warn
-from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
+from bicache_jax.config import ATTENTION, CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.journal import Key, Record
 from bicache_jax.types import BicacheError, Model, Request, Result
 
@@ -60,7 +60,14 @@ class Run:
             cache = dataclasses.replace(cache, table=self._model.boundaries)  # a journal names what was used
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
         self._auto_block = CACHED_BLOCK if cache.block_cache != "off" and args.block_length is None else None
-        self._engine = Engine(self._model, cache=cache, sampling=sampling, batch_size=args.batch_size, mesh=mesh)
+        self._engine = Engine(
+            self._model,
+            cache=cache,
+            sampling=sampling,
+            batch_size=args.batch_size,
+            attention=args.attention,
+            mesh=mesh,
+        )
 
     @property
     def stats(self) -> Any:
@@ -219,6 +226,17 @@ def random(args: argparse.Namespace) -> Model:
 
     start_compilation_cache(args)
     return random_model(args.random, dtype=args.dtype)
+
+
+def add_attention_flag(group: argparse._ArgumentGroup) -> None:
+    """Adds the flag that picks an implementation of attention."""
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        default="auto",
+        help="implementation of attention; auto: the kernel of the platform, xla: plain JAX, a name: that kernel or an"
+        " error (default: %(default)s)",
+    )
 
 
 def add_compilation_flags(group: argparse._ArgumentGroup) -> None:

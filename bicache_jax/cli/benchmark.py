@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(default: gen-length; 32 where a policy has a block cache)",
     )
-    grid.add_argument("--attention", default="auto", metavar="NAME", help="implementation (default: %(default)s)")
+    backend.add_attention_flag(grid)
 
     running = parser.add_argument_group("running")
     running.add_argument(

@@ -163,6 +163,7 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
     )
+    backend.add_attention_flag(running)
     backend.add_compilation_flags(running)
     running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 

@@ -1,0 +1,349 @@
+"""Prefix attention on TPUs: one Mosaic kernel, KV streamed through VMEM, softmax online over prefix and suffix.
+
+A grid step holds a block of queries of one row and one KV head (query heads of that KV head are folded into more
+queries) and takes a stretch of the row's prefix and a block of its suffix. The prefix comes in *chunks*: as many
+operands as the stretch has, all the same array, each with an index map of its own that points at
+`[layer, prefix_index[row], head, chunk]` of the stacked cache. So nothing is sliced or gathered first; a chunk of
+padding keeps the place that its operand had before, which the pipeline does not fetch again; and as rows follow each
+other inside a head, a prefix that fits into one stretch stays in VMEM for all consecutive rows that share it.
+
+What bounds it, for one layer and one row in bfloat16 (operations `4 N T (P + S) H`; bytes: queries and results
+`4 N T H`, KV `4 K (P + S) H`, a shared prefix counted once for all rows that share it). The ratio at which a v5e turns
+from memory to arithmetic is 197e12 / 819e9 = 241 operations a byte, a v5p 166, a v6e 560, a TPU7x 313:
+
+| model, P = 1024 | T = S | GFLOP | MB own prefix | op/byte | MB shared by 8 | op/byte | bound on v5e |
+|---|---|---|---|---|---|---|---|
+| LLaDA-8B (N 32, K 32, H 128) | 384 | 8.86 | 29.4 | 302 | 14.7 | 604 | arithmetic |
+| LLaDA-8B | 32 | 0.55 | 17.8 | 31 | 3.1 | 177 | memory |
+| Dream-7B (N 28, K 4, H 128) | 384 | 7.75 | 8.4 | 924 | 6.5 | 1188 | arithmetic |
+| Dream-7B | 32 | 0.48 | 2.6 | 184 | 0.8 | 614 | memory, arithmetic if shared |
+
+Sharing a prefix between rows pays where memory bounds: blocks of a block cache (T = 32), long prefixes, models with
+as many KV heads as query heads. With whole suffixes as queries (T = 384) arithmetic bounds already, and sharing saves
+memory traffic that was hidden behind it. Scores never leave VMEM: in HBM they would be another 4 N T (P + S) bytes,
+69 MB a row for LLaDA-8B at T = 384, more than twice all other traffic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from bicache_jax.kernels.axes import spread
+from bicache_jax.numerics import precision
+
+UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of what a grid step holds; a row of `tpu_blocks.json`.
+
+    Attributes:
+        queries: most queries of a block.
+        keys: most keys of a prefix chunk or of a suffix block; a multiple of 128.
+        chunks: most chunks of a stretch of the prefix; `chunks * keys` is the longest prefix that stays in VMEM from
+            one row to the next.
+        vmem_mib: what the compiler may use of VMEM.
+    """
+
+    queries: int
+    keys: int
+    chunks: int
+    vmem_mib: int = 16
+
+    def __post_init__(self) -> None:
+        if self.queries < 1 or self.queries % 16:
+            raise ValueError(f"queries must be a positive multiple of 16, got {self.queries}")
+        if self.keys < 1 or self.keys % LANES:
+            raise ValueError(f"keys must be a positive multiple of {LANES}, got {self.keys}")
+        if self.chunks < 1:
+            raise ValueError(f"chunks must be >= 1, got {self.chunks}")
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    return json.loads((importlib.resources.files("bicache_jax.kernels") / "tpu_blocks.json").read_bytes())["blocks"]
+
+
+def device_kind() -> str | None:
+    """Kind of the TPU that a computation is traced for; None where that is not known (a topology that is not here)."""
+    if jax.default_backend() != "tpu":
+        return None
+    return jax.devices()[0].device_kind
+
+
+def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
+    """The table's blocks.
+
+    Args:
+        kind: device kind as JAX names it; None or unknown: sizes that fit every generation.
+        num_queries: queries of a row and KV head, `N / K * T`.
+        itemsize: bytes of a number.
+
+    Returns:
+        The first row that fits.
+    """
+    for row in _table():
+        if (
+            row["device_kind"] in (kind, "any")
+            and num_queries <= (row["max_queries"] or num_queries)
+            and itemsize == row["itemsize"]
+        ):
+            return Blocks(**{field.name: row[field.name] for field in dataclasses.fields(Blocks)})
+    raise NotImplementedError(f"no block sizes for numbers of {itemsize} bytes")
+
+
+def _cut(length: int, most: int, multiple: int) -> tuple[int, int]:
+    """Even blocks of at most `most`: (size, how many). A single block has the size of what there is."""
+    count = pl.cdiv(length, most)
+    return (length, count) if count <= 1 else (pl.cdiv(pl.cdiv(length, count), multiple) * multiple, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What is static about a call.
+
+    Attributes:
+        size_q: queries of a block.
+        size_p: keys of a prefix chunk.
+        chunks: chunks of a stretch; 0: no prefix.
+        size_s: keys of a suffix block; 0: no suffix.
+        num_p: keys of the prefix.
+        num_s: keys of the suffix.
+        steps: steps over the keys.
+        count_q: blocks of queries.
+    """
+
+    size_q: int
+    size_p: int
+    chunks: int
+    size_s: int
+    num_p: int
+    num_s: int
+    steps: int
+    count_q: int
+
+    @classmethod
+    def of(cls, num_q: int, num_p: int, num_s: int, blocks: Blocks) -> Tiling:
+        """Cuts the sizes of a call into even blocks."""
+        size_q, count_q = _cut(num_q, blocks.queries, 16)
+        size_p, count_p = _cut(num_p, blocks.keys, LANES)
+        size_s, count_s = _cut(num_s, blocks.keys, LANES)
+        stretches = pl.cdiv(count_p, blocks.chunks)
+        chunks = pl.cdiv(count_p, stretches) if stretches else 0
+        return cls(size_q, size_p, chunks, size_s, num_p, num_s, max(stretches, count_s), count_q)
+
+
+def _kernel(
+    layer_ref: Any, index_ref: Any, prefix_len_ref: Any, suffix_len_ref: Any, *refs: Any, tiling: Tiling, scale: float
+) -> None:
+    """One grid step: head, row, block of queries, stretch of the keys."""
+    del layer_ref, index_ref  # the index maps read them
+    refs_left = list(refs)
+    q_ref = refs_left.pop(0)
+    k_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
+    v_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
+    suffix_refs = [refs_left.pop(0) for _ in range(3 if tiling.size_s else 0)]
+    out_ref, peak_ref, total_ref, sum_ref = refs_left
+    row, step = pl.program_id(1), pl.program_id(3)
+    high = precision(q_ref.dtype)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        peak_ref[...] = jnp.full_like(peak_ref, UNSEEN)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def attend(k_ref: Any, v_ref: Any, valid: Array, rest: Array | None) -> None:
+        """Takes keys in. `rest` counts keys that lie inside the array: what a block holds beyond it may be anything."""
+        scores = jax.lax.dot_general(
+            q_ref[...], k_ref[...], (((1,), (1,)), ((), ())), precision=high, preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(valid, scores * scale, UNSEEN)
+        v = v_ref[...]
+        if rest is not None:
+            v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0) < rest, v, jnp.zeros_like(v))
+        before = peak_ref[...]
+        peak = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(before - peak), jnp.exp(scores - peak)
+        peak_ref[...] = peak
+        total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=-1, keepdims=True)
+        sum_ref[...] = shrink * sum_ref[...] + jax.lax.dot_general(
+            weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), precision=high, preferred_element_type=jnp.float32
+        )
+
+    for i, (k_ref, v_ref) in enumerate(zip(k_chunks, v_chunks, strict=True)):
+        left = prefix_len_ref[row] - (step * tiling.chunks + i) * tiling.size_p
+
+        @pl.when(left > 0)
+        def _(k_ref: Any = k_ref, v_ref: Any = v_ref, left: Array = left) -> None:
+            valid = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.size_p), 1) < left
+            attend(k_ref, v_ref, valid, left if tiling.num_p % tiling.size_p else None)
+
+    if suffix_refs:
+        k_ref, v_ref, valid_ref = suffix_refs
+        left = suffix_len_ref[row] - step * tiling.size_s
+
+        @pl.when(left > 0)
+        def _() -> None:
+            valid = valid_ref[...] != 0
+            if tiling.num_s % tiling.size_s:
+                valid &= jax.lax.broadcasted_iota(jnp.int32, valid.shape, 1) < left
+            attend(k_ref, v_ref, valid, left if tiling.num_s % tiling.size_s else None)
+
+    @pl.when(step == tiling.steps - 1)
+    def _() -> None:
+        total = total_ref[...]
+        out_ref[...] = (sum_ref[...] / jnp.where(total == 0, 1, total)).astype(out_ref.dtype)
+
+
+def _blocks(length: Any, size: int) -> Any:
+    """How many blocks `length` takes; `//` would ask the chip for its generation, which is not known for all."""
+    return jax.lax.div(length + (size - 1), size)
+
+
+def block_specs(tiling: Tiling, head_dim: int) -> tuple[list[Any], Any]:
+    """Block specs of the operands and of the result. Grid: head, row, block of queries, stretch of the keys."""
+
+    def queries(k: Any, b: Any, m: Any, j: Any, *_: Any) -> tuple[Any, ...]:
+        return b, k, m, 0
+
+    def chunk(i: int) -> Any:
+        def place(k: Any, b: Any, m: Any, j: Any, layer: Any, index: Any, prefix_len: Any, _: Any) -> tuple[Any, ...]:
+            del m
+            last = _blocks(prefix_len[b], tiling.size_p) - 1  # the row's last chunk that is no padding
+            there = last >= i
+            stay = jnp.minimum(j, jax.lax.div(jnp.maximum(last - i, 0), tiling.chunks))
+            where = (layer[0], index[b], k, stay * tiling.chunks + i)
+            return (*(jnp.where(there, at, 0) for at in where), 0)
+
+        return place
+
+    def suffix_block(b: Any, j: Any, suffix_len: Any) -> Any:
+        return jnp.minimum(j, jnp.maximum(_blocks(suffix_len[b], tiling.size_s) - 1, 0))
+
+    def suffix(k: Any, b: Any, m: Any, j: Any, _: Any, __: Any, ___: Any, suffix_len: Any) -> tuple[Any, ...]:
+        return b, k, suffix_block(b, j, suffix_len), 0
+
+    def mask(k: Any, b: Any, m: Any, j: Any, _: Any, __: Any, ___: Any, suffix_len: Any) -> tuple[Any, ...]:
+        return b, 0, suffix_block(b, j, suffix_len)
+
+    result = pl.BlockSpec((None, None, tiling.size_q, head_dim), queries)
+    chunks = [pl.BlockSpec((None, None, None, tiling.size_p, head_dim), chunk(i)) for i in range(tiling.chunks)]
+    specs = [result, *chunks, *chunks]
+    if tiling.size_s:
+        own = pl.BlockSpec((None, None, tiling.size_s, head_dim), suffix)
+        specs += [own, own, pl.BlockSpec((None, 1, tiling.size_s), mask)]
+    return specs, result
+
+
+def prefix_attention(
+    q: Float[Array, "B N T H"],
+    k_prefix: Float[Array, "*L G K P H"],
+    v_prefix: Float[Array, "*L G K P H"],
+    k_suffix: Float[Array, "B K S H"],
+    v_suffix: Float[Array, "B K S H"],
+    *,
+    prefix_index: Int[Array, " B"] | None = None,
+    prefix_len: Int[Array, " G"],
+    suffix_valid: Bool[Array, "B S"],
+    scale: float | None = None,
+    layer: Int[Array, ""] | int | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "B N T H"]:
+    """`bicache_jax.attention.prefix_attention` as a Mosaic kernel; arguments and result are described there.
+
+    Args:
+        q: queries.
+        k_prefix: prefix keys, a layer's or the stack's.
+        v_prefix: prefix values.
+        k_suffix: suffix keys.
+        v_suffix: suffix values.
+        prefix_index: prefix of each row.
+        prefix_len: valid tokens of each prefix.
+        suffix_valid: which suffix tokens may be attended to.
+        scale: factor of the scores.
+        layer: layer of the stack.
+        blocks: block sizes; None: the table's.
+        interpret: run in an interpreter: True in Pallas's own, `InterpretParams` in that of TPUs.
+
+    Returns:
+        Attended values.
+    """
+    num_rows, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads, num_suffix = k_suffix.shape[1:3]
+    *_, num_prefixes, _, num_prefix, _ = k_prefix.shape
+    if not q.size or not (num_prefix or num_suffix):
+        return jnp.zeros_like(q)
+    folded = num_heads // num_kv_heads * num_queries
+    blocks = blocks or blocks_for(device_kind(), folded, q.dtype.itemsize)
+    tiling = Tiling.of(folded, num_prefix, num_suffix, blocks)
+    if layer is None:
+        k_prefix, v_prefix, layer = k_prefix[None], v_prefix[None], 0
+
+    index = jnp.arange(num_rows) if prefix_index is None else jnp.clip(prefix_index, 0, num_prefixes - 1)
+    seen = jnp.where(suffix_valid, jnp.arange(num_suffix) + 1, 0)
+    scalars = (
+        jnp.clip(jnp.asarray(layer), 0, k_prefix.shape[0] - 1).reshape(1),
+        index,
+        jnp.clip(prefix_len[index], 0, num_prefix),
+        jnp.max(seen, axis=1, initial=0),
+    )
+    operands = [
+        q.reshape(num_rows, num_kv_heads, folded, head_dim),
+        *[k_prefix] * tiling.chunks,
+        *[v_prefix] * tiling.chunks,
+    ]
+    if tiling.size_s:
+        operands += [k_suffix, v_suffix, suffix_valid.astype(jnp.int32)[:, None]]
+    operands = [*(scalar.astype(jnp.int32) for scalar in scalars), *operands]
+    operands, axes = spread(operands)
+    in_specs, out_spec = block_specs(tiling, head_dim)
+    keys = num_prefix + num_suffix
+    with jax.named_scope("prefix_attention"):
+        out = pl.pallas_call(
+            functools.partial(_kernel, tiling=tiling, scale=head_dim**-0.5 if scale is None else scale),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(num_kv_heads, num_rows, tiling.count_q, tiling.steps),
+                in_specs=in_specs,
+                out_specs=out_spec,
+                scratch_shapes=[
+                    pltpu.VMEM((tiling.size_q, 1), jnp.float32),
+                    pltpu.VMEM((tiling.size_q, 1), jnp.float32),
+                    pltpu.VMEM((tiling.size_q, head_dim), jnp.float32),
+                ],
+            ),
+            out_shape=jax.ShapeDtypeStruct((num_rows, num_kv_heads, folded, head_dim), q.dtype, manual_axis_type=axes),
+            # Heads, rows and queries are independent, so chips that join two cores may split any of them.
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=blocks.vmem_mib << 20,
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=4 * num_rows * num_heads * num_queries * keys * head_dim,
+                transcendentals=num_rows * num_heads * num_queries * keys,
+                bytes_accessed=2
+                * q.dtype.itemsize
+                * head_dim
+                * (
+                    num_rows * num_heads * num_queries
+                    + num_kv_heads * (num_prefixes * num_prefix + num_rows * num_suffix)
+                ),
+            ),
+            interpret=interpret,
+            name="prefix_attention",
+        )(*operands)
+    return out.reshape(q.shape)

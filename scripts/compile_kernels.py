@@ -1,0 +1,160 @@
+"""Compiles what runs on TPUs with the real compiler, no TPU needed: kernels, and whole decode programs.
+
+Needs libtpu (`pip install 'bicache-jax[test]'`). Prints a table; `--json FILE` keeps it, as
+`scripts/results/tpu_compile.json` was made:
+
+    python scripts/compile_kernels.py --json scripts/results/tpu_compile.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bicache_jax.libtpu import expect_no_tpu
+
+TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+KERNEL_SHAPES = [
+    # model, query heads, KV heads, queries, dtype; rows 8, prefixes 2, P 1024, S 384, H 128
+    *[(f"{model} T={t}", n, k, t, "bfloat16") for model, n, k in (("LLaDA-8B", 32, 32), ("Dream-7B", 28, 4))
+      for t in (384, 32)],
+    ("LLaDA-8B refresh T=1408", 32, 32, 1408, "bfloat16"),
+    ("LLaDA-8B T=384", 32, 32, 384, "float32"),
+]  # fmt: skip
+
+
+def device(topology: str) -> Any:
+    """A device of a topology that is not here."""
+    from jax.experimental import topologies
+
+    expect_no_tpu()
+    name = TOPOLOGIES.get(topology, topology)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+
+def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str) -> dict[str, Any]:
+    """Compiles the TPU kernel for a layer of a stacked cache.
+
+    Returns:
+        Seconds, VMEM in bytes that the kernel uses and may use, and bytes of temporary buffers in HBM.
+    """
+    import jax
+
+    from bicache_jax.kernels import tpu
+
+    rows, prefixes, prefix, suffix, head_dim, layers = 8, 2, 1024, 384, 128, 4
+    where = device(topology)
+    sharding = jax.sharding.SingleDeviceSharding(where)
+    blocks = tpu.blocks_for(where.device_kind, heads // kv_heads * queries, jax.numpy.dtype(dtype).itemsize)
+
+    def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    cache = array(layers, prefixes, kv_heads, prefix, head_dim)
+    own = array(rows, kv_heads, suffix, head_dim)
+    attend = functools.partial(tpu.prefix_attention, blocks=blocks)
+    call = jax.jit(
+        lambda q, k_prefix, v_prefix, k, v, index, length, valid, layer: attend(
+            q, k_prefix, v_prefix, k, v, prefix_index=index, prefix_len=length, suffix_valid=valid, layer=layer
+        )
+    )
+    scalars = (array(rows, dtype="int32"), array(prefixes, dtype="int32"), array(rows, suffix, dtype="bool"))
+    lowered = call.lower(array(rows, heads, queries, head_dim), cache, cache, own, own, *scalars, array(dtype="int32"))
+    started = time.perf_counter()
+    compiled: Any = lowered.compile()
+    seconds = time.perf_counter() - started
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', calls[0])
+    if len(calls) != 1 or used is None:
+        raise RuntimeError(f"{topology}: expected one kernel that says how much VMEM it uses")
+    return {
+        "seconds": round(seconds, 1),
+        "vmem_bytes": int(used[1]),
+        "vmem_limit_bytes": blocks.vmem_mib << 20,
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def lower_program(
+    topology: str,
+    *,
+    shape: str = "llada_8b",
+    layers: int = 4,
+    boundary: int = 1,
+    rows: int = 1,
+    prefix: int = 256,
+    suffix: int = 128,
+    block_cache: str = "off",
+) -> Any:
+    """Lowers the decode program at a published model's widths and a few layers, bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from bicache_jax import CacheConfig, Request, SamplingConfig
+    from bicache_jax.configs import model_shape
+    from bicache_jax.functional import backbone_for
+    from bicache_jax.grouping import Row, plan_batches
+    from bicache_jax.models import abstract
+    from bicache_jax.plan import Buffers, Plan
+    from bicache_jax.program import lower_decode
+
+    config = dataclasses.replace(model_shape(shape), num_layers=layers)
+    gen_length = suffix // 2
+    sampling = SamplingConfig(gen_length, block_length=None if block_cache == "off" else 32)
+    cache: Any = CacheConfig(boundary=boundary, block_cache=block_cache)  # type: ignore[arg-type]
+    prompt = (1,) * (prefix + suffix - gen_length)
+    requests = [Row(Request(str(row), prompt, prefix, sampling), 0, prefix, 70, boundary) for row in range(rows)]
+    batches = plan_batches(requests, batch_size=rows, batch_boundary="own")
+    dtype = jnp.dtype(jnp.bfloat16)
+    rounds = [(batch,) for batch in batches]
+    plan = Plan(config, dtype, cache, tuple(rounds), Buffers.of(rounds, layers))
+    sharding = jax.sharding.SingleDeviceSharding(device(topology))
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract(config, dtype)
+    )
+    return lower_decode(backbone_for(config), params, plan, batches[0])
+
+
+def rows(topologies: list[str]) -> Iterator[dict[str, Any]]:
+    """Compiles every kernel shape for every topology."""
+    for topology in topologies:
+        for name, heads, kv_heads, queries, dtype in KERNEL_SHAPES:
+            yield {"topology": topology, "shape": name, "dtype": dtype} | kernel(
+                topology, heads, kv_heads, queries, dtype
+            )
+
+
+def main() -> None:
+    """Compiles, prints, and writes JSON where asked to."""
+    parser = argparse.ArgumentParser(description="Compile the TPU kernels without a TPU.")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the table here")
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is compiled for is not here
+    import importlib.metadata
+
+    table = []
+    for row in rows(args.topologies.split(",")):
+        table.append(row)
+        print(
+            f"{row['topology']:6} {row['shape']:24} {row['dtype']:9} {row['seconds']:5.1f} s"
+            f"  VMEM {row['vmem_bytes'] / 2**20:5.2f} of {row['vmem_limit_bytes'] >> 20} MiB",
+            flush=True,
+        )
+    if args.json:
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+        lines = ",\n".join("    " + json.dumps(row) for row in table)
+        text = f'{{\n  "versions": {json.dumps(versions)},\n  "kernels": [\n{lines}\n  ]\n}}\n'
+        Path(args.json).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

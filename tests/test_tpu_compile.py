@@ -1,0 +1,115 @@
+"""The real TPU compiler, no TPU needed: kernels fit into VMEM, and layer loops copy neither weights nor caches."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from scripts import compile_kernels
+
+pytest.importorskip("libtpu")
+
+MIB = 1 << 20
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+FULL = (pytest.mark.slow, pytest.mark.full)
+OTHERS = [pytest.param(name, marks=FULL) for name in compile_kernels.TOPOLOGIES if name != "v5e"]
+
+
+@pytest.mark.parametrize("topology", ["v5e", *OTHERS])
+@pytest.mark.parametrize("shape", compile_kernels.KERNEL_SHAPES, ids=lambda shape: f"{shape[0]} {shape[4]}")
+def test_the_kernel_fits_into_vmem(topology: str, shape: tuple[str, int, int, int, str]) -> None:
+    found = compile_kernels.kernel(topology, *shape[1:])
+    assert 0 < found["vmem_bytes"] <= found["vmem_limit_bytes"]
+    assert found["temp_bytes"] < MIB, "nothing large is re-laid in front of the kernel"
+
+
+def copies(hlo: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Copies of 1 MiB or more inside loops: (computation, dimensions).
+
+    A copy into or out of VMEM with the layout as it was is how a TPU reads and writes; any other one is counted.
+    """
+    bodies = _loops(hlo)
+    computation = None
+    for line in hlo.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = found[1]
+        if computation not in bodies:
+            continue
+        found = re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\(?)(\w+)\[([\d,]*)\]\{([^}]*)\}(.*)", line)
+        if found is None:
+            continue
+        opened, dtype, sizes, layout, rest = found.groups()
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        if math.prod(shape) * _BYTES.get(dtype, 8) < MIB:
+            continue
+        if opened and " copy-start(" in rest:
+            source = re.match(r", \w+\[[\d,]*\]\{([^}]*)\}", rest)
+            assert source is not None
+            if re.sub(r"S\(\d+\)", "", layout) == re.sub(r"S\(\d+\)", "", source[1]):
+                continue
+        elif opened or not re.match(r" (copy|transpose)\(", rest):
+            continue
+        yield computation, shape
+
+
+def _loops(hlo: str) -> set[str]:
+    """Computations that run inside a while loop."""
+    calls: dict[str, set[str]] = {}
+    roots: set[str] = set()
+    computation = ""
+    for line in hlo.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = found[1]
+            calls[computation] = set()
+        named = re.findall(r"(?:body|calls|to_apply|branch_computations|async_wrapped)=\{?%?([\w.\-, %]+)", line)
+        targets = {name.strip(" %") for group in named for name in group.split(",")}
+        calls.get(computation, set()).update(targets)
+        roots.update(re.findall(r"\bbody=%?([\w.\-]+)", line))
+    inside: set[str] = set()
+    while roots:
+        name = roots.pop()
+        if name not in inside:
+            inside.add(name)
+            roots |= calls.get(name, set())
+    return inside
+
+
+def test_the_search_finds_copies_where_there_are_some() -> None:
+    """A loop that reads weights against the grain: the compiler re-lays them."""
+    sharding = jax.sharding.SingleDeviceSharding(compile_kernels.device("v5e"))
+    x = jax.ShapeDtypeStruct((1, 128, 4096), jnp.bfloat16, sharding=sharding)
+    w = jax.ShapeDtypeStruct((3, 4096, 4096), jnp.bfloat16, sharding=sharding)
+
+    def layer(index: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        weight = jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(w, index, keepdims=False))
+        weight = jax.lax.optimization_barrier(weight.reshape(4096, 32, 128).swapaxes(0, 1))
+        return jnp.einsum("btd,ndh->btnh", x, weight).reshape(x.shape)
+
+    run = jax.jit(lambda x, w: jax.lax.fori_loop(0, 3, lambda index, x: layer(index, x, w), x))
+    assert 4096 * 4096 in {math.prod(shape) for _, shape in copies(run.lower(x, w).compile().as_text())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "block_cache"),
+    [
+        ("v5e", "off"),
+        pytest.param("v5e", "dual", marks=FULL),
+        *[pytest.param(name, "off", marks=FULL) for name in ("v5p", "v6e", "tpu7x")],
+    ],
+)
+def test_layer_loops_copy_neither_weights_nor_caches(topology: str, block_cache: str) -> None:
+    """At LLaDA-8B's widths; activations are turned between projections and attention, which is not counted."""
+    compiled = compile_kernels.lower_program(topology, block_cache=block_cache).compile()
+    width, prefix = 4096, 256
+    activations = {tokens * width for tokens in (128, 32, prefix + 128, prefix + 32)}
+    found = {(name, shape) for name, shape in copies(compiled.as_text()) if math.prod(shape) not in activations}
+    assert not found
+    assert "tpu_custom_call" in compiled.as_text()
+    params = 2 * 4 * 4096 * (4 * 4096 + 3 * 12288)
+    assert compiled.memory_analysis().temp_size_in_bytes < params / 4, "no copy of the stacked weights in front of it"
