@@ -38,13 +38,28 @@ def measure(model_name: str, samples: int, seed: int, interval: int, gen_length:
     return {"model": model_name, "samples": samples, "seed": seed, "refresh_interval": interval, "rows": rows}
 
 
+BANDS = ((0, 49), (50, 69), (70, 79), (80, 89), (90, 100))
+
+
+def bands(by_ratio: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Ranges of ten percent joined to a few with enough questions each."""
+    joined = {}
+    for low, high in BANDS:
+        members = [group for label, group in by_ratio.items() if low <= int(label.split("-")[0]) <= high]
+        samples = sum(group["samples"] for group in members)
+        if samples:
+            right = sum(group["exact_match"] * group["samples"] for group in members)
+            joined[f"{low}-{high}"] = {"exact_match": right / samples, "samples": samples}
+    return joined
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draws a measurement: one line a ratio range on the left, one a kind on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     panels = zip(figure.subplots(1, 2, sharey=True), ("by_ratio", "by_kind"), ("r, %", "kind"), strict=True)
-    rows = record["rows"]
+    rows = [row | {"by_ratio": bands(row["by_ratio"])} for row in record["rows"]]
     for axes, field, title in panels:
         for label in rows[0][field]:
             values = [row[field][label]["exact_match"] for row in rows]

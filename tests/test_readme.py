@@ -33,7 +33,8 @@ def test_commands_exist(monkeypatch):
     assert commands
     for command in commands:
         args = build_parser().parse_args(command[1:])
-        assert Path(args.input).is_file()
+        files = [getattr(args, flag) for flag in ("input", "data") if hasattr(args, flag)]
+        assert all(Path(file).is_file() for file in files)
     tests = [line for line in lines if "pytest" in line]
     assert tests and tests[-1] in (ROOT / ".ci" / "run").read_text()
 
