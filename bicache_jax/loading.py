@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,11 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         BicacheError: there is no such folder and it cannot be downloaded.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if str(path) == EXAMPLE:
+    if str(path) == EXAMPLE:  # a folder of that name is ./example
         return Path(str(importlib.resources.files("bicache_jax") / "data" / "example"))
-    if folder.exists():
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
         raise BicacheError(f"{path}: not a folder; name the folder that holds config.json and *.safetensors")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise BicacheError(f"{path}: no such folder; name a checkpoint folder, a hub id (owner/name) or 'example'")

@@ -176,7 +176,7 @@ def test_the_mask_token_may_be_replaced() -> None:
 
 
 def test_what_is_no_model_is_said(tmp_path: Path) -> None:
-    for name in ("nowhere", str(tmp_path), str(tmp_path / "config.json")):
+    for name in ("nowhere", str(tmp_path), str(tmp_path / "config.json"), "a" * 300, "a" * 300 + "/b"):
         with pytest.raises(BicacheError):
             load_model(name)
     folder = _copy(tmp_path)

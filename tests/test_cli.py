@@ -182,6 +182,7 @@ def test_progress_bar_is_for_terminals_only(tmp_path):
         (["--input", "."], "cannot read --input .: Is a directory"),
         (["--output", "nowhere/out.jsonl"], "--output nowhere/out.jsonl: there is no folder nowhere"),
         (["--output", "."], "--output . is a folder"),
+        (["--output", "a" * 300], "File name too long"),
         (["--output", "in.jsonl"], "--output in.jsonl is the --input"),
         (["--resume", "--output", "-"], "--resume reads the journal beside an output file"),
         (["--compilation-cache", "c", "--no-compilation-cache"], "not allowed with argument"),

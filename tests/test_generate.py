@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import checkpoints
 import pytest
 from golden import FOLDERS
 
@@ -135,6 +137,49 @@ def test_killed_run_resumes_to_the_same_bytes(whole, tmp_path, capsys):
     assert main([*command, *HERE, "--resume", "--boundary", "3"]) == 2
     assert "boundary was 2 and is 3 now" in capsys.readouterr().err
     assert journal.read_bytes() == kept
+
+
+def odd_line(chance: random.Random, number: int) -> bytes:
+    """A line of a request file as users, programs and disks may write it; one in four is in order."""
+    prompt = [chance.randrange(100) for _ in range(chance.randrange(1, 30))]
+    record: dict[str, Any] = {"id": f"line {number}", "prompt_ids": prompt, "gen_length": 8}
+    values = [None, True, -1, 0, 1, 1.5, 2**70, "x", "", [], [1], {}, float("nan"), [[1]], "\u2028", "\ud800", prompt]
+    match chance.randrange(8):
+        case 0 | 1:
+            pass
+        case 2:
+            return bytes(chance.randrange(256) for _ in range(chance.randrange(1, 40))).replace(b"\n", b"")
+        case 3:
+            return json.dumps(record).encode()[: chance.randrange(1, 60)]
+        case 4:
+            record[chance.choice(["prompt_ids", "id", "messages", "prompt", "steps", "n"])] = chance.choice(values[:-1])
+        case 5:
+            record[chance.choice(["gen_length", "seed", "prefix_len", "block_length"])] = chance.choice(values)
+        case 6:
+            del record[chance.choice(list(record)[:2])]
+        case 7:
+            record["prompt_ids"] = [chance.choice([100, 101, -1, 2**40, 5]) for _ in range(chance.randrange(300))]
+    return json.dumps(record).encode() + chance.choice([b"", b"\r", b"  ", b"\x00"])
+
+
+def test_a_thousand_lines_have_a_result_each(tmp_path, capfd):
+    folder = checkpoints.llada(tmp_path / "model", n_layers=2)
+    chance = random.Random(5)
+    lines = [odd_line(chance, number) for number in range(1000)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    flags = ["--model", str(folder), "--policy", "none", "--batch-size", "4", *HERE]  # few shapes to compile
+    output = tmp_path / "out.jsonl"
+    assert main(["generate", *flags, "--input", str(tmp_path / "in.jsonl"), "--output", str(output)]) == 3
+    results = read(output)
+    named = [line.strip() for line in lines if line.strip()]
+    assert len({result["id"] for result in results}) >= 0.95 * len(named)
+    done = [result for result in results if result["finish_reason"] != "error"]
+    assert len(done) > 250 and all(len(result["token_ids"]) > 0 for result in done)
+    wrong = [result for result in results if result["finish_reason"] == "error"]
+    assert len(wrong) > 400 and all(f"{tmp_path}/in.jsonl, line " in result["error"] for result in wrong)
+    samples = sum(result["sample"] > 0 for result in results)
+    assert len(results) - samples == len(named)
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_table_of_another_model_is_refused_or_warned_of(whole, tmp_path, capfd):

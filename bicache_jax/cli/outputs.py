@@ -91,9 +91,9 @@ class FileOutput(Output):
         super().__init__()
         self.path = path
         self._written = False
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise BicacheError(f"--output {path} is a folder: name a file in it")
-        if not Path(path).parent.is_dir():
+        if not os.path.isdir(Path(path).parent):
             raise BicacheError(f"--output {path}: there is no folder {Path(path).parent}: create it first")
         self._journal = Journal(journal_path(path), resume=resume)
 
