@@ -11,12 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -165,9 +163,9 @@ class SafetensorsFolder:
         vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
-    def load(self, mapping: TensorMap, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """`load_params` of this folder."""
-        return load_params(self, mapping, abstract)
+        return load_params(self, mapping, wanted)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor, copied from the file; other parts are not touched.
@@ -230,38 +228,13 @@ def stored_names(mapping: TensorMap, path: tuple[str, ...], leaf: Any) -> list[s
     return [mapping.names[path].format(layer=layer) for layer in range(count)]
 
 
-def placed(leaf: Any, read: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-    """A parameter on the devices that its sharding names.
-
-    Args:
-        leaf: its shape, dtype and sharding; no sharding: the default device.
-        read: the part of it that an index (a slice per axis) names.
-
-    Returns:
-        The array. A part that several devices of this process hold is read once, and one part is in host memory at a
-        time; parts of other processes' devices are not read.
-    """
-    whole = tuple(slice(0, size) for size in leaf.shape)
-    if leaf.sharding is None:
-        return jnp.asarray(read(whole))
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        holders.setdefault(bounds, []).append(device)
-    parts: list[jax.Array] = []
-    for bounds, devices in holders.items():
-        block = read(tuple(slice(*pair) for pair in bounds))
-        parts += jax.block_until_ready([jax.device_put(block, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
-
-
-def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mapping[str, Any]) -> dict[str, Any]:
+def load_params(tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Streams a checkpoint into stacked arrays.
 
     Args:
         tensors: the folder.
         mapping: checkpoint names of the parameters.
-        abstract: shapes and dtypes wanted, as `models.abstract` gives them, with a sharding where one is wanted.
+        wanted: a tree of `Target`.
 
     Returns:
         The parameter tree.
@@ -269,13 +242,13 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mappin
     Raises:
         BicacheError: tensors are missing, extra, misshaped or no floating-point numbers; all of them are named.
     """
-    wanted = dict(paths(abstract))
-    layers = max((leaf.shape[0] for path, leaf in wanted.items() if path[0] == "layers"), default=0)
+    leaves = dict(paths(wanted))
+    layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
     if layers > len(tensors.names):  # a wrong number, not a list of what is missing
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
-    plan = {path: stored_names(mapping, path, leaf) for path, leaf in wanted.items()}
+    plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
     faults: list[str] = []
-    for path, leaf in wanted.items():
+    for path, leaf in leaves.items():
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
         expected = shape[::-1] if path[-1] == "kernel" else shape
         for name in plan[path]:
@@ -292,8 +265,8 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, abstract: Mappin
     if faults:
         raise BicacheError(f"{tensors.folder}: tensors do not fit config.json: " + "; ".join(faults))
     return tree_of(
-        (path, placed(leaf, functools.partial(read_part, tensors, plan[path], path, leaf.dtype)))
-        for path, leaf in wanted.items()
+        (path, leaf.place(functools.partial(read_part, tensors, plan[path], path, leaf.dtype)))
+        for path, leaf in leaves.items()
     )
 
 

@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from bicache_jax.boundary import load_table
-from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, read_ids, read_json
+from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, paths, read_ids, read_json, tree_of
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, names, published_table
-from bicache_jax.models import FAMILIES, abstract, init
+from bicache_jax.models import AXES, FAMILIES, abstract, init
 from bicache_jax.orbax_folder import OrbaxFolder, is_orbax
+from bicache_jax.sharding import MODEL, Layout, check_mesh, param_shardings
+from bicache_jax.targets import Target, targets
 from bicache_jax.tokenizer import load_tokenizer
 from bicache_jax.types import BicacheError, Model
 
@@ -84,7 +87,7 @@ def tensor_map(config: ModelConfig) -> TensorMap:
     return FAMILIES[config.family].tensor_map(config)
 
 
-def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Any = None) -> Model:
+def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Mesh | None = None) -> Model:
     """Loads a checkpoint.
 
     Args:
@@ -92,7 +95,8 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
             `bicache convert`, a hub id, or `example`.
         dtype: `auto`, `float32` or `bfloat16`.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
-        mesh: reserved for sharded loading; must be None.
+        mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
+            hold, and `params` has the sizes of `bicache_jax.sharding.Layout`. None: the default device.
 
     Returns:
         The model.
@@ -100,8 +104,6 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
     Raises:
         BicacheError: one line that names the file and the fault.
     """
-    if mesh is not None:
-        raise BicacheError("mesh: sharded loading is not available in this version; leave it out")
     folder = find_folder(path)
     source = folder / "config.json"
     fields = read_json(source)
@@ -117,13 +119,26 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
                 config = dataclasses.replace(config, mask_id=mask_id)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
-        params = tensors.load(tensor_map(config), abstract(config, resolve_dtype(dtype)))
+        params = tensors.load(tensor_map(config), _targets(config, resolve_dtype(dtype), mesh))
         mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
     ends = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
     config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
     boundaries, note = _own_table(folder, config, mark)
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
+    """Where the parameters go."""
+    shapes = abstract(config, dtype)
+    if mesh is None:
+        return targets(shapes)
+    layout = Layout(config, check_mesh(mesh).shape[MODEL])
+    shardings = dict(paths(param_shardings(AXES, abstract(layout.config, dtype), mesh)))
+    return tree_of(
+        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(layout.source, AXES[path]))))
+        for path, leaf in paths(shapes)
+    )
 
 
 def _generation_ends(folder: Path) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from bicache_jax.checkpoint import TensorMap, paths, read_json, tree_of
+from bicache_jax.targets import Target
 from bicache_jax.types import BicacheError
 
 FORMAT = 1
@@ -149,12 +150,12 @@ class OrbaxFolder:
         """The fingerprint of the checkpoint that the folder was made from."""
         return self.fingerprint
 
-    def load(self, mapping: TensorMap, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Reads and verifies the parameters.
 
         Args:
             mapping: not needed: the parameters have their own names.
-            abstract: shapes and dtypes wanted, with a sharding where one is wanted.
+            wanted: a tree of `Target`.
 
         Returns:
             The parameter tree.
@@ -162,17 +163,19 @@ class OrbaxFolder:
         Raises:
             BicacheError: parameters are missing, extra, misshaped or damaged.
         """
-        wanted = dict(paths(abstract))
-        faults = [f"missing {'.'.join(path)}" for path in wanted if path not in self._params]
-        faults += [f"extra {'.'.join(path)}" for path in self._params if path not in wanted]
+        leaves = dict(paths(wanted))
+        faults = [f"missing {'.'.join(path)}" for path in leaves if path not in self._params]
+        faults += [f"extra {'.'.join(path)}" for path in self._params if path not in leaves]
         faults += [
             f"misshaped {'.'.join(path)}: {list(self._params[path][0])}, expected {list(leaf.shape)}"
-            for path, leaf in wanted.items()
+            for path, leaf in leaves.items()
             if path in self._params and self._params[path][0] != leaf.shape
         ]
         if faults:
             raise BicacheError(f"{self.folder}: parameters do not fit config.json: " + "; ".join(faults))
-        return tree_of((path, array.astype(wanted[path].dtype)) for path, array in self._read(wanted))
+        return tree_of(
+            (path, leaves[path].expand(array.astype(leaves[path].dtype))) for path, array in self._read(leaves)
+        )
 
     def verify(self) -> None:
         """Reads everything once, one parameter at a time.
@@ -180,12 +183,10 @@ class OrbaxFolder:
         Raises:
             BicacheError: a parameter is damaged.
         """
-        for _ in self._read(
-            {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype, _) in self._params.items()}
-        ):
+        for _ in self._read({path: Target(shape, dtype) for path, (shape, dtype, _) in self._params.items()}):
             pass
 
-    def _read(self, wanted: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+    def _read(self, leaves: Mapping[tuple[str, ...], Target]) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
         """Yields parameters as stored, verified; one by one, so that a change of dtype never doubles the model."""
         orbax = _orbax()
         from etils import epath
@@ -193,9 +194,11 @@ class OrbaxFolder:
         handler = _handler(orbax)
         place = epath.Path((self.folder / PARAMS).absolute())
         try:
-            for path, leaf in wanted.items():
+            for path, leaf in leaves.items():
                 shape, dtype, expected = self._params[path]
                 here = leaf.sharding or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+                if leaf.is_padded and isinstance(here, jax.sharding.NamedSharding):  # cut when it has its final size
+                    here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
                 arguments = orbax.ArrayRestoreArgs(sharding=here, global_shape=shape, dtype=jnp.dtype(dtype))
                 try:
                     tree = handler.restore(

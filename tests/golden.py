@@ -13,6 +13,7 @@ import numpy as np
 from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
 from bicache_jax.config import ModelConfig
 from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.targets import targets
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = {"llada": DATA / "llada-mha", "dream": DATA / "dream-gqa"}
@@ -24,7 +25,7 @@ def model(family: str) -> tuple[ModelConfig, Any]:
     folder = FOLDERS[family]
     with SafetensorsFolder(folder) as tensors:
         config = FAMILIES[family].config_from_hf(read_json(folder / "config.json"), tensors.names, "config.json")
-        return config, load_params(tensors, FAMILIES[family].tensor_map(config), abstract(config, jnp.float32))
+        return config, load_params(tensors, FAMILIES[family].tensor_map(config), targets(abstract(config, jnp.float32)))
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from bicache_jax.checkpoint import paths, read_json, tree_of
 from bicache_jax.loading import load_model, open_checkpoint
 from bicache_jax.models import FAMILIES, abstract
 from bicache_jax.orbax_folder import checksum
+from bicache_jax.targets import Target
 
 
 def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, dict]:
@@ -27,9 +28,9 @@ def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, di
     config = FAMILIES["llada"].config_from_hf(read_json(folder / "config.json"), names, "config.json")
     mesh = Mesh(np.array(devices), ("model",))
 
-    def leaf(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def leaf(shape: jax.ShapeDtypeStruct) -> Target:
         spec = (None,) * (len(shape.shape) - 1) + ("model",)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        return Target(shape.shape, shape.dtype, NamedSharding(mesh, PartitionSpec(*spec)))
 
     shapes = tree_of((path, leaf(shape)) for path, shape in paths(abstract(config, jnp.float32)))
     return FAMILIES["llada"].tensor_map(config), shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from bicache_jax.checkpoint import SafetensorsFolder, paths, read_json, read_part, stored_names
 from bicache_jax.convert import convert
 from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.targets import Target
 
 CHILD = str(Path(__file__).with_name("load_child.py"))
 MIB = 2**20
@@ -90,16 +92,35 @@ def test_two_processes_load_a_model_that_neither_could_hold(big: Path, tmp_path:
 
 
 @hypothesis.given(data=st.data())
-def test_any_part_of_a_parameter_is_the_part_of_the_whole(data: st.DataObject) -> None:
+def test_any_part_of_a_padded_parameter_is_the_part_of_the_whole(data: st.DataObject) -> None:
     config, whole = model("llada")
-    folder = FOLDERS["llada"]
     path, leaf = data.draw(st.sampled_from(list(paths(whole))))
-    index = []
+    sources, index = [], []
     for size in leaf.shape:
+        source = data.draw(st.none() | st.lists(st.integers(-1, size - 1), min_size=1, max_size=size + 3).map(np.array))
+        sources.append(source)
+        size = size if source is None else len(source)
         start = data.draw(st.integers(0, size - 1))
         index.append(slice(start, data.draw(st.integers(start + 1, size))))
-    with SafetensorsFolder(folder) as tensors:
+    target = Target(leaf.shape, leaf.dtype, None, tuple(sources))
+    part = tuple(index)
+    with SafetensorsFolder(FOLDERS["llada"]) as tensors:
         names = stored_names(FAMILIES["llada"].tensor_map(config), path, leaf)
-        part = read_part(tensors, names, path, leaf.dtype, tuple(index))
-        np.testing.assert_array_equal(part, leaf[tuple(index)])
-        assert tensors.bytes_read == part.nbytes
+        read = functools.partial(read_part, tensors, names, path, leaf.dtype)
+        found = target.gather(read, part)
+        # Bytes between those that are needed are read too, others are not.
+        assert found.nbytes == tensors.bytes_read or any(source is not None for source in sources)
+    padded = np.asarray(leaf)
+    for axis, source in enumerate(sources):
+        if source is not None:
+            padded = np.concatenate([padded, np.zeros_like(padded.take([0], axis))], axis).take(source, axis)
+    np.testing.assert_array_equal(found, padded[part])
+    np.testing.assert_array_equal(target.expand(leaf), padded)
+
+
+@pytest.mark.slow
+def test_models_load_onto_meshes_as_the_engine_cuts_them(tmp_path: Path) -> None:
+    child = Path(__file__).with_name("mesh_child.py")
+    done = subprocess.run([sys.executable, str(child), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8

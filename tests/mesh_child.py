@@ -1,0 +1,42 @@
+"""Loads golden checkpoints onto meshes of 8 virtual devices: `python tests/mesh_child.py FOLDER-FOR-ORBAX`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from golden import FOLDERS  # noqa: E402
+
+from bicache_jax import CacheConfig, Engine, SamplingConfig, load_model  # noqa: E402
+from bicache_jax.convert import convert  # noqa: E402
+from bicache_jax.models import AXES  # noqa: E402
+from bicache_jax.sharding import MODEL, Layout, make_mesh, shard_params  # noqa: E402
+
+REQUESTS = [{"prompt_ids": [*range(10, 30), 40 + i]} for i in range(4)]
+
+
+def same(a: jax.Array, b: jax.Array) -> None:
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+    np.testing.assert_array_equal(a, b)
+
+
+for family, folder in FOLDERS.items():
+    orbax = Path(sys.argv[1]) / family
+    convert(folder, orbax)
+    whole = load_model(folder)
+    for spec in ("data=2,model=4", "model=8", "data=8", "model=3"):
+        mesh = make_mesh(spec)
+        expected = shard_params(whole.params, AXES, Layout(whole.config, mesh.shape[MODEL]), mesh)
+        for source in (folder, orbax):
+            jax.tree.map(same, load_model(source, mesh=mesh).params, expected)
+        print(family, spec, flush=True)
+    mesh = make_mesh("data=2,model=4")
+    settings = {"cache": CacheConfig(boundary=2), "sampling": SamplingConfig(gen_length=4, steps=2)}
+    answers = [result.token_ids for result in Engine(whole, **settings).generate(REQUESTS)]
+    on_mesh = Engine(load_model(orbax, mesh=mesh), mesh=mesh, **settings)
+    assert [result.token_ids for result in on_mesh.generate(REQUESTS)] == answers
