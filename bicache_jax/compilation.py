@@ -39,9 +39,14 @@ class CompileCounter:
         return _totals["seconds"] - self._start["seconds"]
 
 
-def use_persistent_cache(folder: Path) -> None:
-    """Keeps compiled programs in `folder`, for this process and the next. Changes jax's configuration: for commands."""
-    folder.mkdir(parents=True, exist_ok=True)
+def use_persistent_cache(folder: str | Path) -> None:
+    """Keeps compiled programs for this process and the next. Changes jax's configuration: for commands.
+
+    Args:
+        folder: where; a string with `://` in it is a place in a bucket.
+    """
+    if "://" not in str(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -204,7 +204,7 @@ def write_atomic(path: str | Path, lines: Iterable[bytes]) -> None:
         raise BicacheError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_journal(stream: IO[bytes], path: object) -> tuple[Record, list[Record], int]:
+def read_journal(stream: io.BufferedIOBase, path: object) -> tuple[Record, list[Record], int]:
     """Reads a journal, whole or torn.
 
     Args:

@@ -11,7 +11,6 @@ restart with `--resume`, with as many workers or more or fewer, goes on from eve
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import signal
 import sys
@@ -21,7 +20,6 @@ from contextlib import ExitStack, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bicache_jax.bulk.owners import owners
 from bicache_jax.bulk.progress import Progress
 from bicache_jax.bulk.state import State, Worker
 from bicache_jax.bulk.storage import AnyPath, inputs, size_of
@@ -47,7 +45,6 @@ examples:
 
 
 POLL_SECONDS = 1.0  # between looks at whether the other workers have finished
-LEAVE_SECONDS = 15.0  # of the 30 or so between SIGTERM and the end of a preempted machine
 
 
 class Stopped(Exception):
@@ -83,6 +80,17 @@ def build_parser() -> Parser:
     files.add_argument(
         "--report-seconds", type=integer(1), default=30, metavar="S", help="between reports (default: %(default)s)"
     )
+    ends = parser.add_argument_group("exit status", "for schedulers that know done (0) and failed only")
+    ends.add_argument(
+        "--stopped-status", type=integer(0, 255), default=0, metavar="N", help="after SIGTERM (default: %(default)s)"
+    )
+    ends.add_argument(
+        "--errors-status",
+        type=integer(0, 255),
+        default=EXIT_ERRORS,
+        metavar="N",
+        help="if some requests have an error as their result (default: %(default)s)",
+    )
     many = parser.add_argument_group("several processes", "one per host; the same command on each")
     many.add_argument(
         "--distributed", action="store_true", help="let jax find the others, as it can on Cloud TPU, GKE and Slurm"
@@ -114,6 +122,14 @@ def build_parser() -> Parser:
         default=100,
         metavar="S",
         help="after this long without a sign of one process, jax ends the others (default: %(default)s)",
+    )
+    many.add_argument(
+        "--leave-seconds",
+        type=integer(0),
+        default=20,
+        metavar="S",
+        help="after SIGTERM a process that has finished its interval waits this long for the others, which jax ends"
+        " when process 0 is gone; less than there is between SIGTERM and the end (default: %(default)s)",
     )
     add_running_arguments(parser)
     return parser
@@ -163,7 +179,7 @@ class Job:
             BicacheError: the model cannot be read, flags do not fit it, or the state belongs to another run.
         """
         self._worker, self._files, self._state, self._size = worker, files, state, args.window
-        self._run = backend.Run(args, *configurations(args))
+        self._run = backend.Run(args, *configurations(args), alone=worker.count > 1)
         nothing = self._run.identity(Requests("", [], ""))
         self._identity: dict[str, Any] = {"window": args.window}
         if args.batch_boundary == "min":  # only then do results depend on who is batched with whom
@@ -186,7 +202,7 @@ class Job:
         lines = []
         for path in self._files:
             for window in windows(path, self._run.iterate, self._size):
-                _, workers = self._divide(window)
+                _, _, workers = self._divide(window)
                 lines += [
                     f"{path}, first {len(window.requests.items)} requests:",
                     self._run.describe(window.requests.valid),
@@ -207,41 +223,33 @@ class Job:
                 self._progress.skip(size_of(path))
                 continue
             begin, answered = 0, []
-            for window in ahead(windows(path, self._run.iterate, self._size)):
-                if self._answer(path, window, window.end - begin):
+            for window, items, workers in ahead(map(self._divide, windows(path, self._run.iterate, self._size))):
+                if self._answer(path, window, items, workers, window.end - begin):
                     answered.append(window.number)
                 begin = window.end
             found[path.name] = answered
         self._progress.report(finished=True)
         return self._state.finish(found)
 
-    def _divide(self, window: Window) -> tuple[list[Request | Result], list[int]]:
-        """This slice's part of a window, prefixes found among the whole of it, and the worker of each request."""
+    def _divide(self, window: Window) -> tuple[Window, list[Request | Result], list[int]]:
+        """A window, this slice's part of it with prefixes found among all of it, and the worker of each request."""
         part, parts = self._worker.shard
-        valid = window.requests.valid
-        shares = self._run.shares(valid) if valid else []
-        slices = iter(owners([share.prefix for share in shares], [share.cost for share in shares], parts))
-        found = iter(shares)
+        settled = self._run.settle(window.requests.valid)
+        sliced = [item for item, at in zip(settled, self._run.divide(settled, parts), strict=True) if at == part]
+        workers = dict(zip((item.id for item in sliced), self._run.divide(sliced, self._worker.count), strict=True))
+        found = {item.id: item for item in sliced}
         items: list[Request | Result] = []
-        groups: list[Any] = []
-        costs: list[float] = []
         for item in window.requests.items:
-            if isinstance(item, Result):
-                if part == 0:
-                    items.append(item)
-                    groups.append(None)
-                    costs.append(0.0)
-                continue
-            share = next(found)
-            if next(slices) == part:
-                items.append(dataclasses.replace(item, prefix_len=share.prefix_len))
-                groups.append(share.prefix)
-                costs.append(share.cost)
-        return items, owners(groups, costs, self._worker.count)
+            if isinstance(item, Request):
+                items += [found[item.id]] if item.id in found else []
+            elif part == 0:  # bad lines are the first worker's of the first slice
+                items.append(item)
+        return window, items, [workers[item.id] if isinstance(item, Request) else 0 for item in items]
 
-    def _answer(self, path: AnyPath, window: Window, size: int) -> bool:
+    def _answer(
+        self, path: AnyPath, window: Window, items: Sequence[Request | Result], workers: Sequence[int], size: int
+    ) -> bool:
         """Answers this worker's part of a window; returns whether there is anything of this slice in it."""
-        items, workers = self._divide(window)
         mine = [place for place, worker in enumerate(workers) if worker == self._worker.number]
         if not items:
             self._progress.skip(size)
@@ -300,22 +308,26 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(job.describe())
             return 0
-        signal.signal(signal.SIGTERM, lambda *_: job.stop.set())
+        before = signal.signal(signal.SIGTERM, lambda *_: job.stop.set())
+        stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             written = job.work()
+            # Process 0 must outlive the others, and whoever is done first must not look dead.
+            while not written and not state.is_over():
+                if job.stop.wait(POLL_SECONDS):
+                    job.remains = "nothing of this worker's part remains, and something of others' does"
+                    raise Stopped
         except Stopped:
             print(f"bicache: stopped by SIGTERM: {job.remains}; {kept}", file=sys.stderr, flush=True)
-            leave(worker)
-            return 0
+            leave(worker, args.leave_seconds)
+            return int(args.stopped_status)
         if written and not args.quiet:
             print(f"bicache: complete: {', '.join(map(str, written))}", file=sys.stderr)
-        while not written and not state.is_over() and not job.stop.wait(POLL_SECONDS):
-            pass  # process 0 must outlive the others, and who is done first must not look dead
-        leave(worker)
-    return EXIT_ERRORS if job.errors else 0
+        leave(worker, args.leave_seconds)
+    return int(args.errors_status) if job.errors else 0
 
 
-def leave(worker: Worker) -> None:
+def leave(worker: Worker, seconds: float) -> None:
     """Takes leave of the other processes, if they do so too; after a while, without."""
     if worker.count == 1:
         return
@@ -327,7 +339,7 @@ def leave(worker: Worker) -> None:
 
     thread = threading.Thread(target=shutdown, daemon=True)
     thread.start()
-    thread.join(LEAVE_SECONDS)
+    thread.join(seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

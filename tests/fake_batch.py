@@ -26,6 +26,6 @@ def join(args):
 if __name__ == "__main__":
     backend.Run = FakeRun  # type: ignore[misc, assignment]
     batch_inference.join = join
-    batch_inference.leave = lambda worker: None
+    batch_inference.leave = lambda worker, seconds: None
     batch_inference.POLL_SECONDS = 0.05
     os._exit(batch_inference.main())

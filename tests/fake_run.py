@@ -22,7 +22,7 @@ class FakeRun(backend.Run):
     `wait=SECONDS` is the time a result takes.
     """
 
-    def __init__(self, args, cache, sampling):
+    def __init__(self, args, cache, sampling, *, alone=False):
         self.options = dict(part.partition("=")[::2] for part in args.model.split(","))
         if "missing" in self.options:
             raise BicacheError("missing: no such folder;\nname a checkpoint folder")
@@ -56,8 +56,11 @@ class FakeRun(backend.Run):
                 yield Result(str(number), finish_reason="error", error=f"{source}, line {number}: {error!r}")
             index += 1
 
-    def shares(self, requests):
-        return [backend.Share(request.prompt_ids[:8], 5, float(request.n)) for request in requests]
+    def settle(self, requests):
+        return list(requests)
+
+    def divide(self, requests, parts):
+        return [sum(request.prompt_ids[:9]) % parts for request in requests]
 
     def describe(self, requests):
         return f"{len(requests)} requests, boundary {self.cache.boundary}"

@@ -29,13 +29,15 @@ for family, folder in FOLDERS.items():
     orbax = Path(sys.argv[1]) / family
     convert(folder, orbax)
     whole = load_model(folder)
-    for spec in ("data=2,model=4", "model=8", "data=8", "model=3"):
+    for spec in ("data=2,model=4", "model=8", "model=3"):
         mesh = make_mesh(spec)
         expected = shard_params(whole.params, AXES, Layout(whole.config, mesh.shape[MODEL]), mesh)
         for source in (folder, orbax):
             jax.tree.map(same, load_model(source, mesh=mesh).params, expected)
         print(family, spec, flush=True)
-    mesh = make_mesh("data=2,model=4")
+    if family == "llada":
+        continue
+    mesh = make_mesh("model=4")
     settings = {"cache": CacheConfig(boundary=2), "sampling": SamplingConfig(gen_length=4, steps=2)}
     answers = [result.token_ids for result in Engine(whole, **settings).generate(REQUESTS)]
     on_mesh = Engine(load_model(orbax, mesh=mesh), mesh=mesh, **settings)

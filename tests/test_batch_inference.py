@@ -133,6 +133,19 @@ def test_sigterm_keeps_what_is_finished_says_what_remains_and_exits_0(tmp_path, 
     assert len(log.read_text().split()) == 17 * 2 + 8 + 11
 
 
+def test_sigterm_while_others_are_at_work(tmp_path, files):
+    output = tmp_path / "out"
+    process = start(output, files, "--stopped-status", "143", worker="0/2")
+    while not list((output / "_state").glob("*.done")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    status, errors = finish(process)
+    assert status == 143 and "something of others' does" in errors
+    workers = [start(output, files, "--resume", "--errors-status", "0", worker=f"{i}/2") for i in range(2)]
+    assert [finish(worker)[0] for worker in workers] == [0, 0]
+    check(output, files)
+
+
 def test_a_changed_input_is_noticed(tmp_path, files):
     output, log = tmp_path / "out", tmp_path / "log"
     process = start(output, files, wait=0.05, log=log)

@@ -123,4 +123,4 @@ def test_models_load_onto_meshes_as_the_engine_cuts_them(tmp_path: Path) -> None
     child = Path(__file__).with_name("mesh_child.py")
     done = subprocess.run([sys.executable, str(child), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 6

@@ -75,7 +75,7 @@ class Progress:
         seconds = now - self._started
         share = min(1.0, self.place / self._total)
         fresh = (self.place - self._skipped) / self._total
-        left = seconds * (1.0 - share) / fresh if fresh > 0 else None
+        left = 0.0 if share >= 1.0 else seconds * (1.0 - share) / fresh if fresh > 0 else None
         stats = self._stats()
         counts = {name: getattr(stats, name) for name in STATISTICS if hasattr(stats, name)}
         line = {

@@ -79,7 +79,6 @@ class State:
         self.output = path_of(output)
         self._folder = self.output / f"_state{worker.suffix}"
         self._files = {path.name: path for path in files}
-        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -89,6 +88,7 @@ class State:
             raise
         except Exception as error:  # bucket libraries raise many kinds
             raise BicacheError(f"cannot write --output {output}: {reason(error)}") from None
+        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
 
     def _refuse_earlier(self) -> None:
         """Other workers of this very job may have begun already; what is refused is what they cannot have written."""

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.options import version, warn
@@ -18,41 +18,34 @@ from bicache_jax.journal import Key, Record
 from bicache_jax.types import BicacheError, Model, Request, Result
 
 
-class Share(NamedTuple):
-    """What dividing requests over workers needs to know of one.
-
-    Attributes:
-        prefix: its prefix, which costs least where others share it.
-        prefix_len: tokens of that.
-        cost: operations of all its samples.
-    """
-
-    prefix: tuple[int, ...]
-    prefix_len: int
-    cost: float
-
-
 class Run:
     """A loaded model and an engine, made from flags. Importing jax takes a second, so it happens here."""
 
-    def __init__(self, args: argparse.Namespace, cache: CacheConfig, sampling: SamplingConfig) -> None:
+    def __init__(
+        self, args: argparse.Namespace, cache: CacheConfig, sampling: SamplingConfig, *, alone: bool = False
+    ) -> None:
         """Loads the model.
 
         Args:
             args: the flags.
             cache: how prefixes are reused, but for the boundary table.
             sampling: how canvases are denoised.
+            alone: make a mesh of this process's devices, though there are other processes.
 
         Raises:
             BicacheError: the model or the table cannot be read, or they do not go together.
         """
+        import jax
+
         from bicache_jax.boundary import load_table
         from bicache_jax.engine import Engine
         from bicache_jax.sharding import make_mesh
 
         table = load_table(args.boundary_table) if args.boundary_table is not None else None
-        mesh = make_mesh(args.mesh) if args.mesh is not None else None
-        self._model = load(args)
+        mesh = make_mesh(args.mesh, jax.local_devices() if alone else None) if args.mesh is not None else None
+        if mesh is None and alone and jax.local_device_count() > 1:
+            warn(f"this process has {jax.local_device_count()} devices and uses one of them: --mesh names more")
+        self._model = load(args, mesh)
         if table is not None:
             check_table(table, args.boundary_table, self._model)
             cache = dataclasses.replace(cache, table=table.table)
@@ -97,20 +90,36 @@ class Run:
             lines, config=model.config, tokenizer=model.tokenizer, sampling=self._sampling, source=source
         )
 
-    def shares(self, requests: Sequence[Request]) -> list[Share]:
-        """The prefix and the work of each request, among all these requests."""
-        from bicache_jax.plan import jobs
-        from bicache_jax.work import row_flops
+    def settle(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests with the prefixes that they have among each other, whatever they will be run with."""
+        lengths = {row.request.id: row.prefix_len for row in self._engine.plan(requests).rows}
+        return [dataclasses.replace(request, prefix_len=lengths[request.id]) for request in requests]
 
+    def divide(self, requests: Sequence[Request], parts: int) -> list[int]:
+        """Divides settled requests by prefix into parts of equal work; returns the part of each."""
+        from bicache_jax.packing import Group, pack
+        from bicache_jax.rounds import row_costs
+        from bicache_jax.work import encode_flops
+
+        config = self._model.config
         rows = self._engine.plan(requests).rows
-        found: dict[str, Share] = {}
-        for row, job in zip(rows, jobs(rows), strict=True):
-            job = dataclasses.replace(
-                job, refresh_interval=self._cache.refresh_interval, block_cache=self._cache.block_cache
-            )
-            cost = row_flops(self._model.config, job) + (found[row.request.id].cost if row.request.id in found else 0.0)
-            found[row.request.id] = Share(row.prefix, row.prefix_len, cost)
-        return [found[request.id] for request in requests]
+        costs, setups = dict.fromkeys((request.id for request in requests), 0.0), {}
+        for row, cost in zip(rows, row_costs(config, self._cache, rows), strict=True):
+            costs[row.request.id] += cost
+            setups[row.request.id] = float(encode_flops(config, row.prefix_len, row.boundary))
+        members: dict[tuple[int, ...], list[int]] = {}
+        for place, request in enumerate(requests):
+            prefix = request.prompt_ids[: request.prefix_len]
+            members.setdefault(prefix or (-1 - place,), []).append(place)  # without a prefix nothing is shared
+        groups = [
+            Group(max(setups[requests[p].id] for p in places), tuple(costs[requests[p].id] for p in places))
+            for places in members.values()
+        ]
+        found = [0] * len(requests)
+        for places, assigned in zip(members.values(), pack(groups, parts), strict=True):
+            for place, part in zip(places, assigned, strict=True):
+                found[place] = part
+        return found
 
     def describe(self, requests: Sequence[Request]) -> str:
         """What would be run, for people."""
@@ -204,8 +213,8 @@ def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[
     return todo
 
 
-def load(args: argparse.Namespace) -> Model:
-    """Loads the model that the flags name, compiled programs kept as they say.
+def load(args: argparse.Namespace, mesh: Any = None) -> Model:
+    """Loads the model that the flags name, onto a mesh if there is one, compiled programs kept as they say.
 
     Raises:
         BicacheError: it cannot be read.
@@ -213,7 +222,7 @@ def load(args: argparse.Namespace) -> Model:
     from bicache_jax.loading import load_model
 
     start_compilation_cache(args)
-    return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id)
+    return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id, mesh=mesh)
 
 
 def random(args: argparse.Namespace) -> Model:
