@@ -50,9 +50,11 @@ def build_rows(
     *,
     num_rows: int,
     length: int,
+    guided: bool = False,
 ) -> Rows:
     """`lay_out`, and then to the default device."""
-    return put_rows(lay_out(entries, prefix_index, config, num_rows=num_rows, length=length), jnp.asarray)
+    arrays = lay_out(entries, prefix_index, config, num_rows=num_rows, length=length, guided=guided)
+    return put_rows(arrays, jnp.asarray)
 
 
 def put_rows(arrays: Mapping[str, Any], put: Callable[[Any], Array]) -> Rows:
@@ -68,15 +70,17 @@ def lay_out(
     *,
     num_rows: int,
     length: int,
+    guided: bool = False,
 ) -> dict[str, np.ndarray]:
     """Lays out a batch on the host.
 
     Args:
         entries: (request, sample, prefix_len) of each row.
-        prefix_index: prefix of each row.
+        prefix_index: prefix of each row, then of each row's twin where there are any.
         config: the architecture.
-        num_rows: B; rows beyond the entries are padding and complete from the start.
+        num_rows: B, twins included; rows beyond the entries are padding and complete from the start.
         length: U, at least every row's suffix.
+        guided: whether the second half of the rows are twins of the first (`bicache_jax.cache.Rows`).
 
     Returns:
         The fields of the rows at step 0, their keys as words.
@@ -97,8 +101,14 @@ def lay_out(
         positions[place, front + gen_length : size] = prefix_len + np.arange(len(rest))
         valid[place, :size] = True
         words[place] = noise_words(request.id, request.sampling.seed + sample)
+    done = np.arange(num_rows) >= len(entries)
     index = np.zeros(num_rows, np.int32)
-    index[: len(prefix_index)] = prefix_index
+    index[: len(entries)] = prefix_index[: len(entries)]
+    if guided:
+        half = num_rows // 2
+        index[half : half + len(entries)] = prefix_index[len(entries) :]
+        for values in (positions, valid, words, done):
+            values[half:] = values[:half]
 
     return {
         "tokens": tokens,
@@ -107,7 +117,7 @@ def lay_out(
         "prefix_index": index,
         "key": words,
         **{name: np.zeros(num_rows, np.int32) for name in ("step", "block", "block_step", "forward_passes")},
-        "done": np.arange(num_rows) >= len(entries),
+        "done": done,
     }
 
 

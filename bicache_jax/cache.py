@@ -80,6 +80,9 @@ class Rows:
     `[last prompt token | response | rest | padding]`). Attention sees positions only, so the order is free, and the
     response stands at the same place in every row.
 
+    Under classifier-free guidance the second half of the rows are *twins* of the first: the same response behind a
+    prompt of masks, and behind a prefix of as many masks as the row's own prefix has tokens, cached like any other.
+
     Attributes:
         tokens: suffix tokens in that order.
         positions: position of each suffix token in the whole sequence.
@@ -87,7 +90,7 @@ class Rows:
         prefix_index: the prefix (of the batch's G) that the row uses.
         key: noise key of the request.
         step: denoising steps made since the row began; the refresh counter.
-        block: current block.
+        block: current block; that of the end where a row is complete, an earlier one where it stopped early.
         block_step: denoising steps made in the current block.
         done: the response is complete, or the row is padding.
         forward_passes: forward passes made for the row.
@@ -107,6 +110,30 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Draw:
+    """How a token is drawn from a position's logits, all of it traced.
+
+    Attributes:
+        scale: factor of the logits.
+        noise: factor of the Gumbel noise that is added to the scaled logits; 0 draws none.
+        top_p: share of the probability that the kept tokens hold; 1 keeps all.
+        top_k: tokens that are kept; V or more keeps all.
+        guidance: factor w + 1 of the difference that the prompt makes; 1 where rows run once.
+        ban_eos: whether end-of-text tokens are never drawn.
+        defer_eos: whether end-of-text and end-of-turn tokens have no confidence.
+    """
+
+    scale: Float[Array, ""]
+    noise: Float[Array, ""]
+    top_p: Float[Array, ""]
+    top_k: Int[Array, ""]
+    guidance: Float[Array, ""]
+    ban_eos: Bool[Array, ""]
+    defer_eos: Bool[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Decoding:
     """What the rows of a batch share, all of it traced: changing a value never compiles anew.
 
@@ -115,12 +142,14 @@ class Decoding:
         refresh_interval: N.
         num_blocks: blocks of the response.
         block_length: tokens of a block.
-        block_steps: denoising steps of a block.
-        counts: tokens that each step of a block unmasks (entries from `block_steps` on are padding).
-        scale: factor of the logits.
-        noise: factor of the Gumbel noise that is added to the scaled logits; 0 draws none.
-        remasking: index into `bicache_jax.unmask.RULES`.
+        counts: tokens that each step of a block unmasks; behind the last one padding.
+        bars: noise that a token must exceed in each step, where chance alone unmasks it; else infinite.
+        draw: how tokens are drawn.
+        remasking: index into `bicache_jax.rules.RULES`.
+        alg_temperature: temperature of the order in which tokens are unmasked; 0: by rank.
         threshold: probability from which a token is unmasked at once; infinite where the schedule decides.
+        factor: what the n-th most probable token may lack of the threshold, times n + 1; 0 but for the factor rule.
+        early_stop: whether a row ends with the first block that holds an end-of-text token.
         anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
         dual: whether a block cache freezes what lies behind the block, too.
     """
@@ -129,11 +158,13 @@ class Decoding:
     refresh_interval: Int[Array, ""]
     num_blocks: Int[Array, ""]
     block_length: Int[Array, ""]
-    block_steps: Int[Array, ""]
     counts: Int[Array, " steps"]
-    scale: Float[Array, ""]
-    noise: Float[Array, ""]
+    bars: Float[Array, " steps"]
+    draw: Draw
     remasking: Int[Array, ""]
+    alg_temperature: Float[Array, ""]
     threshold: Float[Array, ""]
+    factor: Float[Array, ""]
+    early_stop: Bool[Array, ""]
     anchor: Bool[Array, ""]
     dual: Bool[Array, ""]

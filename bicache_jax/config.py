@@ -8,14 +8,14 @@ from typing import Literal
 
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
-Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"]
+Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
-REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
+REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ModelConfig:
         max_length: longest sequence (prompt + response) the checkpoint was made for.
         mask_id: id of the mask token.
         eos_ids: ids that end a response.
+        eot_ids: those of `eos_ids` that end a turn of a chat rather than the text.
         qkv_bias: whether query, key and value projections have a bias.
         bias: whether the attention output and the MLP projections have a bias.
         norm_bias: whether the norms have a bias.
@@ -57,6 +58,7 @@ class ModelConfig:
     max_length: int
     mask_id: int
     eos_ids: tuple[int, ...] = ()
+    eot_ids: tuple[int, ...] = ()
     qkv_bias: bool = False
     bias: bool = False
     norm_bias: bool = False
@@ -121,12 +123,26 @@ class SamplingConfig:
         gen_length: response tokens.
         steps: denoising steps over the whole response; None: one token a step.
         block_length: tokens of a semi-autoregressive block; None: the whole response.
-        temperature: 0 takes the argmax; above, Gumbel noise times the temperature is added to the logits.
-        remasking: which masked tokens are unmasked first; None: the family's, `low_confidence` for LLaDA and `entropy`
-            for Dream.
+        temperature: 0 takes the argmax; above, tokens are drawn from the softmax at this temperature. Confidence is
+            the probability at temperature 1 for LLaDA, and at this temperature for Dream, as their loops have it.
+        remasking: which masked tokens are unmasked first (`bicache_jax.rules`); None: the family's, `low_confidence`
+            for LLaDA and `entropy` for Dream.
         seed: seed of the noise; a request's own seed replaces it.
         threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
             unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
+        factor: f, in place of a threshold: the n most probable tokens are unmasked for the largest n with
+            `(n + 1) * (1 - p_n) <= f` (Fast-dLLM, section 3.3); at least one is, and `steps` mean nothing.
+        alg_temperature: 0 unmasks by rank; above, positions are drawn without replacement with odds
+            `exp(confidence / alg_temperature)` (Dream's `alg_temp`).
+        top_p: keep the smallest set of most probable tokens that holds more than this share of the probability
+            (nucleus sampling, arXiv 1904.09751). The others are gone before tokens are drawn and confidence is taken.
+        top_k: keep the k most probable tokens, likewise.
+        cfg_scale: w of classifier-free guidance: logits become `u + (w + 1) * (c - u)`, u those with the prompt masked
+            (LLaDA's loop); a pass runs both. 0: no guidance.
+        logits_eos_inf: never choose an end-of-text token (LLaDA, appendix B.4).
+        confidence_eos_eot_inf: unmask end-of-text and end-of-turn tokens after all others (LLaDA, appendix B.4).
+        early_stop: a row ends with the first finished block that holds an end-of-text token, and the rest is filled
+            with that token. What stands before it is what it would be anyway.
     """
 
     gen_length: int = 128
@@ -136,6 +152,14 @@ class SamplingConfig:
     remasking: Remasking | None = None
     seed: int = 0
     threshold: float | None = None
+    factor: float | None = None
+    alg_temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    early_stop: bool = False
 
     def __post_init__(self) -> None:
         if self.gen_length < 1:
@@ -153,10 +177,19 @@ class SamplingConfig:
                 f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for "
                 f"{self.num_blocks} blocks of {self.block_size} tokens"
             )
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        for name in ("temperature", "alg_temperature", "cfg_scale"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+        if self.factor is not None and not 0.0 < self.factor < float("inf"):
+            raise ValueError(f"factor must be finite and > 0, got {self.factor}")
+        if self.factor is not None and self.threshold is not None:
+            raise ValueError("factor and threshold are two rules for the same thing: give one of them")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
         if self.remasking is not None and self.remasking not in REMASKING:
             raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
 
@@ -169,6 +202,16 @@ class SamplingConfig:
     def num_blocks(self) -> int:
         """Blocks of the response."""
         return self.gen_length // self.block_size
+
+    @property
+    def by_confidence(self) -> bool:
+        """Whether confidence alone decides how many tokens a step unmasks."""
+        return self.threshold is not None or self.factor is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether rows run twice, with and without their prompt."""
+        return self.cfg_scale > 0
 
     @property
     def num_steps(self) -> int:

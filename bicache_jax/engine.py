@@ -25,7 +25,7 @@ from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_here
-from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
+from bicache_jax.grouping import Batch, Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan
@@ -44,7 +44,8 @@ class Stats:
     Attributes:
         rows: responses finished (a request with n samples counts n).
         tokens: response tokens made.
-        forward_passes: forward passes over rows, encoding not counted.
+        forward_passes: forward passes over rows, encoding not counted; under guidance a row's pass runs its twin too.
+        passes_saved: forward passes that early stops spared by schedule; without one, at least as many were spared.
         prefixes_encoded: prefixes run alone.
         prefix_hits: rows that were served by a prefix encoded for an earlier row.
         batches: batches run.
@@ -57,6 +58,7 @@ class Stats:
     rows: int = 0
     tokens: int = 0
     forward_passes: int = 0
+    passes_saved: int = 0
     prefixes_encoded: int = 0
     prefix_hits: int = 0
     batches: int = 0
@@ -238,6 +240,7 @@ class Engine:
         place, config, cache = self._placement, self.model.config, self.cache
         *_, num_rows, length = plan.shape(*batches)
         samplings = [batch.rows[0].request.sampling for batch in batches if batch.rows]
+        guided = samplings[0].guided
         prefixes = self._prefixes(batches, plan, store)
         rows = place.rows(
             [
@@ -247,6 +250,7 @@ class Engine:
                     config,
                     num_rows=num_rows,
                     length=length,
+                    guided=guided,
                 )
                 for batch in batches
             ]
@@ -280,6 +284,7 @@ class Engine:
                     block_width=width_bucket(samplings[0].block_size),
                     deep_layers=plan.buffers.deep,
                     window=min(window and width_bucket(window), length),
+                    guided=guided,
                     mesh=place.mesh,
                 )
                 self._count(dispatches=1)
@@ -297,7 +302,8 @@ class Engine:
             batches=sum(bool(batch.rows) for batch in batches),
             rows=sum(len(batch.rows) for batch in batches),
             tokens=sum(row.request.sampling.gen_length for batch in batches for row in batch.rows),
-            forward_passes=sum(int(passes.sum()) for _, _, passes, _, _ in seen.values()),
+            forward_passes=sum(int(seen[i][2][: len(batches[i].rows)].sum()) for i in seen),
+            passes_saved=sum(_saved(batches[i], seen[i][4]) for i in seen),
         )
         yield from self._results(batches, seen, finished=True)
 
@@ -315,7 +321,7 @@ class Engine:
                 if prefix is not None:
                     store.put(shard, length, prefix, pieces[shard])
             self._count(prefixes_encoded=sum(map(bool, prefixes)), prefix_hits=-sum(map(bool, prefixes)))
-        self._count(prefix_hits=sum(row.prefix_len > 0 for batch in batches for row in batch.rows))
+        self._count(prefix_hits=sum(row.prefix_len > 0 for b in batches for row in b.rows for _ in range(1 + b.guided)))
         caches = tuple(map(place.assemble, store.columns(batches, length, groups)))
         store.release(batches, length)
         boundary = place.vector([min(batch.boundary, last) for batch in batches])
@@ -377,3 +383,12 @@ class Engine:
     def _count(self, **more: float) -> None:
         now = {name: getattr(self._stats, name) + value for name, value in more.items()}
         self._stats = dataclasses.replace(self._stats, **now)
+
+
+def _saved(batch: Batch, blocks: np.ndarray) -> int:
+    """Forward passes that rows did not make since they stopped early; where confidence decides, at least as many."""
+    if not batch.rows:
+        return 0
+    sampling = batch.rows[0].request.sampling
+    skipped = int((sampling.num_blocks - blocks[: len(batch.rows)]).sum())
+    return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)

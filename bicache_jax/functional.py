@@ -132,6 +132,7 @@ def denoise(
         prefix: from `encode_prefix`; `boundary` must be among the boundaries it was made for.
         canvas: suffix of each row in reading order, `[rest of the prompt | response]`, then padding: the last
             `sampling.gen_length` of a row's `canvas_len` tokens are its response. They are taken as masks.
+            Under guidance rows also run behind a prompt of masks, their prefix being encoded here.
         boundary: b, 0..L; layers below it reuse the prefix-alone KV. May be traced.
         sampling: decoding settings (static under `jit`).
         key: one noise key per row [B], or one key that is folded with the row number.
@@ -160,6 +161,8 @@ def denoise(
     canvas_len = jnp.full((num_rows,), length) if canvas_len is None else jnp.asarray(canvas_len)
     rows = _layout_rows(config, prefix, canvas, canvas_len, gen_length, jnp.asarray(prefix_index), key)
     backbone = backbone_for(config, attention)
+    if sampling.guided:
+        prefix, rows = _with_twins(backbone, params, prefix, rows)
     state = (rows, empty_suffix(config, rows.tokens.shape, prefix.k.dtype, block_cache=block_cache != "off"))
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
     for window, stop_block in stages(sampling, block_cache):
@@ -174,8 +177,9 @@ def denoise(
             block_width=sampling.block_size,
             deep_layers=config.num_layers - 1,
             window=window,
+            guided=sampling.guided,
         )
-    finished = state[0]
+    finished = jax.tree.map(lambda leaf: leaf[:num_rows], state[0])
     return Denoised(finished.tokens[:, front : front + gen_length], finished.step, finished.forward_passes)
 
 
@@ -210,6 +214,26 @@ def _layout_rows(
         done=jnp.zeros(num_rows, bool),
         forward_passes=counter,
     )
+
+
+def _with_twins(backbone: Backbone, params: Params, prefix: PrefixCache, rows: Rows) -> tuple[PrefixCache, Rows]:
+    """Prefixes and rows, and behind them what guidance compares them with: as many masks for each prompt."""
+    num_prefixes = prefix.length.shape[0]
+    masks = jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32)
+    other = encode(backbone, params, masks, prefix.length, prefix.boundaries, num_layers=prefix.k.shape[0])
+    both = PrefixCache(
+        k=jnp.concatenate([prefix.k, other.k], axis=1),
+        v=jnp.concatenate([prefix.v, other.v], axis=1),
+        hidden=jnp.concatenate([prefix.hidden, other.hidden], axis=1),
+        boundaries=prefix.boundaries,
+        length=jnp.concatenate([prefix.length, other.length]),
+    )
+    twins = dataclasses.replace(
+        rows,
+        tokens=jnp.full_like(rows.tokens, backbone.config.mask_id),
+        prefix_index=rows.prefix_index + num_prefixes,
+    )
+    return both, jax.tree.map(lambda first, second: jnp.concatenate([first, second]), rows, twins)
 
 
 def forward(

@@ -57,7 +57,7 @@ class Batch:
     Attributes:
         rows: sorted by prefix.
         prefixes: distinct prefixes, in the order of the rows.
-        prefix_index: prefix of each row.
+        prefix_index: prefix of each row; under guidance then of each row's twin, a prefix of masks.
         boundary: b of the batch.
     """
 
@@ -65,6 +65,11 @@ class Batch:
     prefixes: tuple[tuple[int, ...], ...]
     prefix_index: tuple[int, ...]
     boundary: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether each row has a twin without its prompt."""
+        return bool(self.rows) and self.rows[0].request.sampling.guided
 
 
 def prefix_ratio(prefix_len: int, total: int) -> int:
@@ -178,7 +183,11 @@ def _key(row: Row, batch_boundary: Literal["own", "min"]) -> tuple[object, ...]:
 
 
 def plan_batches(
-    rows: Sequence[Row], *, batch_size: int | None = None, batch_boundary: Literal["own", "min"] = "own"
+    rows: Sequence[Row],
+    *,
+    mask_id: int,
+    batch_size: int | None = None,
+    batch_boundary: Literal["own", "min"] = "own",
 ) -> list[Batch]:
     """Packs rows into batches.
 
@@ -187,6 +196,7 @@ def plan_batches(
 
     Args:
         rows: what to run.
+        mask_id: the mask token, of which the prefixes of twins consist.
         batch_size: most rows of a batch; None: `default_rows` of their buckets.
         batch_boundary: `own` keeps boundaries apart; `min` merges rows of all boundaries at the smallest of the batch.
 
@@ -200,17 +210,22 @@ def plan_batches(
     batches = []
     for _, members in groupby(sorted(rows, key=order), key=lambda row: _key(row, batch_boundary)):
         todo = list(members)
-        size = batch_size or default_rows(length_bucket(todo[0].prefix_len), length_bucket(todo[0].suffix_len))
-        batches += [_batch(todo[begin : begin + size]) for begin in range(0, len(todo), size)]
+        copies = 1 + todo[0].request.sampling.guided
+        planned = default_rows(*(copies * length_bucket(size) for size in (todo[0].prefix_len, todo[0].suffix_len)))
+        size = batch_size or planned
+        batches += [_batch(todo[begin : begin + size], mask_id) for begin in range(0, len(todo), size)]
     return batches
 
 
-def _batch(rows: Sequence[Row]) -> Batch:
-    prefixes = tuple(dict.fromkeys(row.prefix for row in rows))
+def _batch(rows: Sequence[Row], mask_id: int) -> Batch:
+    used = [row.prefix for row in rows]
+    if rows[0].request.sampling.guided:
+        used += [(mask_id,) * row.prefix_len for row in rows]
+    prefixes = tuple(dict.fromkeys(used))
     place = {prefix: index for index, prefix in enumerate(prefixes)}
     return Batch(
         rows=tuple(rows),
         prefixes=prefixes,
-        prefix_index=tuple(place[row.prefix] for row in rows),
+        prefix_index=tuple(place[prefix] for prefix in used),
         boundary=min(row.boundary for row in rows),
     )

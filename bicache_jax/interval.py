@@ -22,7 +22,9 @@ from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE, on_shards
 from bicache_jax.unmask import idle, unmask
 
 State = tuple[Rows, SuffixCache]
-Steps = tuple[Array, Rows, DeepCache, SuffixCache]
+Pass = tuple[Array, DeepCache, SuffixCache]
+Steps = tuple[Array, Array, Rows, Pass]
+Intervals = tuple[Array, Rows, DeepCache, SuffixCache]
 
 
 def empty_suffix(config: ModelConfig, rows: tuple[int, ...], dtype: jnp.dtype, *, block_cache: bool) -> SuffixCache:
@@ -44,6 +46,7 @@ def intervals(
     block_width: int,
     deep_layers: int,
     window: int = 0,
+    guided: bool = False,
 ) -> State:
     """Runs up to `num_intervals` intervals, fewer when all rows are complete.
 
@@ -59,6 +62,7 @@ def intervals(
         deep_layers: layers of deep KV to make room for; at least `L - 1 - b` (static).
         window: T, tokens that steps inside a block run: a block's, or with a prefix block cache all from the earliest
             row's block on; 0 without a block cache (static).
+        guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
         The state at the next interval edge.
@@ -69,6 +73,7 @@ def intervals(
     front = int(config.shift_logits)
     shape = (deep_layers if num_prefix else 0, num_rows, config.num_kv_heads, num_prefix, config.head_dim)
     deep = DeepCache(k=jnp.zeros(shape, cache.k.dtype), v=jnp.zeros(shape, cache.v.dtype))
+    unseen = jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype)
     last = config.num_layers - 1
     boundary = jnp.minimum(decoding.boundary, last) if shape[0] else jnp.asarray(last)
 
@@ -89,9 +94,7 @@ def intervals(
         place = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
         return jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
 
-    def run(
-        rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, *, refresh: bool
-    ) -> tuple[Array, DeepCache, SuffixCache]:
+    def run(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, *, refresh: bool) -> Pass:
         this = suffix_pass(rows, size)
         if refresh:
             x, deep, suffix = this.refresh(deep, suffix)
@@ -99,42 +102,45 @@ def intervals(
             x, suffix = this.reuse(deep, suffix)
         return block_hidden(rows, x, this.start), deep, suffix
 
-    def step(
-        index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache, *, refresh: bool
-    ) -> tuple[Rows, DeepCache, SuffixCache]:
+    def predict(index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache, *, refresh: bool) -> Pass:
+        """The pass of a step."""
         if not window:
-            hidden, deep, suffix = run(rows, deep, suffix, length, refresh=refresh)
-        else:
-            starts = jnp.any(~idle(rows, decoding, index) & (rows.block_step == 0))
-            carry = (jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype), deep, suffix)
-            for size, turns in ((length, starts), (window, ~starts)):  # loops of one turn or none: see SuffixPass
-                carry = jax.lax.fori_loop(
-                    0,
-                    turns.astype(jnp.int32),
-                    lambda _, carry, size=size: run(rows, carry[1], carry[2], size, refresh=refresh),
-                    carry,
-                )
-            hidden, deep, suffix = carry
-        return unmask(backbone, params, hidden, rows, decoding, index), deep, suffix
+            return run(rows, deep, suffix, length, refresh=refresh)
+        starts = jnp.any(~idle(rows, decoding, index) & (rows.block_step == 0))
+        carry = (unseen, deep, suffix)
+        for size, turns in ((length, starts), (window, ~starts)):  # loops of one turn or none: see SuffixPass
+            carry = jax.lax.fori_loop(
+                0,
+                turns.astype(jnp.int32),
+                lambda _, carry, size=size: run(rows, carry[1], carry[2], size, refresh=refresh),
+                carry,
+            )
+        return carry
 
-    def reuse_step(carry: Steps) -> Steps:
-        index, rows, deep, suffix = carry
-        return (index + 1, *step(index, rows, deep, suffix, refresh=False))
+    def step(carry: Steps) -> Steps:
+        """Unmasks by the last pass, and makes the next one if the interval has one: one copy of the head, not two."""
+        index, _, rows, passed = carry
+        with jax.named_scope("unmask"):
+            rows, index = unmask(backbone, params, passed[0], rows, decoding, index, guided=guided), index + 1
+        more = (index < decoding.refresh_interval) & ~jnp.all(idle(rows, decoding, index))
+        with jax.named_scope("reuse"):
+            passed = jax.lax.fori_loop(
+                0,
+                more.astype(jnp.int32),
+                lambda _, passed: predict(index, rows, passed[1], passed[2], refresh=False),
+                passed,
+            )
+        return index, more, rows, passed
 
-    def more_steps(carry: Steps) -> Array:
-        index, rows, *_ = carry
-        return (index < decoding.refresh_interval) & ~jnp.all(idle(rows, decoding, index))
-
-    def interval(carry: Steps) -> Steps:
+    def interval(carry: Intervals) -> Intervals:
         index, rows, deep, suffix = carry
         with jax.named_scope("refresh"):
-            rows, deep, suffix = step(jnp.asarray(0), rows, deep, suffix, refresh=True)
-        with jax.named_scope("reuse"):
-            begin = (jnp.asarray(1), rows, deep, suffix)
-            _, rows, deep, suffix = jax.lax.while_loop(more_steps, reuse_step, begin)
+            passed = predict(jnp.asarray(0), rows, deep, suffix, refresh=True)
+        begin = (jnp.asarray(0), jnp.asarray(True), rows, passed)
+        _, _, rows, (_, deep, suffix) = jax.lax.while_loop(lambda carry: carry[1], step, begin)
         return index + 1, rows, deep, suffix
 
-    def more_intervals(carry: Steps) -> Array:
+    def more_intervals(carry: Intervals) -> Array:
         index, rows, *_ = carry
         return (index < num_intervals) & jnp.any(~rows.done & (rows.block < stop_block))
 
@@ -143,7 +149,9 @@ def intervals(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("backbone", "block_width", "deep_layers", "window", "mesh"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("backbone", "block_width", "deep_layers", "window", "guided", "mesh"),
+    donate_argnames=("state",),
 )
 def decode(
     backbone: Backbone,

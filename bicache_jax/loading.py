@@ -122,8 +122,10 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         params = tensors.load(tensor_map(config), _targets(config, resolve_dtype(dtype), mesh))
         mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
-    ends = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
-    config = dataclasses.replace(config, eos_ids=tuple(sorted(i for i in ends if 0 <= i < config.vocab_size)))
+    named = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
+    ends = {i for i in named if 0 <= i < config.vocab_size}
+    turns = ends.intersection(tokenizer.eot_ids if tokenizer else ()).difference(config.eos_ids)
+    config = dataclasses.replace(config, eos_ids=tuple(sorted(ends)), eot_ids=tuple(sorted(turns)))
     boundaries, note = _own_table(folder, config, mark)
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
 

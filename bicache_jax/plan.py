@@ -105,11 +105,12 @@ class Plan:
         return none / planned if planned else 1.0
 
     def shape(self, *batches: Batch) -> tuple[int, int, int, int]:
-        """(G, P, B, U) in buckets, of a batch or of the batches of a round."""
+        """(G, P, B, U) in buckets, of a batch or of the batches of a round; twins of guidance are rows."""
         prefix = length_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
         suffix = length_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
         groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
-        return groups, prefix, max(count_bucket(len(batch.rows)) for batch in batches), suffix
+        num_rows = max(count_bucket(len(batch.rows)) for batch in batches)
+        return groups, prefix, num_rows * (1 + any(batch.guided for batch in batches)), suffix
 
     def cache_bytes(self, batch: Batch) -> int:
         """KV of a batch: shared ones of its prefixes and the rows' own deep ones."""

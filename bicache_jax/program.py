@@ -54,7 +54,9 @@ def lower_decode(backbone: Backbone, params: Any, plan: Plan, batch: Batch) -> j
 
     def state() -> Any:
         entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
-        rows = build_rows(entries, batch.prefix_index, plan.config, num_rows=num_rows, length=length)
+        rows = build_rows(
+            entries, batch.prefix_index, plan.config, num_rows=num_rows, length=length, guided=batch.guided
+        )
         return rows, empty_suffix(plan.config, rows.tokens.shape, plan.dtype, block_cache=block_cache != "off")
 
     room = length_bucket(sampling.num_steps // sampling.num_blocks)
@@ -74,4 +76,5 @@ def lower_decode(backbone: Backbone, params: Any, plan: Plan, batch: Batch) -> j
         block_width=width_bucket(sampling.block_size),
         deep_layers=plan.buffers.deep,
         window=min(window and width_bucket(window), length),
+        guided=batch.guided,
     )

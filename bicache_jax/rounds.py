@@ -85,7 +85,9 @@ def plan_rounds(
     """
     classes: dict[tuple[object, ...], list[list[Batch]]] = {}
     for shard, share in enumerate(share_out(config, cache, rows, shards)):
-        for batch in plan_batches(share, batch_size=batch_size, batch_boundary=cache.batch_boundary):
+        for batch in plan_batches(
+            share, mask_id=config.mask_id, batch_size=batch_size, batch_boundary=cache.batch_boundary
+        ):
             of_shard = classes.setdefault(_program(batch, cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)
     rounds = []
@@ -103,5 +105,6 @@ def _program(batch: Batch, cache: CacheConfig) -> tuple[object, ...]:
         length_bucket(max(row.suffix_len for row in batch.rows)),
         width_bucket(sampling.block_size),
         length_bucket(sampling.num_steps // sampling.num_blocks),
+        sampling.guided,
     )
     return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.num_blocks)

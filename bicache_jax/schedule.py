@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bicache_jax.cache import Decoding
+from bicache_jax.cache import Decoding, Draw
 from bicache_jax.config import REMASKING, BlockCache, ModelConfig, Remasking, SamplingConfig
 
+TIME_EPS = 1e-3  # Dream's time of the last step
 _OWN_RULE: dict[str, Remasking] = {"llada": "low_confidence", "dream": "entropy"}
 
 
@@ -18,7 +19,7 @@ def even_counts(masks: int, steps: int) -> np.ndarray:
     return masks // steps + (np.arange(steps) < masks % steps)
 
 
-def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = 1e-3) -> np.ndarray:
+def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = TIME_EPS) -> np.ndarray:
     """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`, at the last step all.
 
     Args:
@@ -40,6 +41,25 @@ def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = 1e-3) ->
     return counts
 
 
+def chance_bars(steps: int, *, eps: float) -> np.ndarray:
+    """What standard Gumbel noise must exceed for a token to be unmasked, where chance alone decides (`origin`).
+
+    A step from time t to s unmasks each token with probability `1 - s / t`, at the last step all; times are
+    `linspace(1, eps, steps + 1)` (Dream; with `eps=0` LLaDA, arXiv 2502.09992, algorithm 4).
+
+    Args:
+        steps: denoising steps of the block.
+        eps: time of the last step.
+
+    Returns:
+        The bar of each step [steps].
+    """
+    times = np.linspace(1.0, eps, steps + 1)
+    kept = np.append(times[1:-1] / times[:-2], 0.0)  # P(noise <= bar) = exp(-exp(-bar))
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log(kept))
+
+
 def window_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
     """Tokens that steps inside block number `block` run under a block cache; 0 without one."""
     if block_cache == "off":
@@ -56,7 +76,7 @@ def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[tuple[int,
 
 def most_steps(sampling: SamplingConfig) -> int:
     """Most denoising steps a row can take."""
-    return sampling.num_steps if sampling.threshold is None else sampling.gen_length
+    return sampling.gen_length if sampling.by_confidence else sampling.num_steps
 
 
 def make_decoding(
@@ -83,21 +103,41 @@ def make_decoding(
     """
     block_steps = sampling.num_steps // sampling.num_blocks
     anchored = config.shift_logits and block_cache != "off"
-    if config.family == "dream":
+    dream = config.family == "dream"
+    rule = sampling.remasking or _OWN_RULE[config.family]
+    counts, bars = np.zeros(block_steps, np.int32), np.full(block_steps, np.inf)
+    if rule == "origin":
+        bars = chance_bars(block_steps, eps=TIME_EPS if dream else 0.0)
+    elif dream:
         counts = time_counts(sampling.block_size, block_steps, anchored=anchored)
     else:
         counts = even_counts(sampling.block_size, block_steps)
+    padding = (0, max(0, room - block_steps))
+    # LLaDA adds noise times the temperature and takes confidence from the logits as they are; Dream divides the logits.
+    sharpened = dream and sampling.temperature > 0
+    draw = Draw(
+        scale=jnp.asarray(1 / sampling.temperature if sharpened else 1.0, jnp.float32),
+        noise=jnp.asarray(1.0 if sharpened else sampling.temperature, jnp.float32),
+        top_p=jnp.asarray(sampling.top_p or 1.0, jnp.float32),
+        top_k=jnp.asarray(min(sampling.top_k or config.vocab_size, config.vocab_size), jnp.int32),
+        guidance=jnp.asarray(1.0 + sampling.cfg_scale, jnp.float32),
+        ban_eos=jnp.asarray(sampling.logits_eos_inf),
+        defer_eos=jnp.asarray(sampling.confidence_eos_eot_inf),
+    )
+    threshold = 1.0 if sampling.factor is not None else jnp.inf if sampling.threshold is None else sampling.threshold
     return Decoding(
         boundary=jnp.asarray(boundary, jnp.int32),
         refresh_interval=jnp.asarray(refresh_interval, jnp.int32),
         num_blocks=jnp.asarray(sampling.num_blocks, jnp.int32),
         block_length=jnp.asarray(sampling.block_size, jnp.int32),
-        block_steps=jnp.asarray(block_steps, jnp.int32),
-        counts=jnp.asarray(np.pad(counts, (0, max(0, room - block_steps))), jnp.int32),
-        scale=jnp.asarray(1.0, jnp.float32),
-        noise=jnp.asarray(sampling.temperature, jnp.float32),
-        remasking=jnp.asarray(REMASKING.index(sampling.remasking or _OWN_RULE[config.family]), jnp.int32),
-        threshold=jnp.asarray(jnp.inf if sampling.threshold is None else sampling.threshold, jnp.float32),
+        counts=jnp.asarray(np.pad(counts, padding), jnp.int32),
+        bars=jnp.asarray(np.pad(bars, padding), jnp.float32),
+        draw=draw,
+        remasking=jnp.asarray(REMASKING.index(rule), jnp.int32),
+        alg_temperature=jnp.asarray(sampling.alg_temperature, jnp.float32),
+        threshold=jnp.asarray(threshold, jnp.float32),
+        factor=jnp.asarray(sampling.factor or 0.0, jnp.float32),
+        early_stop=jnp.asarray(sampling.early_stop),
         anchor=jnp.asarray(anchored),
         dual=jnp.asarray(block_cache == "dual"),
     )

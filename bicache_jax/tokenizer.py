@@ -21,7 +21,8 @@ from bicache_jax.types import BicacheError
 HOLE = "\u2591"
 """What stands for a masked position in a text that is not finished."""
 
-_END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|endoftext|>")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+_END_TOKENS = (*_TURN_ENDS, "<|endoftext|>")
 # How Qwen2 splits text before byte-level BPE; published with its tokenizer.
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,6 +44,11 @@ class Tokenizer:
     template: str | None
     special: Mapping[str, str]
     eos_ids: tuple[int, ...]
+
+    @property
+    def eot_ids(self) -> tuple[int, ...]:
+        """Tokens that end a turn of a chat, by the names that LLaDA and Dream give them."""
+        return tuple(index for token in _TURN_ENDS if (index := self.core.token_to_id(token)) is not None)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Token ids of a text; `special` adds the tokens that the tokenizer puts around every text."""

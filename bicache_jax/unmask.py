@@ -1,13 +1,8 @@
-"""Which masked positions are unmasked in a step: rules over a block's running statistics, and the step itself.
-
-A rule is a pure function `(choice, keys) -> score [B, W]`; the candidates with the highest scores are unmasked. What
-the published code calls remasking is the same thing seen from the other side: all other candidates stay masks.
-"""
+"""One denoising step: tokens chosen in each row's current block, and the row's counters moved on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.backbone import Backbone, Params
 from bicache_jax.cache import Decoding, Rows
-from bicache_jax.config import REMASKING
-from bicache_jax.head import Choice, choose
-
-Rule = Callable[[Choice, Array], Array]
-
-
-def low_confidence(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
-    """Most probable token first (LLaDA, arXiv 2502.09992, algorithm 5; Dream's `maskgit_plus`)."""
-    del keys_bw
-    return choice.log_odds
-
-
-def random(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
-    """Any order alike (LLaDA, arXiv 2502.09992, algorithm 4)."""
-    del choice
-    return jax.vmap(jax.vmap(jax.random.uniform))(keys_bw)
-
-
-def topk_margin(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
-    """Largest margin over the runner-up first (Dream, arXiv 2508.15487)."""
-    del keys_bw
-    return choice.margin
-
-
-def entropy(choice: Choice, keys_bw: Key[Array, "B W"]) -> Float[Array, "B W"]:
-    """Lowest entropy first (Dream, arXiv 2508.15487)."""
-    del keys_bw
-    return -choice.entropy
-
-
-_RULES: dict[str, Rule] = {
-    "low_confidence": low_confidence,
-    "random": random,
-    "maskgit_plus": low_confidence,  # Dream's name for the same order
-    "topk_margin": topk_margin,
-    "entropy": entropy,
-}
-RULES: tuple[Rule, ...] = tuple(_RULES[name] for name in REMASKING)
-
-
-def select(
-    score_bw: Float[Array, "B W"], candidate_bw: Bool[Array, "B W"], count_b: Int[Array, " B"]
-) -> Bool[Array, "B W"]:
-    """The `count_b` candidates with the highest score; among equals the lower position goes first."""
-    order = jnp.argsort(jnp.where(candidate_bw, -score_bw, jnp.inf), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return candidate_bw & (rank < count_b[:, None])
+from bicache_jax.head import choose, guide
+from bicache_jax.rules import by_confidence, order, ranks
 
 
 def idle(rows: Rows, decoding: Decoding, index: Int[Array, ""]) -> Bool[Array, " B"]:
@@ -80,6 +30,8 @@ def unmask(
     rows: Rows,
     decoding: Decoding,
     index: Int[Array, ""],
+    *,
+    guided: bool = False,
 ) -> Rows:
     """Unmasks a step's tokens in each row's current block and moves the row's counters.
 
@@ -90,55 +42,92 @@ def unmask(
         rows: the rows.
         decoding: what they share.
         index: step within the interval.
+        guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
         The rows after the step.
     """
+    x = backbone.final_norm(params, hidden_bwd)
+    if not guided:
+        return _unmask(backbone, params, x, rows, decoding, index)
+    half = rows.tokens.shape[0] // 2
+    twins = jax.tree.map(lambda leaf: leaf[half:], rows)
+    rows = jax.tree.map(lambda leaf: leaf[:half], rows)
+    rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
+    place = jnp.arange(rows.tokens.shape[1]) - int(backbone.config.shift_logits)
+    response = (place >= 0) & (place < decoding.num_blocks * decoding.block_length)
+    twins = dataclasses.replace(
+        rows,
+        tokens=jnp.where(response, rows.tokens, twins.tokens),
+        positions=twins.positions,
+        valid=twins.valid,
+        prefix_index=twins.prefix_index,
+    )
+    return jax.tree.map(lambda first, second: jnp.concatenate([first, second]), rows, twins)
+
+
+def _unmask(
+    backbone: Backbone,
+    params: Params,
+    x_bwd: Float[Array, "B W D"],
+    rows: Rows,
+    decoding: Decoding,
+    index: Int[Array, ""],
+) -> Rows:
+    """`unmask` of rows without twins, from normed hidden states."""
     config = backbone.config
-    (num_rows, length), width = rows.tokens.shape, hidden_bwd.shape[1]
+    (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
+    front = int(config.shift_logits)
     active = ~idle(rows, decoding, index)
-    by_threshold = jnp.isfinite(decoding.threshold)
     offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
-    place = jnp.minimum(offset + int(config.shift_logits), length - 1)
+    place = jnp.minimum(offset + front, length - 1)
     tokens = jnp.take_along_axis(rows.tokens, place, axis=1)
-    candidate = (tokens == config.mask_id) & (jnp.arange(width) < decoding.block_length) & active[:, None]
+    in_block = (jnp.arange(width) < decoding.block_length) & active[:, None]
+    candidate = (tokens == config.mask_id) & in_block
 
     token_keys, order_keys = _keys(rows, offset)
     choice = choose(
-        backbone.final_norm(params, hidden_bwd),
+        x_bwd,
         *backbone.head(params),
-        mask_id=config.mask_id,
-        scale=decoding.scale,
-        noise=decoding.noise,
+        config=config,
+        draw=decoding.draw,
         keys_bw=token_keys,
-        vocab_size=config.vocab_size,
         axis=backbone.axis,
     )
     with jax.named_scope("unmask"):
-        score = jax.lax.switch(decoding.remasking, RULES, choice, order_keys)
-        count = decoding.counts[jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)]
-        scheduled = select(score, candidate, count)
-        sure = candidate & (jax.nn.sigmoid(choice.log_odds) >= decoding.threshold)
-        surest = select(choice.log_odds, candidate, jnp.ones_like(rows.step))
-        chosen = jnp.where(by_threshold, sure | surest, scheduled)
+        noise = jax.vmap(jax.vmap(jax.random.gumbel))(order_keys)
+        step = jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)
+        by_chance = jnp.sum(candidate & (noise > decoding.bars[step][:, None]), axis=1)
+        rank = ranks(order(decoding.remasking, choice, noise, decoding.alg_temperature), candidate)
+        scheduled = candidate & (rank < (decoding.counts[step] + by_chance)[:, None])
+        sure = by_confidence(choice, candidate, decoding.threshold, decoding.factor)
+        chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
         anchor = candidate & (jnp.arange(width) == 0)
         chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)
         updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(chosen, place, length)].set(
             choice.token, mode="drop"
         )
 
-        left = jnp.any(candidate & ~chosen, axis=1)
-        block_step = rows.block_step + active
-        over = jnp.where(by_threshold, active & ~left, block_step == decoding.block_steps)
-        block = rows.block + over
-        complete = (block == decoding.num_blocks) | (active & (rows.block == decoding.num_blocks - 1) & ~left)
+        over = active & ~jnp.any(candidate & ~chosen, axis=1)
+        complete = over & (rows.block == decoding.num_blocks - 1)
+        ended = over & decoding.early_stop & ~complete
+        if config.eos_ids:
+            now = jnp.where(chosen, choice.token, tokens)
+            is_end = in_block & jnp.isin(now, jnp.asarray(config.eos_ids))
+            ended &= jnp.any(is_end, axis=1)
+            end = jnp.take_along_axis(now, jnp.argmax(is_end, axis=1)[:, None], axis=1)
+            behind = jnp.arange(length) - front
+            unused = (behind >= 0) & (behind < decoding.num_blocks * decoding.block_length)
+            updated = jnp.where(ended[:, None] & unused & (updated == config.mask_id), end, updated)
+        else:
+            ended &= False
         return dataclasses.replace(
             rows,
             tokens=updated,
             step=rows.step + active,
-            block=block,
-            block_step=jnp.where(over, 0, block_step),
-            done=rows.done | complete,
+            block=rows.block + over,
+            block_step=jnp.where(over, 0, rows.block_step + active),
+            done=rows.done | complete | ended,
             forward_passes=rows.forward_passes + active,
         )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
-from bicache_jax.config import ModelConfig
+from bicache_jax.config import ModelConfig, SamplingConfig
 from bicache_jax.models import FAMILIES, abstract
 from bicache_jax.targets import targets
 
@@ -39,3 +39,20 @@ def expected(family: str) -> dict[str, np.ndarray]:
 def cases(family: str) -> dict[str, dict[str, Any]]:
     """Settings of every case by name."""
     return json.loads((FOLDERS[family] / "cases.json").read_text())["cases"]
+
+
+def block_cache(name: str) -> str:
+    """Block cache of a case."""
+    return next((kind for kind in ("dual", "prefix") if f"_{kind}_" in name), "off")
+
+
+def sampling(case: dict[str, Any]) -> SamplingConfig:
+    """Decoding settings of a case."""
+    rule = case.get("alg", "low_confidence")
+    return SamplingConfig(
+        case["gen_length"],
+        case["steps"],
+        case.get("block_length"),
+        remasking="low_confidence" if rule == "confidence_threshold" else rule,
+        threshold=case.get("threshold"),
+    )

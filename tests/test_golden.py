@@ -15,7 +15,6 @@ from bicache_jax import (
     Engine,
     Model,
     Request,
-    SamplingConfig,
     denoise,
     encode_prefix,
     forward,
@@ -27,29 +26,14 @@ from bicache_jax.kernels import PrefixAttention
 _SETTINGS = ("boundary", "refresh_interval", "steps", "gen_length", "block_length", "threshold", "alg", "batch")
 
 
-def _block_cache(name: str) -> str:
-    return next((kind for kind in ("dual", "prefix") if f"_{kind}_" in name), "off")
-
-
 def _groups() -> list[tuple[str, str, tuple[str, ...]]]:
     """Cases that can run in one batch: they differ in their prefix only."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for family in golden.FOLDERS:
         for name, case in golden.cases(family).items():
-            key = (family, _block_cache(name), *(case.get(field) for field in _SETTINGS), "prefix_len" in case)
+            key = (family, golden.block_cache(name), *(case.get(field) for field in _SETTINGS), "prefix_len" in case)
             groups.setdefault(key, []).append(name)
     return [(key[0], key[1], tuple(names)) for key, names in sorted(groups.items(), key=str)]
-
-
-def _sampling(case: dict[str, Any]) -> SamplingConfig:
-    rule = case.get("alg", "low_confidence")
-    return SamplingConfig(
-        case["gen_length"],
-        case["steps"],
-        case.get("block_length"),
-        remasking="low_confidence" if rule == "confidence_threshold" else rule,
-        threshold=case.get("threshold"),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +55,7 @@ def test_tokens_match_the_published_loop(
     models: dict[str, Model], family: str, block_cache: str, names: tuple[str, ...]
 ) -> None:
     cases = [golden.cases(family)[name] for name in names]
-    sampling = _sampling(cases[0])
+    sampling = golden.sampling(cases[0])
     cached = "prefix_len" in cases[0]
     rng = np.random.default_rng(len(names))
     requests, wanted = [], {}
@@ -108,7 +92,7 @@ def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any)
         _encode(model.params, model.config, jnp.asarray(prompt[0, :prefix_len], jnp.int32)),
         jnp.asarray(np.concatenate([prompt[:, prefix_len:], response], axis=1), jnp.int32),
         case["boundary"],
-        _sampling(case),
+        golden.sampling(case),
         jax.random.key(0),
         refresh_interval=case["refresh_interval"],
         block_cache=case.get("block_cache", "off"),
@@ -127,7 +111,7 @@ def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any)
 )
 def test_the_functional_layer_gives_them_too(models: dict[str, Model], family: str, name: str) -> None:
     case, prompt = golden.cases(family)[name], golden.expected(family)["prompt"]
-    out = _run(models[family], case, prompt, block_cache=_block_cache(name))
+    out = _run(models[family], case, prompt, block_cache=golden.block_cache(name))
     np.testing.assert_array_equal(out.tokens, golden.expected(family)[name][:, prompt.shape[1] :])
     assert int(out.forward_passes[0]) == case["nfe"]
 

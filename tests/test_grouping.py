@@ -102,7 +102,7 @@ def test_every_row_runs_once_with_its_like(rows: list[tuple[int, int, int, int]]
         Row(_request(str(i), (prefix,) * 40 + (5,) * rest, index=i), 0, 40, 50, boundary)
         for i, (prefix, _, rest, boundary) in enumerate(rows)
     ]
-    batches = plan_batches(made, batch_size=size, batch_boundary=merge)  # type: ignore[arg-type]
+    batches = plan_batches(made, mask_id=1, batch_size=size, batch_boundary=merge)  # type: ignore[arg-type]
     assert sorted(row.request.id for batch in batches for row in batch.rows) == sorted(row.request.id for row in made)
     for batch in batches:
         assert len(batch.rows) <= (size or 64)
@@ -112,7 +112,7 @@ def test_every_row_runs_once_with_its_like(rows: list[tuple[int, int, int, int]]
         assert batch.boundary == min(row.boundary for row in batch.rows)
         if merge == "own":
             assert {row.boundary for row in batch.rows} == {batch.boundary}
-    assert plan_batches(made[::-1], batch_size=size, batch_boundary=merge) == batches  # type: ignore[arg-type]
+    assert plan_batches(made[::-1], mask_id=1, batch_size=size, batch_boundary=merge) == batches  # type: ignore[arg-type]
 
 
 @hypothesis.given(st.integers(0, 200_000))

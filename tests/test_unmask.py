@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -10,24 +13,29 @@ import numpy as np
 import pytest
 
 from bicache_jax import head
+from bicache_jax.cache import Draw
 from bicache_jax.config import REMASKING, ModelConfig, SamplingConfig
+from bicache_jax.rules import RULES, ranks
 from bicache_jax.schedule import even_counts, make_decoding, time_counts, window_size
-from bicache_jax.unmask import RULES, select
 
 MASK = 5
 CONFIG = ModelConfig("llada", 32, 8, 2, 2, 2, 4, 16, 1e4, 1e-5, 64, MASK)
 
 
+def _draw(**settings: Any) -> Draw:
+    off = dataclasses.asdict(make_decoding(CONFIG, SamplingConfig(8), 0, 1).draw)
+    return Draw(**{name: jnp.asarray(settings.get(name, value), value.dtype) for name, value in off.items()})
+
+
 def _choose(
-    hidden: np.ndarray, table: np.ndarray, noise: float = 0.0, scale: float = 1.0, seed: int = 0
+    hidden: np.ndarray, table: np.ndarray, noise: float = 0.0, scale: float = 1.0, seed: int = 0, **settings: Any
 ) -> head.Choice:
     keys = jax.random.split(jax.random.key(seed), hidden.shape[:2])
     return head.choose(
         jnp.asarray(hidden, jnp.float32),
         jnp.asarray(table, jnp.float32),
-        mask_id=MASK,
-        scale=jnp.float32(scale),
-        noise=jnp.float32(noise),
+        config=CONFIG,
+        draw=_draw(noise=noise, scale=scale, **settings),
         keys_bw=keys,
     )
 
@@ -89,14 +97,13 @@ def test_ties_go_to_the_lower_token_and_position() -> None:
     assert int(_choose(np.ones((1, 1, 1)), np.ones((9, 1))).token[0, 0]) == 0
     score = jnp.asarray([[1.0, 2.0, 2.0, 2.0, 3.0]])
     candidate = jnp.asarray([[True, True, True, True, False]])
-    assert select(score, candidate, jnp.asarray([2])).tolist() == [[False, True, True, False, False]]
-    assert int(select(score, candidate, jnp.asarray([9])).sum()) == 4
+    assert ranks(score, candidate).tolist() == [[3, 0, 1, 2, 0]]
 
 
 def test_rules_order_positions_as_they_say() -> None:
     choice = head.Choice(*(jnp.asarray([values]) for values in ([1, 2], [0.5, 0.9], [0.3, 0.1], [2.0, 1.0])))
-    keys = jax.random.split(jax.random.key(0), (1, 2))
-    first = {name: int(jnp.argmax(rule(choice, keys)[0])) for name, rule in zip(REMASKING, RULES, strict=True)}
+    noise = jnp.zeros((1, 2))
+    first = {name: int(jnp.argmax(rule(choice, noise).order)) for name, rule in zip(REMASKING, RULES, strict=True)}
     assert {name: first[name] for name in ("low_confidence", "maskgit_plus", "topk_margin", "entropy")} == {
         "low_confidence": 1,
         "maskgit_plus": 1,
@@ -106,8 +113,8 @@ def test_rules_order_positions_as_they_say() -> None:
 
 
 def test_random_order_is_uniform() -> None:
-    keys = jax.random.split(jax.random.key(1), (3000, 3))
-    scores = np.asarray(RULES[REMASKING.index("random")](head.Choice(*[jnp.zeros((3000, 3))] * 4), keys))
+    noise = jax.random.gumbel(jax.random.key(1), (3000, 3))
+    scores = np.asarray(RULES[REMASKING.index("random")](head.Choice(*[jnp.zeros((3000, 3))] * 4), noise).order)
     np.testing.assert_allclose(np.bincount(scores.argmax(1), minlength=3) / 3000, 1 / 3, atol=0.04)
 
 

@@ -51,6 +51,8 @@ class Run:
             cache = dataclasses.replace(cache, table=table.table)
         elif cache.policy == "bicache" and cache.boundary == "auto":
             cache = dataclasses.replace(cache, table=self._model.boundaries)  # a journal names what was used
+        if args.early_stop is None:  # a text ends there; token ids without one are taken whole
+            sampling = dataclasses.replace(sampling, early_stop=self._model.tokenizer is not None)
         self._cache, self._sampling, self._batch_size = cache, sampling, args.batch_size
         self._auto_block = CACHED_BLOCK if cache.block_cache != "off" and args.block_length is None else None
         self._engine = Engine(

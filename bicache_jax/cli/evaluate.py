@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from bicache_jax.cli import backend
+from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.inputs import read_requests
 from bicache_jax.cli.options import boundary, from_flags, integer, warn
-from bicache_jax.config import REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.types import BicacheError, Model, Request
 
 HELP = "compare the accuracy of policies on the same questions"
@@ -59,12 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
     cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
     cache.add_argument("--block-length", type=integer(1), metavar="N", help="(default: gen-length)")
-    cache.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: %(default)s)")
-    cache.add_argument("--remasking", choices=REMASKING, help="(default: the family's)")
     cache.add_argument(
         "--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of the questions drawn and the noise"
     )
 
+    add_decoding_flags(parser)
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
     running.add_argument(
@@ -93,15 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise BicacheError("--policies: name at least one of none, naive, bicache")
     lines, source = _lines(args)
     gen_length = args.gen_length or (EXAMPLE_GEN_LENGTH if args.task == "example" else SamplingConfig().gen_length)
-    sampling = from_flags(
-        SamplingConfig,
-        gen_length=gen_length,
-        steps=args.steps,
-        block_length=args.block_length,
-        temperature=args.temperature,
-        remasking=args.remasking,
-        seed=args.seed,
-    )
+    sampling = sampling_from_flags(args, gen_length=gen_length, seed=args.seed)
     cache = from_flags(CacheConfig, boundary=args.boundary, refresh_interval=args.refresh_interval)
     table = load_table(args.boundary_table) if args.boundary_table is not None else None
     with ExitStack() as stack:

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
+from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.inputs import Requests, read_requests
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import boundary, fraction, from_flags, integer
+from bicache_jax.cli.options import boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import preset_flags, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.config import BLOCK_CACHES, CACHED_BLOCK, POLICIES, REMASKING, CacheConfig, SamplingConfig
+from bicache_jax.config import BLOCK_CACHES, POLICIES, CacheConfig, SamplingConfig
 from bicache_jax.journal import Record
 from bicache_jax.types import BicacheError, Result
 
@@ -114,7 +115,9 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         " results depend on their neighbours (default: %(default)s)",
     )
 
-    decoding = parser.add_argument_group("decoding", "a request's own gen_length, steps, block_length and seed precede")
+    decoding = parser.add_argument_group(
+        "length and seed", "a request's own gen_length, steps, block_length and seed precede"
+    )
     decoding.add_argument(
         "--preset",
         type=preset_flags,
@@ -132,18 +135,11 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a block; blocks are finished left to right (default: gen-length; 32 with a block cache)",
     )
     decoding.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: most likely tokens (default: %(default)s)"
-    )
-    decoding.add_argument(
-        "--remasking",
-        choices=REMASKING,
-        help="which tokens are unmasked first (default: the family's, low_confidence for LLaDA, entropy for Dream)",
-    )
-    decoding.add_argument(
-        "--threshold",
-        type=fraction,
-        metavar="P",
-        help="unmask every token of at least this probability at once, and steps mean nothing (default: by schedule)",
+        "--early-stop",
+        action=argparse.BooleanOptionalAction,
+        help="end a row with the first finished block that holds an end of text, and fill the rest of token_ids with"
+        " it; text and finish_reason stay as they would be (default: on where the model has a tokenizer, and so results"
+        " have a text)",
     )
     decoding.add_argument(
         "--seed",
@@ -152,6 +148,8 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of the noise; sample i of a request takes seed + i (default: %(default)s)",
     )
+
+    add_decoding_flags(parser)
 
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
@@ -235,15 +233,12 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         block_cache=args.block_cache,
         batch_boundary=args.batch_boundary,
     )
-    sampling = from_flags(
-        SamplingConfig,
+    sampling = sampling_from_flags(
+        args,
         gen_length=args.gen_length,
-        steps=args.steps,
-        block_length=args.block_length or (None if args.block_cache == "off" else min(CACHED_BLOCK, args.gen_length)),
-        temperature=args.temperature,
-        remasking=args.remasking,
-        threshold=args.threshold,
         seed=args.seed,
+        block_cache=args.block_cache,
+        early_stop=bool(args.early_stop),
     )
     return cache, sampling
 

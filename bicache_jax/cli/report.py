@@ -62,7 +62,8 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
             f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s besides"
             f" {stats.compile_seconds:.1f} s of compilation"
         )
-    parts.append(f"{stats.forward_passes} forward passes, {_count(stats.prefix_hits, 'prefix hit')}")
+    saved = f" ({stats.passes_saved} saved by early stops)" if stats.passes_saved else ""
+    parts.append(f"{stats.forward_passes} forward passes{saved}, {_count(stats.prefix_hits, 'prefix hit')}")
     if boundaries:
         first, last = boundaries[0], boundaries[-1]
         parts.append(f"boundary {first}" if first == last else f"boundary {first} to {last}")
