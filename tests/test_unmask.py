@@ -34,7 +34,7 @@ def _choose(
     return head.choose(
         jnp.asarray(hidden, jnp.float32),
         jnp.asarray(table, jnp.float32),
-        config=CONFIG,
+        config=dataclasses.replace(CONFIG, vocab_size=len(table)),
         draw=_draw(noise=noise, scale=scale, **settings),
         keys_bw=keys,
     )
