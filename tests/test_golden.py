@@ -131,7 +131,7 @@ def test_the_kernels_give_them_too(
     """In Pallas's interpreter."""
     monkeypatch.setattr(functional, "PrefixAttention", lambda name: PrefixAttention(name, interpret=True))
     prompt = golden.expected(family)["prompt"]
-    changes = {"block_cache": _block_cache(name), "attention": implementation}
+    changes = {"block_cache": golden.block_cache(name), "attention": implementation}
     out = _run(models[family], golden.cases(family)[name], prompt, **changes)
     np.testing.assert_array_equal(out.tokens, golden.expected(family)[name][:, prompt.shape[1] :])
 
