@@ -29,7 +29,7 @@ class FakeRun(backend.Run):
         self.sampling = sampling
         self.cache = cache
         self.counts = types.SimpleNamespace(
-            tokens=0, seconds=2.0, compile_seconds=1.0, forward_passes=7, prefix_hits=3, rows=0
+            tokens=0, seconds=2.0, compile_seconds=1.0, forward_passes=7, passes_saved=0, prefix_hits=3, rows=0
         )
 
     @property

@@ -11,7 +11,7 @@ from bicache_jax.config import CACHED_BLOCK, REMASKING, BlockCache, SamplingConf
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which tokens are chosen, and which of them first."""
-    order = parser.add_argument_group("order: which tokens are unmasked, and how many at once")
+    order = parser.add_argument_group("order", "which tokens are unmasked first, and how many at once")
     order.add_argument(
         "--remasking",
         choices=REMASKING,
@@ -41,7 +41,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         " schedule)",
     )
 
-    tokens = parser.add_argument_group("tokens: what is written")
+    tokens = parser.add_argument_group("tokens", "what is written")
     tokens.add_argument(
         "--temperature",
         type=float,
@@ -64,7 +64,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="W",
         help="classifier-free guidance: logits u + (W + 1) * (c - u), with u those behind a prompt of masks; a pass"
-        " then costs two, and the masks are cached as the prefix is (default: %(default)s, none)",
+        " then costs two, and the masks are cached as the prefix is; 0: no guidance (default: %(default)s)",
     )
     tokens.add_argument(
         "--logits-eos-inf", action="store_true", help="never write an end of text (LLaDA's option; default: off)"
