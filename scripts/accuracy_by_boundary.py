@@ -67,7 +67,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axes.plot([row["boundary"] for row in rows], values, marker="o", label=f"{label} ({count})")
         axes.plot([row["boundary"] for row in rows], [row["exact_match"] for row in rows], color="black", label="all")
         axes.set(xlabel="boundary b (L: naive prefix cache)", ylim=(0, 1.03))
-        axes.legend(title=title, fontsize="x-small", title_fontsize="x-small")
+        axes.legend(title=title, fontsize="x-small", title_fontsize="x-small", ncols=2, loc="lower left")
     figure.axes[0].set_ylabel("exact match")
     figure.savefig(path, dpi=110)
 
