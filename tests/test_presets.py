@@ -6,6 +6,7 @@ import pytest
 
 from bicache_jax.cli import build_parser, main
 from bicache_jax.cli.generate import configurations
+from bicache_jax.cli.options import Parser
 from bicache_jax.cli.presets import presets
 
 BASE = ["generate", "--model", "m", "--input", "i"]
@@ -38,6 +39,20 @@ def test_every_flag_precedes_wherever_it_stands():
     assert parsed("--policy", "bicache", "--preset", "fast_dllm_llada")["policy"] == "bicache"
     assert parsed("--preset", "fast_dllm_llada")["policy"] == "none"
     assert parsed()["policy"] == "bicache"
+
+
+def test_a_flag_rules_out_what_excludes_it():
+    parser = Parser()
+    parser.add_argument("--preset", type=lambda name: {"threshold": 0.9, "steps": 4})
+    parser.add_argument("--steps", type=int)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--threshold", type=float)
+    group.add_argument("--factor", type=float)
+    assert vars(parser.parse_args(["--preset", "x"])) | {"preset": 0} == {
+        "preset": 0, "steps": 4, "threshold": 0.9, "factor": None,
+    }  # fmt: skip
+    assert parser.parse_args(["--factor", "1", "--preset", "x"]).threshold is None
+    assert parser.parse_args(["--threshold", "0.5", "--preset", "x"]).threshold == 0.5
 
 
 def test_unknown_presets_and_help(capsys):

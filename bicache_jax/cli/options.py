@@ -27,13 +27,24 @@ class Parser(argparse.ArgumentParser):
         preset = getattr(first[0], "preset", None)
         if preset is None or not any(action.dest == "preset" for action in self._actions):
             return first
-        known = {action.dest for action in self._actions}
-        self.set_defaults(**{name: value for name, value in preset.items() if name in known})
-        return super().parse_known_args(args, namespace)
+        known = {action.dest: action.default for action in self._actions}
+        for group in self._mutually_exclusive_groups:  # a flag that was given rules out the others of its group
+            if any(getattr(first[0], action.dest) != action.default for action in group._group_actions):
+                known = {name: value for name, value in known.items() if name not in map(_dest, group._group_actions)}
+        known = {name: known[name] for name in preset if name in known}
+        self.set_defaults(**{name: preset[name] for name in known})
+        try:
+            return super().parse_known_args(args, namespace)
+        finally:
+            self.set_defaults(**known)  # the next line of arguments may name another preset
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage, which is a screen long."""
         raise BicacheError(f"{message} (see {self.prog} --help)")
+
+
+def _dest(action: argparse.Action) -> str:
+    return action.dest
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
