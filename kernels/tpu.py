@@ -14,9 +14,9 @@ from memory to arithmetic is 197e12 / 819e9 = 241 operations a byte, a v5p 166, 
 | model, P = 1024 | T = S | GFLOP | MB own prefix | op/byte | MB shared by 8 | op/byte | bound on v5e |
 |---|---|---|---|---|---|---|---|
 | LLaDA-8B (N 32, K 32, H 128) | 384 | 8.86 | 29.4 | 302 | 14.7 | 604 | arithmetic |
-| LLaDA-8B | 32 | 0.55 | 17.8 | 31 | 3.1 | 177 | memory |
-| Dream-7B (N 28, K 4, H 128) | 384 | 7.75 | 8.4 | 924 | 6.5 | 1188 | arithmetic |
-| Dream-7B | 32 | 0.48 | 2.6 | 184 | 0.8 | 614 | memory, arithmetic if shared |
+| LLaDA-8B | 32 | 0.55 | 17.8 | 31 | 3.1 | 176 | memory |
+| Dream-7B (N 28, K 4, H 128) | 384 | 7.75 | 8.4 | 924 | 6.6 | 1183 | arithmetic |
+| Dream-7B | 32 | 0.48 | 2.6 | 185 | 0.8 | 616 | memory, arithmetic if shared |
 
 Sharing a prefix between rows pays where memory bounds: blocks of a block cache (T = 32), long prefixes, models with
 as many KV heads as query heads. With whole suffixes as queries (T = 384) arithmetic bounds already, and sharing saves

@@ -92,7 +92,6 @@ def lower_program(
     rows: int = 1,
     prefix: int = 256,
     suffix: int = 128,
-    block_cache: str = "off",
 ) -> Any:
     """Lowers the decode program at a published model's widths and a few layers, bfloat16."""
     import jax
@@ -108,8 +107,7 @@ def lower_program(
 
     config = dataclasses.replace(model_shape(shape), num_layers=layers)
     gen_length = suffix // 2
-    sampling = SamplingConfig(gen_length, block_length=None if block_cache == "off" else 32)
-    cache: Any = CacheConfig(boundary=boundary, block_cache=block_cache)  # type: ignore[arg-type]
+    sampling, cache = SamplingConfig(gen_length), CacheConfig(boundary=boundary)
     prompt = (1,) * (prefix + suffix - gen_length)
     requests = [Row(Request(str(row), prompt, prefix, sampling), 0, prefix, 70, boundary) for row in range(rows)]
     batches = plan_batches(requests, mask_id=config.mask_id, batch_size=rows, batch_boundary="own")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from test_attention import plain_attention
 
-from bicache_jax import attention
+from bicache_jax import BicacheError, CacheConfig, Engine, attention, load_model
+from bicache_jax.cli import main
 from bicache_jax.kernels import dispatch, gpu, prefix_attention, tpu
+from scripts import benchmark_kernels
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}  # of the result, for normal inputs; the documentation names them
 SMALL = tpu.Blocks(queries=16, keys=128, chunks=2)
@@ -104,7 +109,9 @@ def _check(case: Case, call: Any) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_tpu_kernel(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     """In the interpreter of TPUs: memory starts as NaN, races are reported, two cores take the parallel axes."""
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", random_seed=1)
+    interpret = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", random_seed=1, num_cores_or_threads=2
+    )
     _check(case, functools.partial(tpu.prefix_attention, blocks=SMALL, interpret=interpret))
     assert "RACE" not in "".join(capfd.readouterr())
 
@@ -264,3 +271,44 @@ def test_it_runs_inside_shard_map(implementation: str) -> None:
         checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("tpu_custom_call",)]
         exported = jax.export.export(jax.jit(sharded), platforms=["tpu"], disabled_checks=checks)(*arrays, *named)
         assert "tpu_custom_call" in exported.mlir_module()
+
+
+def test_the_command_names_a_kernel_that_does_not_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"prompt_ids": [5, 6, 7]}\n')
+    job = ["generate", "--model", str(golden.FOLDERS["llada"]), "--input", str(requests)]
+    job += ["--output", str(tmp_path / "out.jsonl"), "--boundary", "2"]
+    assert main([*job, "--attention", "pallas_tpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(BicacheError, match="pallas_gpu runs on cuda, and this is for cpu"):
+        Engine(load_model(golden.FOLDERS["llada"]), cache=CacheConfig(boundary=2), attention="pallas_gpu")
+    with pytest.raises(BicacheError, match="one of auto"):
+        Engine(load_model(golden.FOLDERS["llada"]), cache=CacheConfig(boundary=2), attention="magic")
+
+
+def test_the_benchmark_prints_a_row_a_shape_and_the_crossover(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_kernels, "matmul_peak", lambda dtype: lambda: 1e9)  # takes seconds to measure
+    kept = tmp_path / "table.json"
+    shape = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtype", "float32", "--seconds", "0.001"]
+    benchmark_kernels.main(
+        ["--rows", "1,2", "--prefixes", "2", "--prefix", "8", "--queries", "3", *shape, "--json", str(kept)]
+    )
+    assert "rows 2, prefixes 2, T 3: faster than gathered" in capsys.readouterr().out
+    (row,) = json.loads(kept.read_text())["table"]
+    assert (row["rows"], row["P"], row["T"]) == (2, 8, 3)
+    assert row["gflop_s"] * row["ms"] * 1e6 == pytest.approx(4 * 2 * 4 * 3 * (8 + 3) * 16)
+    moved = 2 * 4 * 16 * (2 * 4 * 3 + 2 * (2 * 8 + 2 * 3))
+    assert row["gb_s"] * row["ms"] * 1e6 == pytest.approx(moved)
+
+
+def test_the_crossover_is_where_it_stays_faster() -> None:
+    def table(*speedups: float) -> list[dict[str, float]]:
+        return [
+            {"rows": 1, "prefixes": 1, "T": 4, "P": 2**place, "speedup": speedup}
+            for place, speedup in enumerate(speedups)
+        ]
+
+    assert benchmark_kernels.crossover(table(2, 0.5, 1.5, 3))[0].endswith("from P = 4 on")
+    assert benchmark_kernels.crossover(table(2, 0.5))[0].endswith("nowhere up to P = 2")
