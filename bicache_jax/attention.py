@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.numerics import precision
 
-SCORES = 1 << 20  # scores held at a time: 4 MiB, about what a few cores' caches hold
+# Scores held at a time. 1 MiB stays in a core's cache until it is summed up; accelerators have no such cache.
+SCORES = {"cpu": 1 << 18, "accelerator": 1 << 26}
 
 
 @runtime_checkable
@@ -54,8 +55,8 @@ def prefix_attention(
 ) -> Float[Array, "B N T H"]:
     """Attention of suffix queries over a shared prefix and their own suffix, one softmax over both.
 
-    Rows and heads are taken a few at a time, as many as `SCORES` allows: their scores are all that is ever held and
-    stay in a CPU's cache, and a shared prefix is read where it lies.
+    Taken are a few heads of one row at a time, or some queries of one head, as many as `SCORES` allows: their scores
+    are all that is ever held and stay in a CPU's cache, and a prefix that rows share is never copied for all of them.
 
     Args:
         q: queries, rotated.
@@ -72,46 +73,64 @@ def prefix_attention(
     Returns:
         Attended values in `q`'s dtype; softmax statistics are float32; a row with nothing valid gives zeros.
     """
-    num_heads, num_queries, head_dim = q.shape[1:]
+    num_rows, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix = k_suffix.shape[1], k_prefix.shape[-2]
+    num_keys = num_prefix + k_suffix.shape[2]
+    if not num_keys or not q.size:
+        return jnp.zeros_like(q)
     scale = head_dim**-0.5 if scale is None else scale
     high = precision(q.dtype)
     lowest = float(jnp.finfo(jnp.float32).min)  # finite: with nothing valid, -inf - -inf would be nan
+    # Query heads of one KV head stand together: they are more queries on the same keys.
+    q_bkmh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
+    heads, tile = _tiles(num_kv_heads, q_bkmh.shape[2], num_keys)
+    prefix_valid = jnp.arange(num_prefix) < prefix_len[:, None]
 
-    def scores(q_mh: Array, k_sh: Array, valid_s: Array) -> Array:
-        s_ms = jnp.einsum("mh,sh->ms", q_mh, k_sh, precision=high, preferred_element_type=jnp.float32)
-        return jnp.where(valid_s, s_ms * scale, -jnp.inf)
+    def keys(prefix: Array, suffix: Array, g: Array, b: Array, k: Array) -> Float[Array, "n S H"]:
+        """The heads' keys or values, prefix and suffix joined: small beside their scores."""
+        own = jax.lax.dynamic_slice(suffix, (b, k, 0, 0), (1, heads, *suffix.shape[2:]))[0]
+        stack = prefix if layer is not None else prefix[None]
+        at = (0 if layer is None else layer, g, k, 0, 0)
+        shared = jax.lax.dynamic_slice(stack, at, (1, 1, heads, *prefix.shape[-2:]))[0, 0]
+        return jnp.concatenate([shared, own], axis=1)
 
-    def weighted(p_ms: Array, v_sh: Array) -> Array:
-        return jnp.einsum(
-            "ms,sh->mh", p_ms.astype(v_sh.dtype), v_sh, precision=high, preferred_element_type=jnp.float32
-        )
+    def some_heads(index: Array, out_bkmh: Array) -> Array:
+        k, b = jnp.divmod(index, num_rows)  # rows innermost: neighbours find the prefix they share in the cache
+        k, g = k * heads, b if prefix_index is None else prefix_index[b]
+        k_nsh, v_nsh = keys(k_prefix, k_suffix, g, b, k), keys(v_prefix, v_suffix, g, b, k)
+        valid_s = jnp.concatenate([prefix_valid[g], suffix_valid[b]])
 
-    def head(place: tuple[Array, Array]) -> Array:
-        b, k = place
-        g = b if prefix_index is None else prefix_index[b]
-        shared = (g, k) if layer is None else (layer, g, k)
-        s_suffix = scores(q_bkmh[b, k], k_suffix[b, k], suffix_valid[b])
-        peak = jnp.max(s_suffix, axis=-1, keepdims=True, initial=lowest)
-        if num_prefix:
-            s_prefix = scores(q_bkmh[b, k], k_prefix[shared], jnp.arange(num_prefix) < prefix_len[g])
-            peak = jnp.maximum(peak, jnp.max(s_prefix, axis=-1, keepdims=True))
-        p_suffix = jnp.exp(s_suffix - peak)
-        total = jnp.sum(p_suffix, axis=-1, keepdims=True)
-        out = weighted(p_suffix, v_suffix[b, k])
-        if num_prefix:
-            p_prefix = jnp.exp(s_prefix - peak)
-            total += jnp.sum(p_prefix, axis=-1, keepdims=True)
-            out += weighted(p_prefix, v_prefix[shared])
-        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype)
+        def some_queries(index: Array, out_bkmh: Array) -> Array:
+            # The last tile overlaps the one before it: a whole one again, with the same result.
+            place = (b, k, jnp.minimum(index * tile, q_bkmh.shape[2] - tile), 0)
+            q_nmh = jax.lax.dynamic_slice(q_bkmh, place, (1, heads, tile, head_dim))[0]
+            s_nms = jnp.einsum("nmh,nsh->nms", q_nmh, k_nsh, precision=high, preferred_element_type=jnp.float32)
+            s_nms = jnp.where(valid_s, s_nms * scale, -jnp.inf)
+            p_nms = jnp.exp(s_nms - jnp.max(s_nms, axis=-1, keepdims=True, initial=lowest))
+            total = jnp.sum(p_nms, axis=-1, keepdims=True)
+            out_nmh = jnp.einsum(
+                "nms,nsh->nmh",
+                p_nms.astype(v_nsh.dtype),
+                v_nsh,
+                precision=high,
+                preferred_element_type=jnp.float32,
+            )
+            out_nmh = (out_nmh / jnp.where(total == 0, 1, total)).astype(q.dtype)
+            return jax.lax.dynamic_update_slice(out_bkmh, out_nmh[None], place)
+
+        return jax.lax.fori_loop(0, -(-q_bkmh.shape[2] // tile), some_queries, out_bkmh)
 
     with jax.named_scope("prefix_attention"):
-        num_rows = q.shape[0]
-        # Query heads of one KV head stand together: they are more queries on the same keys.
-        q_bkmh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
-        rows, heads = jnp.divmod(jnp.arange(num_rows * num_kv_heads), num_kv_heads)
-        size = q_bkmh.shape[2] * (num_prefix + k_suffix.shape[2])
-        # Heads of one row without a remainder, which a loop would run as a program of its own.
-        fitting = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n * size <= SCORES]
-        at_once = max(fitting, default=1) if size else None
-        return jax.lax.map(head, (rows, heads), batch_size=at_once).reshape(q.shape)
+        turns = num_kv_heads // heads * num_rows
+        # Queries give their place to what they attend to: the same shape, and under `shard_map` the same type.
+        return jax.lax.fori_loop(0, turns, some_heads, q_bkmh).reshape(q.shape)
+
+
+def _tiles(num_heads: int, num_queries: int, num_keys: int) -> tuple[int, int]:
+    """KV heads taken at once, and queries of each: about `SCORES` scores, whatever the number of rows."""
+    limit = SCORES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    fitting = max(1, limit // num_keys)  # rows of scores
+    if fitting < num_queries:
+        tiles = -(-num_queries // fitting)
+        return 1, min(num_queries, -(-num_queries // (8 * tiles)) * 8)
+    return max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and n * num_queries <= fitting), num_queries

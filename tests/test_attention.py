@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bicache_jax import attention
 from bicache_jax.kernels import prefix_attention
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -74,6 +75,22 @@ def test_a_layer_of_a_stack_and_a_prefix_of_ones_own() -> None:
     order = jnp.asarray([0, 1], jnp.int32)
     plain = prefix_attention(q, k_prefix, v_prefix, k, v, prefix_index=order, prefix_len=lengths, suffix_valid=valid)
     np.testing.assert_array_equal(jax.jit(stacked)(jnp.asarray(1)), plain)
+
+
+def test_tiles_of_queries_that_do_not_come_out_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES", {"cpu": 160, "accelerator": 160})
+    rng = np.random.default_rng(2)
+    inputs = _inputs(rng, 2, 1, 4, 2, (6, 11, 10))
+    assert attention._tiles(2, 22, 16) == (1, 8)
+    index, lengths, valid = np.zeros(2, int), np.asarray([5]), rng.random((2, 10)) < 0.7
+    out = attention.prefix_attention(
+        *[jnp.asarray(array, jnp.float32) for array in inputs],
+        prefix_index=jnp.asarray(index, jnp.int32),
+        prefix_len=jnp.asarray(lengths, jnp.int32),
+        suffix_valid=jnp.asarray(valid),
+    )
+    wanted = plain_attention(inputs, index, lengths, valid)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=2e-6, rtol=2e-6)
 
 
 def test_an_unknown_implementation_is_refused() -> None:
