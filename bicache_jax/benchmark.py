@@ -146,10 +146,13 @@ class EngineRunner:
         return time.perf_counter() - started
 
     def job(self) -> Job:
-        """The work of a row."""
+        """The work of a row; prefixes are shared by as many rows as they are on average."""
         plan = self._last.plan(self._requests)
         return dataclasses.replace(
-            jobs(plan.rows)[0], refresh_interval=self._cache.refresh_interval, block_cache=self._cache.block_cache
+            jobs(plan.rows)[0],
+            refresh_interval=self._cache.refresh_interval,
+            block_cache=self._cache.block_cache,
+            rows_per_prefix=self._rows / max(1, len({row.prefix for row in plan.rows})),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -178,25 +181,27 @@ class EngineRunner:
 
 
 def matmul_peak(dtype: Any) -> Callable[[], float]:
-    """A function that measures how many operations a second a large matrix product makes."""
+    """A function that measures how many operations a second a large matrix product makes.
+
+    A try is short; of many, spread over a whole run, some are left alone even on a shared machine, and the best counts.
+    """
     from bicache_jax.numerics import precision
 
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    turns = 3 if jax.default_backend() == "cpu" else 20
+    on_cpu = jax.default_backend() == "cpu"
+    size, turns = (2048, 1) if on_cpu else (8192, 20)
+    ones, mean = jnp.ones((size, size), dtype), jnp.full((size, size), 1 / size, dtype)
 
     @jax.jit
-    def product(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, turns, lambda _, x: jnp.matmul(a, x, precision=precision(dtype)) / size, a)
+    def product(x: jax.Array, mean: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, turns, lambda _, x: jnp.matmul(mean, x, precision=precision(dtype)), x)
 
-    product(a).block_until_ready()
-
-    def measure() -> float:
+    def once() -> float:
         started = time.perf_counter()
-        product(a).block_until_ready()
+        product(ones, mean).block_until_ready()
         return turns * 2 * size**3 / (time.perf_counter() - started)
 
-    return measure
+    once()
+    return once
 
 
 def memory_bandwidth() -> float:
@@ -222,6 +227,11 @@ def device_name() -> str:
     if device.platform != "cpu":
         return f"{device.device_kind} x {jax.device_count()}"
     return f"{_cores()} x {_cpu_name() or platform.machine()}"
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute, where the system says so: were measurements disturbed?"""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _cores() -> int:
@@ -250,7 +260,7 @@ def measure(
         runners: the cases.
         peak: measures the matmul peak.
         repeats: most turns.
-        seconds: no turn begins after that, from the third on.
+        seconds: no turn begins that would probably end later; the first always runs.
         progress: called after each run.
 
     Returns:
@@ -262,8 +272,8 @@ def measure(
     started = time.perf_counter()
     times: list[list[float]] = []
     firsts: list[list[float]] = []
-    peaks = [peak()]
-    while len(times) < min(2, repeats) or (len(times) < repeats and time.perf_counter() - started < seconds):
+    peaks = [peak() for _ in range(5)]
+    while len(times) < repeats:
         row, first = [], []
         for runner in runners:
             first.append(runner.first_token())
@@ -272,6 +282,9 @@ def measure(
             progress()
         times.append(row)
         firsts.append(first)
+        passed = time.perf_counter() - started
+        if passed + passed / len(times) > seconds:
+            break
     return np.asarray(times), np.asarray(firsts), max(peaks)
 
 

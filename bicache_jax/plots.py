@@ -9,6 +9,15 @@ import numpy as np
 
 from bicache_jax.boundary import BoundaryTable
 
+_SETTINGS = {
+    "prefix": "prefix tokens P",
+    "rows": "rows",
+    "prefixes": "prefixes that the rows share",
+    "refresh_interval": "refresh interval N",
+    "suffix": "suffix tokens U",
+    "boundary": "boundary b",
+}
+
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
@@ -56,17 +65,9 @@ def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
     """
     from matplotlib.figure import Figure
 
-    names = {
-        "prefix": "prefix tokens P",
-        "rows": "rows",
-        "prefixes": "prefixes that the rows share",
-        "refresh_interval": "refresh interval N",
-        "suffix": "suffix tokens U",
-        "boundary": "boundary b",
-    }
     results = record["results"]
-    across = max(names, key=lambda name: len({result[name] for result in results}))
-    others = [name for name in names if name not in (across, "boundary")]
+    across = max(_SETTINGS, key=lambda name: len({result[name] for result in results}))
+    others = [name for name in _SETTINGS if name not in (across, "boundary")]
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     speed, ratio = figure.subplots(1, 2)
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -82,8 +83,54 @@ def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
             ratio.plot(places, [r["ratio_to_none"] for r in members], marker="o", color=drawn.get_color(), label=label)
         if policy != "none" and all(result["limit"] for result in members):
             ratio.plot(places, [r["limit"] for r in members], linestyle="--", color=drawn.get_color(), alpha=0.6)
-    speed.set(xlabel=names[across], ylabel="tokens/s", ylim=(0, None))
-    ratio.set(xlabel=names[across], ylabel="ratio to none (dashed: limit by counted operations)", ylim=(0, None))
+    speed.set(xlabel=_SETTINGS[across], ylabel="tokens/s", ylim=(0, None))
+    ratio.set(xlabel=_SETTINGS[across], ylabel="ratio to none (dashed: limit by counted operations)", ylim=(0, None))
     speed.legend(fontsize="small")
     figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
+    """Draws tokens/s, with the limit, and memory over one setting.
+
+    Args:
+        record: what `scripts/benchmark_sweep.py` writes.
+        across: the setting, a key of `record["sweeps"]`.
+        path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    results = record["sweeps"][across]
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    places = sorted({result[across] for result in results})
+    none = {result[across]: result for result in results if result["policy"] == "none"}
+    for policy in dict.fromkeys(result["policy"] for result in results):
+        lines = {result[across]: result for result in results if result["policy"] == policy}
+        found = [lines.get(place) or next(iter(lines.values())) for place in places]  # none looks at no N
+        (drawn,) = speed.plot(places, [result["tokens_per_s"] for result in found], marker="o", label=policy)
+        memory.plot(places, [result["memory_bytes"] / 2**20 for result in found], marker="o", label=policy)
+        if policy != "none":
+            slowest = [none.get(place) or next(iter(none.values())) for place in places]
+            limit = [result["limit"] * base["tokens_per_s"] for result, base in zip(found, slowest, strict=True)]
+            speed.plot(places, limit, linestyle="--", color=drawn.get_color(), alpha=0.6, label="limit: none x work")
+            if across == "prefix":
+                for place, result in zip(places, found, strict=True):
+                    speed.annotate(
+                        f"r {result['ratio']} %",
+                        (place, result["tokens_per_s"]),
+                        xytext=(0, 7),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize="x-small",
+                    )
+    for axes in (speed, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.minorticks_off()
+    speed.set(xlabel=_SETTINGS[across], ylabel="tokens/s", ylim=(0, None))
+    memory.set(xlabel=_SETTINGS[across], ylabel="memory of the decode program, MiB", ylim=(0, None))
+    speed.legend(fontsize="small")
+    fixed = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in record["base"].items() if name != across)
+    figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}\n{fixed}", fontsize="small")
     figure.savefig(path, dpi=110)

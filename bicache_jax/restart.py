@@ -7,42 +7,63 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from bicache_jax.benchmark import Case, synthetic_requests
+from bicache_jax.config import CacheConfig, ModelConfig
+from bicache_jax.evaluation import parse_policy
 from bicache_jax.types import BicacheError
 
-_REQUEST = {"id": "first", "prompt_ids": list(range(5, 55)), "prefix_len": 40, "gen_length": 16}
 
-
-def measure_restart(model: str, dtype: str) -> dict[str, float]:
+def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> dict[str, float]:
     """Times `bicache generate --stream` from process start to the first line that it prints.
 
+    N is 1 there, so that the first line stands for the first denoising step; N is traced, the programs are the case's.
+
     Args:
-        model: as `--model` takes it.
-        dtype: as `--dtype` takes it.
+        config: the architecture.
+        case: what is asked.
+        model: flags of `generate` that name the model.
 
     Returns:
-        Seconds: `cold_s` with an empty compilation cache, `warm_s` in the next process.
+        Seconds: `cold_start_s` with an empty compilation cache, `warm_start_s` in the next process.
 
     Raises:
         BicacheError: the child process failed.
     """
+    cache, sampling = parse_policy(case.policy, CacheConfig()), case.sampling
+    command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--stream", "--output", "-"]
+    command += ["--policy", cache.policy, "--block-cache", cache.block_cache, "--refresh-interval", "1"]
+    command += ["--gen-length", f"{sampling.gen_length}", "--steps", f"{sampling.num_steps}"]
+    command += ["--block-length", f"{sampling.block_size}", "--batch-size", f"{case.rows}"]
+    if case.boundary != "auto":
+        command += ["--boundary", f"{case.boundary}"]
     with tempfile.TemporaryDirectory() as folder:
         requests = Path(folder) / "requests.jsonl"
-        requests.write_text(json.dumps(_REQUEST) + "\n")
-        command = [sys.executable, "-m", "bicache_jax", "generate", "--model", model, "--dtype", dtype, "--stream"]
-        command += ["--input", str(requests), "--output", "-", "--compilation-cache", str(Path(folder) / "xla")]
-        return {"cold_s": _first_line(command), "warm_s": _first_line(command)}
+        requests.write_text(
+            "".join(
+                json.dumps({"prompt_ids": list(request.prompt_ids), "prefix_len": request.prefix_len}) + "\n"
+                for request in synthetic_requests(config, case)
+            )
+        )
+        command += ["--input", str(requests), "--compilation-cache", str(Path(folder) / "xla")]
+        return {"cold_start_s": _first_line(command), "warm_start_s": _first_line(command)}
 
 
 def _first_line(command: list[str]) -> float:
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stderr is not None
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
+    ):
+        assert child.stdout is not None
         line = child.stdout.readline()
         seconds = time.perf_counter() - started
         child.stdout.read()
-        complaint = child.stderr.read().strip()
-    if not line:
-        raise BicacheError(f"--restart: the child process printed no token: {complaint.splitlines()[-1:] or ''}")
+        child.wait()
+        complaints.seek(0)
+        complaint = complaints.read().strip().splitlines()
+    if not line or child.returncode:
+        raise BicacheError(f"--restart: the child process failed: {complaint[-1] if complaint else 'no message'}")
     return round(seconds, 3)

@@ -1,7 +1,7 @@
 """A baseline outside this library: the same weights in PyTorch, through `transformers`' Llama modules.
 
-Full attention by `scaled_dot_product_attention` without a mask, no cache, the current block's logits only, and LLaDA's
-low-confidence loop. It needs the extra `torch`.
+`scaled_dot_product_attention` under a full mask, no cache, the current block's logits only, and LLaDA's low-confidence
+loop. It needs the extra `torch`.
 """
 
 from __future__ import annotations

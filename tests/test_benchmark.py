@@ -14,8 +14,9 @@ import pytest
 
 from bicache_jax import BicacheError
 from bicache_jax.backbone import layer_params
-from bicache_jax.benchmark import Case, EngineRunner, synthetic_requests
-from bicache_jax.cli import main
+from bicache_jax.benchmark import Case, EngineRunner, measure, synthetic_requests
+from bicache_jax.cli import benchmark as command
+from bicache_jax.cli import build_parser, main
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.configs import model_shape
 from bicache_jax.functional import backbone_for
@@ -29,7 +30,7 @@ SMALL = model_shape("small")
 
 def test_counted_operations_of_a_layer_and_the_head_are_those_of_the_compiler() -> None:
     backbone, params = backbone_for(SMALL), abstract(SMALL)
-    num_prefix, num_suffix = 256, 128
+    num_prefix, num_suffix = 128, 128  # one tile: of a loop the compiler counts one turn
     kv = jax.ShapeDtypeStruct((1, SMALL.num_kv_heads, num_prefix, SMALL.head_dim), jnp.float32)
     x = jax.ShapeDtypeStruct((1, num_suffix, SMALL.d_model), jnp.float32)
 
@@ -130,6 +131,7 @@ def test_the_command_prints_every_column(capsys: pytest.CaptureFixture[str], tmp
         (["--random", "small", "--rows", "1", "--prefixes", "2"], "--prefixes 2"),
         (["--random", "small", "--suffix", "8", "--gen-length", "16"], "leaves no room"),
         (["--random", "small", "--restart"], "--restart needs --model"),
+        (["--random", "small", "--policies", "none+dual", "--gen-length", "50"], "--gen-length"),
         (["--random", "small", "--baseline", "caffe"], "the only baseline is torch"),
     ],
 )
@@ -158,3 +160,76 @@ def test_a_run_reports_the_work_of_its_own_policy() -> None:
     runner = EngineRunner(model, case)
     assert runner.job().boundary == SMALL.num_layers and runner.job().rows_per_prefix == 2
     assert EngineRunner(model, dataclasses.replace(case, policy="none")).job().suffix == 40
+    uneven = EngineRunner(model, dataclasses.replace(case, rows=5, prefixes=2))
+    assert uneven.job().rows_per_prefix == 2.5
+
+
+class _Clockwork:
+    """A runner that takes its time, by the clock of the test."""
+
+    def __init__(self, clock: list[float], seconds: list[float]) -> None:
+        self.clock, self.seconds, self.prepared = clock, iter(seconds), 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def run(self) -> float:
+        seconds = next(self.seconds)
+        self.clock[0] += seconds
+        return seconds
+
+    def first_token(self) -> float:
+        self.clock[0] += 1
+        return 1.0
+
+    def facts(self) -> dict[str, object]:
+        return {}
+
+
+def test_turns_go_round_the_cases_and_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, peaks = [0.0], iter([3.0] * 7 + [5.0] + [4.0] * 20)
+    monkeypatch.setattr("bicache_jax.benchmark.time.perf_counter", lambda: clock[0])
+    runners = [_Clockwork(clock, [9.0, 11.0, 10.0, 1.0]), _Clockwork(clock, [5.0, 3.0, 4.0, 1.0])]
+    times, firsts, peak = measure(runners, peak=lambda: next(peaks), repeats=5, seconds=50)
+    assert times.tolist() == [[9, 5], [11, 3], [10, 4]]  # a fourth turn of 16 seconds would end at 64
+    assert firsts.shape == times.shape and peak == 5 and [runner.prepared for runner in runners] == [1, 1]
+    slow = [_Clockwork(clock, [99.0])]
+    assert len(measure(slow, peak=lambda: 1.0, repeats=5, seconds=50)[0]) == 1
+
+
+def test_lengths_that_flags_leave_open_go_together() -> None:
+    def sampling(*flags: str) -> list[SamplingConfig]:
+        args = build_parser().parse_args(["benchmark", "--random", "small", *flags])
+        return [case.sampling for case in command._cases(args)]
+
+    assert set(sampling("--refresh-interval", "4,12")) == {SamplingConfig(128, 12, 128)}
+    assert set(sampling("--policies", "none,bicache+dual")) == {SamplingConfig(128, 16, 32)}
+    # Blocks divide the response, and steps are as many for each.
+    assert set(sampling("--policies", "none+dual", "--suffix", "200", "--refresh-interval", "7")) == {
+        SamplingConfig(96, 9, 32)
+    }
+    assert set(sampling("--policies", "none+dual", "--suffix", "9")) == {SamplingConfig(4, 4, 4)}
+
+
+def test_the_sweep_measures_each_setting_and_draws_it(tmp_path) -> None:
+    from scripts import benchmark_sweep
+
+    flags = ["--model", str(golden.FOLDERS["llada"]), "--suffix", "16", "--base", "24,2,1,2", "--steps", "2"]
+    flags += ["--prefix", "20,24", "--rows", "2", "--prefixes", "2", "--refresh-interval", "1,2"]
+    assert benchmark_sweep.main([*flags, "--boundary", "2", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "benchmark_sweep.json").read_text())
+    for axis, results in record["sweeps"].items():
+        wanted = {"prefix": {20, 24}, "rows": {2}, "prefixes": {2}, "refresh_interval": {1, 2}}[axis]
+        assert {result[axis] for result in results if result["policy"] == "bicache"} == wanted
+        assert all(result["tokens_per_s"] > 0 and result["ratio_to_none"] > 0 for result in results)
+        assert (tmp_path / f"benchmark_{axis}.png").read_bytes().startswith(b"\x89PNG")
+    assert benchmark_sweep.main(["--random", "small", "--base", "1,2", "--output", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+def test_restarts_are_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(golden.FOLDERS["llada"]), "--policies", "none", "--prefix", "8", "--suffix", "16"]
+    status = main(["benchmark", *flags, "--rows", "1", "--steps", "2", "--repeats", "1", "--restart"])
+    table = capsys.readouterr().out
+    assert status == 0 and "| cold | warm |" in table
+    assert all(float(cell.removesuffix(" s")) > 0 for cell in table.splitlines()[-1].split(" | ")[-2:])

@@ -30,8 +30,11 @@ columns:
   limit   ratio to no cache of the published algorithm's work, by exact counts of operations (on accelerators by the
           larger of operations / peak and bytes / bandwidth); the encoding is spread over the rows of a prefix
   share   measured ratio / limit; above 1 where work is saved that the published algorithm does
-  mfu     operations executed / (time x highest matmul speed measured in this process)
-  memory  of the decode program, parameters included, as the compiler counts it"""
+  mfu     operations executed / (time x highest speed of a large matrix product measured in this process); tokens and
+          rows of padding count as nothing executed
+  memory  of the decode program, parameters included, as the compiler counts it
+  cold, warm  with --restart: seconds from the start of `generate` in a process of its own to the first token, with no
+          compiled program kept and with all of them"""
 
 BLOCK_LENGTH_WITH_CACHE = 32
 
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--boundary", type=_boundaries, default=("auto",), metavar="LIST", help="b (default: auto)")
     grid.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: half of the suffix)")
     grid.add_argument(
-        "--steps", type=integer(1), metavar="N", help="(default: two refresh intervals, at most gen-length)"
+        "--steps", type=integer(1), metavar="N", help="(default: one refresh interval, at most gen-length)"
     )
     grid.add_argument(
         "--block-length",
@@ -76,7 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     running.add_argument("--repeats", type=integer(1), default=5, metavar="N", help="most turns (default: %(default)s)")
     running.add_argument(
-        "--seconds", type=integer(1), default=45, metavar="S", help="no third turn begins later (default: %(default)s)"
+        "--seconds",
+        type=integer(1),
+        default=75,
+        metavar="S",
+        help="for all turns after the first (default: %(default)s)",
     )
     running.add_argument(
         "--restart", action="store_true", help="also time a fresh process, cold and with its programs kept"
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.restart and args.model is None:
         raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
+    load = [benchmark.load_average()]
     model = backend.load(args) if args.model is not None else backend.random(args)
     cases = _cases(args)
     runners: list[Any] = [
@@ -133,12 +141,17 @@ def run(args: argparse.Namespace) -> int:
         "matmul_peak_gflops": round(peak / 1e9, 1),
         "bandwidth_gb_s": None if bandwidth == float("inf") else round(bandwidth / 1e9, 1),
         "turns": len(times),
+        "load_average": [*load, benchmark.load_average()],
         "results": results,
     }
     if args.restart:
         from bicache_jax.restart import measure_restart
 
-        record["restart"] = measure_restart(args.model, args.dtype)
+        flags = ["--model", args.model, "--dtype", args.dtype]
+        flags += [] if args.mask_id is None else ["--mask-id", f"{args.mask_id}"]
+        for case, result in zip(cases, results, strict=True):
+            if case.policy not in args.baseline:
+                result.update(measure_restart(model.config, case, flags))
     if args.plot:
         from bicache_jax.plots import speed_over_settings
 
@@ -163,10 +176,7 @@ def _cases(args: argparse.Namespace) -> list[Any]:
         if groups > rows:
             raise BicacheError(f"--prefixes {groups} needs at least as many --rows, got {rows}")
         prefix = round(length * suffix / (100 - length)) if args.ratio is not None else length
-        gen_length = args.gen_length or max(1, suffix // 2)
-        block = args.block_length or (min(BLOCK_LENGTH_WITH_CACHE, gen_length) if block_cache else gen_length)
-        steps = args.steps or min(gen_length, 2 * max(args.refresh_interval))
-        sampling = from_flags(SamplingConfig, gen_length=gen_length, steps=steps, block_length=block)
+        sampling = _sampling(args, suffix, block_cache)
         for interval, b, policy in itertools.product(
             args.refresh_interval, args.boundary, (*args.policies, *args.baseline)
         ):
@@ -186,6 +196,17 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     return list(cases)
 
 
+def _sampling(args: argparse.Namespace, suffix: int, block_cache: bool) -> SamplingConfig:
+    """Lengths that go together where the flags leave them open."""
+    gen_length = args.gen_length or max(1, suffix // 2)
+    block = args.block_length or (min(BLOCK_LENGTH_WITH_CACHE, gen_length) if block_cache else gen_length)
+    if args.gen_length is None:
+        gen_length -= gen_length % block if gen_length > block else 0
+    blocks = max(1, gen_length // block)
+    steps = args.steps or min(gen_length, -(-max(args.refresh_interval) // blocks) * blocks)
+    return from_flags(SamplingConfig, gen_length=gen_length, steps=steps, block_length=block)
+
+
 def _baseline(name: str, model: Any, case: Any) -> Any:
     from bicache_jax.torch_baseline import TorchRunner
 
@@ -196,11 +217,14 @@ def table(record: dict[str, Any]) -> str:
     """Results for people, in Markdown."""
     lines = [
         f"{record['model']}, {record['dtype']}, {record['device']}, jax {record['jax']}; "
-        f"matmul peak {record['matmul_peak_gflops']:.0f} GFLOP/s; medians of {record['turns']} turns",
+        f"matmul peak {record['matmul_peak_gflops']:.0f} GFLOP/s; medians of {record['turns']} turns; "
+        f"load average {', '.join(str(load) for load in record['load_average'])}",
         "",
     ]
     heads = [*"policy P U r rows G N b steps tokens/s".split(), "ratio (spread)", *"limit share mfu".split()]
     heads += ["first token", *"memory cache compile dispatches".split()]
+    restarted = any("cold_start_s" in result for result in record["results"])
+    heads += ["cold", "warm"] if restarted else []
     lines += ["| " + " | ".join(heads) + " |"]
     lines += ["|" + "---|" * len(heads)]
 
@@ -226,11 +250,7 @@ def table(record: dict[str, Any]) -> str:
             number(result["compile_s"], ".1f", " s"),
             number(result["dispatches"], "d"),
         ]
+        if restarted:
+            cells += [number(result.get(name), ".1f", " s") for name in ("cold_start_s", "warm_start_s")]
         lines.append("| " + " | ".join(cells) + " |")
-    if "restart" in record:
-        cold, warm = record["restart"]["cold_s"], record["restart"]["warm_s"]
-        lines += [
-            "",
-            f"from process start to the first token: {cold:.1f} s cold, {warm:.1f} s with compiled programs kept",
-        ]
     return "\n".join(lines)
