@@ -27,8 +27,9 @@ from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_here
 from bicache_jax.grouping import Batch, Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
+from bicache_jax.memory import device_bytes, params_bytes
 from bicache_jax.placement import Placement
-from bicache_jax.plan import Buffers, Plan
+from bicache_jax.plan import Buffers, Plan, rows_fitting
 from bicache_jax.requests import parse_requests
 from bicache_jax.rounds import Round, plan_rounds
 from bicache_jax.schedule import make_decoding, most_steps, stages
@@ -215,12 +216,19 @@ class Engine:
         return rows
 
     def _plan(self, requests: Sequence[Request]) -> Plan:
-        config = self.model.config
-        rounds = plan_rounds(
-            config, self.cache, self._rows(requests), shards=self._placement.shards, batch_size=self.batch_size
+        place, config, found = self._placement, self.model.config, self._rows(requests)
+        dtype, weights = jnp.dtype(self._params["embed"].dtype), params_bytes(self._params)
+        available = device_bytes(place.devices)
+        fitting = (
+            None
+            if available is None
+            else rows_fitting(found, place.layout.local, weights, available, self.cache, dtype)
         )
-        dtype = jnp.dtype(self._params["embed"].dtype)
-        return Plan(config, dtype, self.cache, tuple(rounds), Buffers.of(rounds, config.num_layers))
+        rounds = plan_rounds(
+            config, self.cache, found, shards=place.shards, batch_size=self.batch_size, rows_of=fitting
+        )
+        buffers = Buffers.of(rounds, config.num_layers)
+        return Plan(config, dtype, self.cache, tuple(rounds), buffers, place.layout.local, weights, available)
 
     def _answer(self, entries: Sequence[Request | Result], *, partial: bool) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Literal
 
@@ -188,6 +188,7 @@ def plan_batches(
     mask_id: int,
     batch_size: int | None = None,
     batch_boundary: Literal["own", "min"] = "own",
+    rows_of: Callable[[int, int], int] | None = None,
 ) -> list[Batch]:
     """Packs rows into batches.
 
@@ -197,8 +198,9 @@ def plan_batches(
     Args:
         rows: what to run.
         mask_id: the mask token, of which the prefixes of twins consist.
-        batch_size: most rows of a batch; None: `default_rows` of their buckets.
+        batch_size: most rows of a batch; None: `rows_of` their buckets.
         batch_boundary: `own` keeps boundaries apart; `min` merges rows of all boundaries at the smallest of the batch.
+        rows_of: most rows by buckets of P and U; None: `default_rows`.
 
     Returns:
         Batches, each row in exactly one.
@@ -211,7 +213,8 @@ def plan_batches(
     for _, members in groupby(sorted(rows, key=order), key=lambda row: _key(row, batch_boundary)):
         todo = list(members)
         copies = 1 + todo[0].request.sampling.guided
-        planned = default_rows(*(copies * length_bucket(size) for size in (todo[0].prefix_len, todo[0].suffix_len)))
+        usual = rows_of or default_rows
+        planned = usual(*(copies * length_bucket(size) for size in (todo[0].prefix_len, todo[0].suffix_len)))
         size = batch_size or planned
         batches += [_batch(todo[begin : begin + size], mask_id) for begin in range(0, len(todo), size)]
     return batches

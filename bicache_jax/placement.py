@@ -56,6 +56,11 @@ class Placement:
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
+    def devices(self) -> list[Any]:
+        """All devices of the run."""
+        return jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
+
+    @property
     def mine(self) -> list[int]:
         """Data shards of which this process holds a device."""
         if self.mesh is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 
 from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
-from bicache_jax.grouping import Batch, Row
+from bicache_jax.grouping import Batch, Row, default_rows
+from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
 from bicache_jax.rounds import Round
 from bicache_jax.work import Job, row_flops
 
@@ -37,11 +38,47 @@ class Buffers:
             for prefix in batch.prefixes:
                 used.setdefault(prefix, set()).add(min(batch.boundary, last))
         boundaries = set().union(*used.values())
-        return cls(
-            shallow=layer_bucket(max(boundaries, default=0) + 1, num_layers),
-            deep=layer_bucket(last - min(boundaries, default=last), last),
-            slots=count_bucket(max(map(len, used.values()), default=1)),
+        slots = count_bucket(max(map(len, used.values()), default=1))
+        return cls.between(min(boundaries, default=last), max(boundaries, default=0), num_layers, slots)
+
+    @classmethod
+    def between(cls, least: int, most: int, num_layers: int, slots: int = 1) -> Buffers:
+        """The buffers of boundaries from `least` to `most`."""
+        last = num_layers - 1
+        return cls(layer_bucket(most + 1, num_layers), layer_bucket(last - least, last), slots)
+
+
+def rows_fitting(
+    rows: Sequence[Row], part: ModelConfig, weights: int, available: int, cache: CacheConfig, dtype: jnp.dtype
+) -> Callable[[int, int], int]:
+    """How many rows a batch may have, by buckets of P and U: as many as are usual, fewer where memory is short.
+
+    Args:
+        rows: the run; its boundaries size the caches.
+        part: a device's part of the architecture.
+        weights: bytes of the parameters on a device.
+        available: memory of a device.
+        cache: how prefixes are reused.
+        dtype: of the caches.
+    """
+    boundaries = [min(row.boundary, part.num_layers - 1) for row in rows]
+    buffers = Buffers.between(min(boundaries, default=0), max(boundaries, default=0), part.num_layers)
+
+    def most(prefix: int, suffix: int) -> int:
+        fitting = most_rows(
+            RESERVE * available,
+            part,
+            weights,
+            prefix=prefix,
+            suffix=suffix,
+            shallow=buffers.shallow,
+            deep=buffers.deep,
+            itemsize=dtype.itemsize,
+            block_cache=cache.block_cache != "off",
         )
+        return max(1, min(default_rows(prefix, suffix), fitting))
+
+    return most
 
 
 def jobs(rows: Sequence[Row]) -> list[Job]:
@@ -74,6 +111,9 @@ class Plan:
         cache: how prefixes are reused.
         rounds: batches in the order in which they run, those of all data shards at a time.
         buffers: cache sizes of the run.
+        part: a device's part of the architecture, where it is not all of it.
+        weights: bytes of the parameters on a device; 0 where they are not known.
+        available: memory of a device; None where it is not known.
     """
 
     config: ModelConfig
@@ -81,6 +121,9 @@ class Plan:
     cache: CacheConfig
     rounds: tuple[Round, ...]
     buffers: Buffers
+    part: ModelConfig | None = None
+    weights: int = 0
+    available: int | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -118,6 +161,30 @@ class Plan:
         token = 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
         return token * prefix * (self.buffers.shallow * prefixes + self.buffers.deep * rows)
 
+    def memory(self, *batches: Batch) -> Memory:
+        """Memory of a device while a batch or a round is decoded, as planned."""
+        groups, prefix, rows, suffix = self.shape(*batches)
+        return decode_memory(
+            self.part or self.config,
+            self.weights,
+            groups=groups,
+            prefix=prefix,
+            rows=rows,
+            suffix=suffix,
+            shallow=self.buffers.shallow,
+            deep=self.buffers.deep,
+            itemsize=self.dtype.itemsize,
+            block_cache=self.cache.block_cache != "off",
+        )
+
+    def _memory_line(self) -> str:
+        if not self.rounds:
+            return "memory of a device: nothing to run"
+        most = max((self.memory(*batches) for batches in self.rounds), key=lambda memory: memory.total)
+        parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in dataclasses.asdict(most).items() if size)
+        known = "" if self.available is None else f" of {self.available / 2**20:.0f}"
+        return f"memory of a device, MiB: at most {most.total / 2**20:.0f}{known} ({parts})"
+
     def describe(self) -> str:
         """The plan as a table for people."""
         rows = self.rows
@@ -140,5 +207,9 @@ class Plan:
                 f"{groups:>4} {prefix:>6} {suffix:>6} {batch.rows[0].request.sampling.num_steps:>6} "
                 f"{self.cache_bytes(batch) / 2**20:>10.1f}"
             )
-        lines += ["", f"expected gain over no cache: at most {self.gain:.2f}x, by counted operations"]
+        lines += [
+            "",
+            self._memory_line(),
+            f"expected gain over no cache: at most {self.gain:.2f}x, by counted operations",
+        ]
         return "\n".join(lines)

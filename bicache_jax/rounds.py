@@ -7,7 +7,7 @@ Every host of a job computes the same rounds from the same requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bicache_jax.buckets import length_bucket, width_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
@@ -70,6 +70,7 @@ def plan_rounds(
     *,
     shards: int = 1,
     batch_size: int | None = None,
+    rows_of: Callable[[int, int], int] | None = None,
 ) -> list[Round]:
     """Plans a run.
 
@@ -79,6 +80,7 @@ def plan_rounds(
         rows: what to run.
         shards: data shards.
         batch_size: most rows of a batch, as in `plan_batches`.
+        rows_of: as there, where `batch_size` is None.
 
     Returns:
         Rounds of one batch a shard, every row in exactly one of them; where a shard has none left, `IDLE`.
@@ -86,7 +88,11 @@ def plan_rounds(
     classes: dict[tuple[object, ...], list[list[Batch]]] = {}
     for shard, share in enumerate(share_out(config, cache, rows, shards)):
         for batch in plan_batches(
-            share, mask_id=config.mask_id, batch_size=batch_size, batch_boundary=cache.batch_boundary
+            share,
+            mask_id=config.mask_id,
+            batch_size=batch_size,
+            batch_boundary=cache.batch_boundary,
+            rows_of=rows_of,
         ):
             of_shard = classes.setdefault(_program(batch, cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)

@@ -1,13 +1,15 @@
-"""Numbers that are data: model shapes, published boundary tables, and decoding presets (`bicache_jax.cli.presets`)."""
+"""Numbers that are data: model shapes, boundary tables, TPU slices, decoding presets (`bicache_jax.cli.presets`)."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 from typing import Any
 
 from bicache_jax.boundary import BoundaryTable, table_from_json
 from bicache_jax.config import ModelConfig
+from bicache_jax.types import BicacheError
 
 
 def _read(folder: str, name: str) -> Any:
@@ -24,6 +26,39 @@ def model_shape(name: str) -> ModelConfig:
     """A published architecture (`llada_8b`, `dream_7b`), or `small`, one for CPUs."""
     fields = _read("models", name)
     return ModelConfig(**fields | {"eos_ids": tuple(fields["eos_ids"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What a TPU generation offers; figures of one device, of which some generations have two on a chip.
+
+    Attributes:
+        platform: name of the generation, as in `v5e:2x4`.
+        hbm_gib: memory that programs can use.
+        tflops_bfloat16: peak arithmetic in 10^12 operations a second.
+        hbm_gb_per_second: memory bandwidth in 10^9 bytes a second.
+        devices_per_chip: devices that a chip appears as.
+        source: where the figures are from.
+    """
+
+    platform: str
+    hbm_gib: float
+    tflops_bfloat16: float
+    hbm_gb_per_second: float
+    devices_per_chip: int
+    source: str
+
+
+def topology(name: str) -> Topology:
+    """The generation of a slice `v5e:2x4`.
+
+    Raises:
+        BicacheError: it is unknown.
+    """
+    generation = name.split(":")[0]
+    if generation not in names("topologies"):
+        raise BicacheError(f"topology {name!r}: generations are {', '.join(names('topologies'))}")
+    return Topology(**_read("topologies", generation))
 
 
 def published_table(config: ModelConfig) -> BoundaryTable | None:

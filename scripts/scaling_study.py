@@ -1,0 +1,149 @@
+"""What a slice holds and should serve, from shapes: memory by the planner, time by the roofline. An estimate, no run.
+
+python scripts/scaling_study.py --output scripts/results/scaling.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bicache_jax.boundary import boundary_at
+from bicache_jax.config import ModelConfig
+from bicache_jax.configs import model_shape, published_table, topology
+from bicache_jax.grouping import prefix_ratio
+from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
+from bicache_jax.plan import Buffers
+from bicache_jax.sharding import Layout
+from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, weight_bytes
+
+GIB = 2**30
+PREFIX, SUFFIX, RESPONSE, STEPS, BLOCK, PER_PREFIX = 1024, 512, 256, 256, 32, 16
+
+
+def parameters(config: ModelConfig) -> int:
+    """Bytes of bfloat16 parameters, biases and norms left out."""
+    return weight_bytes(config, 2) + 2 * config.vocab_size * config.d_model
+
+
+def boundary_for(config: ModelConfig) -> int:
+    """The published boundary at this study's prefix ratio."""
+    table = published_table(config)
+    assert table is not None
+    return boundary_at(table.table, prefix_ratio(PREFIX, PREFIX + SUFFIX))
+
+
+def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
+    """Planned memory of a device that holds one `model`-th of the model."""
+    boundary = boundary_for(config)
+    size = Buffers.between(boundary, boundary, config.num_layers)
+    local, weights = Layout(config, model).local, parameters(config) // model
+    return decode_memory(
+        local,
+        weights,
+        groups=groups,
+        prefix=PREFIX,
+        rows=rows,
+        suffix=SUFFIX,
+        shallow=size.shallow,
+        deep=size.deep,
+        itemsize=2,
+    )
+
+
+def largest(config: ModelConfig, generation: str, model: int) -> int:
+    """Most rows of a data shard within `RESERVE` of the memory."""
+    boundary = boundary_for(config)
+    size = Buffers.between(boundary, boundary, config.num_layers)
+    shape = {"prefix": PREFIX, "suffix": SUFFIX, "shallow": size.shallow, "deep": size.deep, "itemsize": 2}
+    limit = RESERVE * topology(generation).hbm_gib * GIB
+    local, weights = Layout(config, model).local, parameters(config) // model
+    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, **shape)
+
+
+def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: int, rows: int, cached: bool) -> float:
+    """Upper bound: every pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
+    chip = topology(generation)
+    peak, bandwidth = chip.tflops_bfloat16 * 1e12 * model, chip.hbm_gb_per_second * 1e9 * model
+    job = Job(
+        prefix=PREFIX,
+        suffix=SUFFIX,
+        steps=STEPS,
+        block=BLOCK,
+        response=RESPONSE,
+        boundary=boundary_for(config),
+        refresh_interval=16,
+        rows_per_prefix=PER_PREFIX,
+    )
+    job = job if cached else job.without_prefix()
+    seconds = rows / PER_PREFIX * encode_flops(config, job.prefix, job.boundary) / peak
+    for (refresh, window), count in job.passes().items():
+        flops = pass_flops(config, job, window, refresh=refresh, published=False) + head_flops(config, job.block)
+        seconds += count * max(rows * flops / peak, weight_bytes(config, 2) / bandwidth)
+    return 3600 / seconds * rows * chips * chip.devices_per_chip / model
+
+
+def study() -> str:
+    """The study as Markdown."""
+    lines = [
+        "# Scaling, from shapes",
+        "",
+        f"bfloat16, P = {PREFIX}, U = {SUFFIX}, {RESPONSE} response tokens in {STEPS} steps, blocks of {BLOCK}, N = 16,"
+        f" {PER_PREFIX} rows to a prefix, the published boundary. Made by `python scripts/scaling_study.py`. Memory is"
+        " the planner's; requests an hour are the roofline's upper bound (peak arithmetic or weight traffic, no"
+        " communication, nothing lost): **an estimate, not a measurement**.",
+        "",
+        "## Memory of a device (GiB), LLaDA-8B",
+        "",
+        "| model axis | rows | prefixes | parameters | shared KV | KV by row | activations | total |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    config = model_shape("llada_8b")
+    for model, rows, groups in [
+        (1, 1, 1),
+        (2, 4, 1),
+        (4, 8, 1),
+        (4, 8, 8),
+        (4, 16, 1),
+        (4, 32, 2),
+        (8, 32, 2),
+        (8, 64, 4),
+    ]:
+        found = memory(config, model, rows, groups)
+        parts = (found.params, found.prefixes, found.deep, found.activations, found.total)
+        lines.append(f"| {model} | {rows} | {groups} | " + " | ".join(f"{part / GIB:.2f}" for part in parts) + " |")
+    lines += [
+        "",
+        "More data shards change nothing on a device: each has prefixes and rows of its own.",
+        "",
+        "## Requests an hour, at the largest batch that is planned to fit",
+        "",
+        "| model | slice | mesh | rows a shard | bicache | none | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("llada_8b", "dream_7b"):
+        for generation, model in (("v5e", 4), ("v6e", 1), ("v6e", 2)):
+            config = model_shape(name)
+            rows = largest(config, generation, model)
+            if not rows:
+                lines.append(f"| {name} | {generation}-64 | data={64 // model},model={model} | none fits | | | |")
+                continue
+            with_cache, without = (
+                requests_per_hour(config, generation, 64, model, rows, cached) for cached in (True, False)
+            )
+            shape = f"{name} | {generation}-64 | data={64 // model},model={model} | {rows}"
+            lines.append(f"| {shape} | {with_cache:,.0f} | {without:,.0f} | {with_cache / without:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Writes the study."""
+    parser = argparse.ArgumentParser(description="Memory and roofline throughput of slices, from shapes.")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(study())
+
+
+if __name__ == "__main__":
+    main()

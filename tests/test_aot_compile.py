@@ -1,0 +1,112 @@
+"""The ahead-of-time check: real shapes through the TPU compiler, and the planner beside its figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from bicache_jax.buckets import count_bucket
+from bicache_jax.configs import model_shape, names, topology
+from bicache_jax.memory import decode_memory, most_rows, params_bytes
+from bicache_jax.models import abstract
+from bicache_jax.plan import Buffers
+from bicache_jax.sharding import Layout
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "aot_compile.py"
+RESULTS = Path(__file__).parents[1] / "scripts" / "results" / "aot_memory.json"
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: libtpu is not installed"
+)
+
+
+def run(*flags: str) -> tuple[int, str, str]:
+    """Runs the script in a process of its own: the TPU compiler prints to file descriptors."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
+    flags = ("--config", "llada_8b", "--topology", "v5e:2x4", "--mesh", "data=2,model=4", "--rows", "8", "--json")
+    status, out, err = run(*flags, "--prefix", "1024", "--suffix", "512", "--prefixes", "2", "--boundary", "16")
+    assert status == 0, err
+    found = json.loads(out[out.index("{") :])
+    decode = found["decode"]
+    assert found["fits"] and found["encode"]["fits"]
+    assert decode["collectives"]["all-reduce"]["instructions"] > 0
+    assert decode["collectives_over_data"] == found["encode"]["collectives_over_data"] == 0
+    assert decode["arguments_bytes"] < decode["peak_bytes"] < found["hbm_gib"] * 2**30
+    assert found["planned_bytes"] == pytest.approx(decode["peak_bytes"], rel=0.1)
+
+
+def _records() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["records"]
+
+
+@pytest.mark.parametrize("number", range(len(_records())))
+def test_planner_agrees_with_the_compiler_within_a_tenth(number: int) -> None:
+    record = _records()[number]
+    layout = Layout(model_shape(record["config"]), record["mesh"]["model"])
+    weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // layout.shards
+    boundary = min(record["boundary"], layout.logical.num_layers - 1)
+    buffers = Buffers.between(boundary, boundary, layout.logical.num_layers)
+    planned = decode_memory(
+        layout.local,
+        weights,
+        groups=record["prefixes"],
+        prefix=record["prefix"],
+        rows=record["rows"],
+        suffix=record["suffix"],
+        shallow=buffers.shallow,
+        deep=buffers.deep,
+        itemsize=2,
+    )
+    assert record["decode"]["collectives_over_data"] == 0
+    assert planned.total == pytest.approx(record["decode"]["peak_bytes"], rel=0.1)
+
+
+def test_most_rows_is_the_last_bucket_that_fits() -> None:
+    layout = Layout(model_shape("llada_8b"), 4)
+    weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // 4
+    shape = {"prefix": 1024, "suffix": 512, "shallow": 20, "deep": 16, "itemsize": 2, "block_cache": False}
+    limit = topology("v5e:2x4").hbm_gib * 2**30
+    rows = most_rows(limit, layout.local, weights, **shape)
+
+    def total(rows: int) -> int:
+        return decode_memory(layout.local, weights, groups=count_bucket(rows), rows=rows, **shape).total
+
+    assert total(rows) <= limit < total(count_bucket(rows + 1))
+    assert most_rows(weights, layout.local, weights, **shape) == 0
+
+
+@pytest.mark.parametrize("name", names("topologies"))
+def test_topologies_say_what_a_plan_needs(name: str) -> None:
+    chip = topology(f"{name}:2x2")
+    assert chip.platform == name and chip.hbm_gib > 8 and chip.source.startswith("https://")
+    assert 100 < chip.tflops_bfloat16 < 5000 and 500 < chip.hbm_gb_per_second < 10000
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (("--config", "llada_9b", "--topology", "v5e:2x4", "--mesh", "model=4"), "llada_9b"),
+        (("--config", "llada_8b", "--topology", "v9z:2x4", "--mesh", "model=4"), "v9z"),
+        (("--config", "llada_8b", "--topology", "v5e:2x4"), "--mesh"),
+    ],
+)
+def test_bad_arguments_are_one_line(flags: tuple[str, ...], fault: str) -> None:
+    status, out, err = run(*flags)
+    assert status == 2 and not out
+    (line,) = err.splitlines()
+    assert fault in line
