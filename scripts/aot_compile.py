@@ -26,7 +26,7 @@ from bicache_jax.config import BLOCK_CACHES, CacheConfig, SamplingConfig
 from bicache_jax.configs import model_shape, names, published_table, topology
 from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
-from bicache_jax.hlo import collectives, crossing
+from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
 from bicache_jax.memory import decode_memory, most_rows, params_bytes
 from bicache_jax.models import AXES, abstract
@@ -94,6 +94,15 @@ def make_plan(args: argparse.Namespace, place: Placement, boundary: int, rows: i
     return Plan(place.config, jnp.dtype(args.dtype), cache, rounds, Buffers.of(rounds, place.config.num_layers))
 
 
+def by_kind(talk: Sequence[Collective]) -> dict[str, Any]:
+    """Number of instructions and bytes of each kind of collective."""
+    counts = Counter(one.kind for one in talk)
+    return {
+        kind: {"instructions": count, "bytes": sum(one.nbytes for one in talk if one.kind == kind)}
+        for kind, count in sorted(counts.items())
+    }
+
+
 def compile_one(lower: Any, backbone: Any, params: Any, plan: Plan, place: Placement) -> dict[str, Any]:
     """What the compiler says about a program; `needs` alone where it does not fit."""
     assert place.mesh is not None
@@ -106,8 +115,10 @@ def compile_one(lower: Any, backbone: Any, params: Any, plan: Plan, place: Place
         used = re.search(r"Used ([\d.]+)G of", str(error))
         return {"fits": False, "needs_gib": float(used[1]) if used else None}
     memory = program.memory_analysis()
-    talk = collectives(program.as_text())
-    kinds = sorted({one.kind for one in talk})
+    try:
+        talk: list[Collective] | None = collectives(program.as_text())
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read every program of a newer TPU compiler
+        talk = None
     return {
         "fits": True,
         "arguments_bytes": memory.argument_size_in_bytes,
@@ -116,14 +127,8 @@ def compile_one(lower: Any, backbone: Any, params: Any, plan: Plan, place: Place
         "code_bytes": memory.generated_code_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "compiler_flops": program.cost_analysis().get("flops"),  # loop bodies counted once
-        "collectives": {
-            kind: {
-                "instructions": Counter(one.kind for one in talk)[kind],
-                "bytes": sum(one.nbytes for one in talk if one.kind == kind),
-            }
-            for kind in kinds
-        },
-        "collectives_over_data": len(crossing(talk, tuple(place.mesh.devices.shape))),
+        "collectives": None if talk is None else by_kind(talk),
+        "collectives_over_data": None if talk is None else len(crossing(talk, place.mesh.devices.shape)),
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -199,7 +204,10 @@ def describe(found: dict[str, Any]) -> str:
             continue
         gib = {key: part[f"{key}_bytes"] / GIB for key in ("arguments", "output", "temporaries", "peak")}
         sizes = ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
-        talk = ", ".join(f"{one['instructions']} {kind}" for kind, one in part["collectives"].items()) or "none"
+        talk = (
+            ", ".join(f"{one['instructions']} {kind}" for kind, one in (part["collectives"] or {}).items())
+            or "none seen"
+        )
         lines.append(f"{name}: GiB a device: {sizes}; collectives: {talk}; over data: {part['collectives_over_data']}")
     lines.append(f"planned: {found['planned_bytes'] / GIB:.2f} GiB of {found['hbm_gib']} GiB")
     if not found["fits"]:
