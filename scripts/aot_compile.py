@@ -204,10 +204,7 @@ def describe(found: dict[str, Any]) -> str:
             continue
         gib = {key: part[f"{key}_bytes"] / GIB for key in ("arguments", "output", "temporaries", "peak")}
         sizes = ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
-        talk = (
-            ", ".join(f"{one['instructions']} {kind}" for kind, one in (part["collectives"] or {}).items())
-            or "none seen"
-        )
+        talk = ", ".join(f"{one['instructions']} {kind}" for kind, one in (part["collectives"] or {}).items()) or "none"
         lines.append(f"{name}: GiB a device: {sizes}; collectives: {talk}; over data: {part['collectives_over_data']}")
     lines.append(f"planned: {found['planned_bytes'] / GIB:.2f} GiB of {found['hbm_gib']} GiB")
     if not found["fits"]:
