@@ -28,6 +28,9 @@ Piece = Any
 """One data shard's part of a cache: the cache itself without a mesh, else for each leaf its devices' arrays."""
 
 
+_SPECS = [getattr(PREFIX, field.name) for field in dataclasses.fields(PrefixCache)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where a run lies.
@@ -116,9 +119,11 @@ class Placement:
         shard_of = {device: i for i, row in enumerate(self.mesh.devices) for device in row}
         leaves, tree = jax.tree.flatten(cache)
         pieces: list[list[list[Array]]] = [[[] for _ in leaves] for _ in range(self.shards)]
-        for place, leaf in enumerate(leaves):
+        for place, (leaf, spec) in enumerate(zip(leaves, _SPECS, strict=True)):
+            shape = NamedSharding(self.mesh, spec).shard_shape(leaf.shape)
             for part in leaf.addressable_shards:
-                pieces[shard_of[part.device]][place].append(part.data)
+                # Without a prefix there are no elements, and XLA does not cut an array of none.
+                pieces[shard_of[part.device]][place].append(part.data if leaf.size else part.data.reshape(shape))
         return [(tree, piece) for piece in pieces]
 
     def assemble(self, pieces: Sequence[Piece]) -> PrefixCache:
@@ -126,9 +131,8 @@ class Placement:
         if self.mesh is None:
             return pieces[0]
         mesh, tree = self.mesh, pieces[0][0]
-        specs = jax.tree.leaves(PREFIX, is_leaf=lambda leaf: leaf is not None and not isinstance(leaf, PrefixCache))
         leaves = []
-        for place, spec in enumerate(specs):
+        for place, spec in enumerate(_SPECS):
             parts = [part for _, piece in pieces for part in piece[place]]
             sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
             sizes += [1] * (parts[0].ndim - len(sizes))
