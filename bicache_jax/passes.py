@@ -70,13 +70,15 @@ class SuffixPass:
         """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the window is all."""
         if not cached.shape[0]:
             return fresh, cached
-        old = jax.lax.dynamic_index_in_dim(cached, index, keepdims=False)
-        new = jnp.where(self.update[:, None, :, None], fresh, self._window(old, 1))
-        if not self._whole:
-            new = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, 1))(
-                old, new, self.start
-            )
-        return new, jax.lax.dynamic_update_index_in_dim(cached, new, index, 0)
+
+        def write(row: Array, cached: Array) -> Array:
+            # Row by row into the stack: a batched update is a scatter, for which TPUs re-lay the whole cache.
+            at = (index, row, 0, self.start[row], 0)
+            old = jax.lax.dynamic_slice(cached, at, (1, 1, *fresh.shape[1:]))
+            return jax.lax.dynamic_update_slice(cached, jnp.where(self.update[row][:, None], fresh[row], old), at)
+
+        cached = jax.lax.fori_loop(0, fresh.shape[0], write, cached)
+        return jax.lax.dynamic_index_in_dim(cached, index, keepdims=False), cached
 
     def _merge_both(self, index: Array, k: Array, v: Array, suffix: SuffixCache) -> tuple[Array, Array, SuffixCache]:
         k, cached_k = self._merge(index, k, suffix.k)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bicache_jax.config import BlockCache
 from bicache_jax.libtpu import expect_no_tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -92,6 +93,7 @@ def lower_program(
     rows: int = 1,
     prefix: int = 256,
     suffix: int = 128,
+    block_cache: BlockCache = "off",
 ) -> Any:
     """Lowers the decode program at a published model's widths and a few layers, bfloat16."""
     import jax
@@ -107,7 +109,7 @@ def lower_program(
 
     config = dataclasses.replace(model_shape(shape), num_layers=layers)
     gen_length = suffix // 2
-    sampling, cache = SamplingConfig(gen_length), CacheConfig(boundary=boundary)
+    sampling, cache = SamplingConfig(gen_length), CacheConfig(boundary=boundary, block_cache=block_cache)
     prompt = (1,) * (prefix + suffix - gen_length)
     requests = [Row(Request(str(row), prompt, prefix, sampling), 0, prefix, 70, boundary) for row in range(rows)]
     batches = plan_batches(requests, mask_id=config.mask_id, batch_size=rows, batch_boundary="own")

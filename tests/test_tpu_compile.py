@@ -106,3 +106,20 @@ def test_layer_loops_copy_neither_weights_nor_caches(topology: str) -> None:
     assert "tpu_custom_call" in compiled.as_text()
     params = 2 * 4 * 4096 * (4 * 4096 + 3 * 12288)
     assert compiled.memory_analysis().temp_size_in_bytes < params / 4, "no copy of the stacked weights in front of it"
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_layer_loops_write_a_block_cache_in_place() -> None:
+    """Two rows, whose blocks may stand at different places: as it is read and written, no layer of it is re-laid."""
+    rows, width, prefix, suffix = 2, 4096, 256, 128
+    compiled = compile_kernels.lower_program("v5e", rows=rows, block_cache="dual").compile()
+    activations = {rows * tokens * width for tokens in (suffix, suffix // 2, prefix + suffix, prefix + suffix // 2)}
+    activations.add(prefix * width)  # the prefix's queries in the boundary's layer
+    layer = (32, suffix, 128)  # [K, U, H]; as many numbers as activations of the suffix
+    found = {
+        (name, shape)
+        for name, shape in copies(compiled.as_text())
+        if math.prod(shape) not in activations or shape[-3:] == layer
+    }
+    assert not found
