@@ -1,7 +1,9 @@
 """Set-up of every test: JAX on the CPU, no file outside the temporary folder."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # These must stand in the environment before anything imports jax, and reach the commands that tests start.
@@ -16,7 +18,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # a checkout needs no installation to be tested
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # A first example compiles, and CI shares its cores: wall time says nothing about a property.
 hypothesis.settings.register_profile("bicache", deadline=None)
 hypothesis.settings.load_profile("bicache")
+
+MAPPINGS = 30_000  # Linux allows a process 65,530, and every compiled program holds some for as long as it is kept
+
+
+@pytest.fixture(autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Drops compiled programs before there are so many that the compiler gets no more memory, and aborts."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

@@ -83,7 +83,7 @@ def test_kills_of_any_worker_at_any_moment_lose_and_double_nothing(tmp_path, fil
     kills, kept = 0, 0
     count = 2
     while True:
-        begin = {"wait": 0.03, "log": log}
+        begin = {"wait": 0.1, "log": log}
         workers = [start(output, files, "--resume", worker=f"{i}/{count}", **begin) for i in range(count)]
         deadline = time.monotonic() + chance.uniform(0.3, 1.0) * (1 + kills / 10)
         while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
