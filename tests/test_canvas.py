@@ -46,7 +46,7 @@ def screen(data: str) -> list[str]:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    monkeypatch.setattr(canvas.shutil, "get_terminal_size", lambda: os.terminal_size((40, 8)))
+    monkeypatch.setattr(canvas.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((40, 8)))
     return io.StringIO()
 
 
