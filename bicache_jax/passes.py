@@ -59,12 +59,12 @@ class SuffixPass:
     def _whole(self) -> bool:
         return self.update.shape[1] == self.rows.tokens.shape[1]
 
-    def _window(self, values: Array, axis: int = 0) -> Array:
-        """The window's part of per-row values; `axis` counts without the row axis."""
+    def _window(self, values: Array) -> Array:
+        """The window's part of per-row values [B, U]."""
         if self._whole:
             return values
         size = self.update.shape[1]
-        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis))(values, self.start)
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(values, self.start)
 
     def _merge(self, index: Array, fresh: Array, cached: Array) -> tuple[Array, Array]:
         """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the window is all."""
