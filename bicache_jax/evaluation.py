@@ -223,6 +223,7 @@ def evaluate(
     sampling: SamplingConfig,
     scorer: Scorer = exact_match,
     batch_size: int | None = None,
+    attention: str = "auto",
     timed: int = 100,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
@@ -237,6 +238,7 @@ def evaluate(
         sampling: decoding settings.
         scorer: decides whether a response is right.
         batch_size: most rows of a batch.
+        attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
         progress: called with the number of responses that have been made since.
 
@@ -251,7 +253,8 @@ def evaluate(
         raise BicacheError("there are no questions to evaluate")
     requests = [item.request for item in items]
     engines = [
-        Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size) for name in policies
+        Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size, attention=attention)
+        for name in policies
     ]
     ratios = _ratios(model, requests, cache, sampling)
     right: list[list[bool]] = []

@@ -7,7 +7,7 @@ A document is the shared prefix of its questions. All of it is drawn from a seed
 |---|---|---|
 | forward | which town does Mara live in | Oslo |
 | reverse | who lives in Oslo | Mara |
-| list | who drinks tea (several do) | Mara Tom (in the document's order) |
+| list | who drinks tea (several do) | Mara Tom (in any order) |
 | about | tell about Mara | Oslo tea chess (in the order live, drink, play, keep) |
 | joined | name the drink of the one in Oslo | Mara drinks tea |
 
@@ -18,6 +18,7 @@ an ordinary forward question.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -100,6 +101,13 @@ class Question:
     kind: str
     words: tuple[str, ...]
     answer: tuple[str, ...]
+
+    @property
+    def accepted(self) -> str | list[str]:
+        """What a request file says under `answer`: the answer, or every order of a list."""
+        if self.kind != "list":
+            return " ".join(self.answer)
+        return [" ".join(order) for order in itertools.permutations(self.answer)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +228,7 @@ def draw_requests(
                 "id": f"{seed}-{count}",
                 "prompt": " ".join((*document.words, *question.words)),
                 "prefix_len": len(document.words),
-                "answer": " ".join(question.answer),
+                "answer": question.accepted,
                 "kind": question.kind,
             }
             count += 1

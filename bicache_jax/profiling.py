@@ -14,7 +14,7 @@ import numpy as np
 
 from bicache_jax.boundary import BoundaryTable
 from bicache_jax.buckets import length_bucket
-from bicache_jax.functional import backbone_for
+from bicache_jax.functional import backbone_here
 from bicache_jax.grouping import detect_prefixes
 from bicache_jax.similarity import layer_similarity
 from bicache_jax.types import Model, Request
@@ -111,7 +111,7 @@ def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto")
     Yields:
         (place of the sample, mean similarity of each layer [L]).
     """
-    backbone = backbone_for(model.config, attention)
+    backbone = backbone_here(model.config, attention)
     shapes: dict[tuple[int, int], list[int]] = {}
     for place, sample in enumerate(samples):
         shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(place)

@@ -81,6 +81,13 @@ def iter_requests(
         index += 1
 
 
+def accepted(answer: Any) -> tuple[str, ...]:
+    """Answers that count as right, of a request's `answer` field: one, or a list of them; none if it has none."""
+    if answer is None or isinstance(answer, dict):
+        return ()
+    return tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
+
+
 def is_blank(line: Any) -> bool:
     """Whether a line holds nothing, a byte order mark aside."""
     if isinstance(line, bytes):

@@ -14,7 +14,7 @@ from bicache_jax import example_task as task
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import Item, evaluate
 from bicache_jax.loading import load_model
-from bicache_jax.requests import parse_requests
+from bicache_jax.requests import accepted, parse_requests
 from bicache_jax.types import Request
 
 
@@ -25,7 +25,7 @@ def measure(model_name: str, samples: int, seed: int, interval: int, gen_length:
     sampling = SamplingConfig(gen_length=gen_length)
     requests = parse_requests(records, config=model.config, tokenizer=model.tokenizer, sampling=sampling)
     items = [
-        Item(request, (record["answer"],), record["kind"])
+        Item(request, accepted(record["answer"]), record["kind"])
         for request, record in zip(requests, records, strict=True)
         if isinstance(request, Request)
     ]

@@ -20,7 +20,7 @@ import numpy as np
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
 from bicache_jax.evaluation import exact_match, measure_speed, parse_policy
-from bicache_jax.requests import is_blank, parse_requests
+from bicache_jax.requests import accepted, is_blank, parse_requests
 
 HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward passes", "prefixes encoded", "boundary")
 
@@ -56,7 +56,9 @@ def compare(args: argparse.Namespace) -> str:
     requests = [entry for entry in parsed if isinstance(entry, Request)]
     if len(requests) < len(parsed):
         raise BicacheError(next(entry.error or "" for entry in parsed if not isinstance(entry, Request)))
-    answers = {request.id: json.loads(line).get("answer") for request, line in zip(requests, lines, strict=True)}
+    answers = {
+        request.id: accepted(json.loads(line).get("answer")) for request, line in zip(requests, lines, strict=True)
+    }
     engines = [
         Engine(model, cache=parse_policy(name, CacheConfig()), sampling=sampling) for name in args.policies.split(",")
     ]
@@ -87,9 +89,9 @@ def compare(args: argparse.Namespace) -> str:
     return "\n".join(out) + "\n"
 
 
-def _answer(engine: Engine, requests: list[Request], answers: dict[str, Any]) -> dict[str, Any]:
+def _answer(engine: Engine, requests: list[Request], answers: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     results = engine.generate(requests)
-    scored = [exact_match(result.text or "", [answers[result.id]]) for result in results if answers[result.id]]
+    scored = [exact_match(result.text or "", answers[result.id]) for result in results if answers[result.id]]
     boundaries = sorted({result.boundary for result in results if result.prefix_len})
     return {
         "right": f"{sum(scored)} of {len(scored)}",

@@ -38,7 +38,7 @@ def main() -> None:
                     {"role": "user", "content": " ".join(question.words)},
                 ],
                 "gen_length": GEN_LENGTH,
-                "answer": " ".join(question.answer),
+                "answer": question.accepted,
                 "kind": question.kind,
             }
             lines.append(json.dumps(record) + "\n")

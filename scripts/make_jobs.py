@@ -47,7 +47,7 @@ def _line(name: str, before: tuple[str, ...], question: task.Question) -> dict[s
         "id": name,
         "prompt": " ".join((*before, *question.words)),
         "gen_length": GEN_LENGTH,
-        "answer": " ".join(question.answer),
+        "answer": question.accepted,
         "kind": question.kind,
     }
 

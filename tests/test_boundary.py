@@ -123,8 +123,8 @@ def test_profile_goes_on_where_it_was_cut_short(tmp_path: Path, monkeypatch: pyt
 
     measured: list[int] = []
 
-    def cut_short(model: Any, samples: list[Sample]) -> Any:
-        for count, found in enumerate(measure(model, samples)):
+    def cut_short(model: Any, samples: list[Sample], **settings: Any) -> Any:
+        for count, found in enumerate(measure(model, samples, **settings)):
             if count == 3:
                 raise BicacheError("the power went out")
             measured.append(found[0])
@@ -134,9 +134,9 @@ def test_profile_goes_on_where_it_was_cut_short(tmp_path: Path, monkeypatch: pyt
     assert _profile(tmp_path, "--output", str(again), "--no-plot") == 2
     assert not again.exists() and len(measured) == 3
 
-    def rest(model: Any, samples: list[Sample]) -> Any:
+    def rest(model: Any, samples: list[Sample], **settings: Any) -> Any:
         assert len(samples) == 3  # of six
-        yield from measure(model, samples)
+        yield from measure(model, samples, **settings)
 
     monkeypatch.setattr("bicache_jax.profiling.measure", rest)
     assert _profile(tmp_path, "--output", str(again), "--no-plot", "--resume") == 0
@@ -184,6 +184,7 @@ def test_requests_are_measured_at_their_own_prefixes() -> None:
         ('{"prompt_ids": [5, 99999]}\n', [], "line 1"),
         ('{"prompt_ids": [5, 6]}\n', ["--output", "nowhere/table.json"], "nowhere"),
         ('{"prompt_ids": [5, 6]}\n', ["--threshold", "1.5"], "--threshold"),
+        ('{"prompt_ids": [5, 6], "prefix_len": 1}\n', ["--attention", "pallas_tpu"], "attention"),
     ],
 )
 def test_what_cannot_be_profiled_is_one_line(

@@ -131,7 +131,7 @@ def test_dry_run_runs_nothing_and_needs_no_output(generate, tmp_path):
 def test_closing_line_has_accuracy_and_speed(generate, tmp_path):
     lines = [
         {"id": "a", "prompt": "x y", "answer": "y  x\n"},
-        {"id": "b", "prompt": "12", "answer": 21},
+        {"id": "b", "prompt": "12", "answer": ["other", 21]},
         {"id": "c", "prompt": "x", "answer": "other"},
         {"id": "d", "prompt": "x"},
     ]

@@ -192,6 +192,7 @@ def test_nothing_compiles_while_the_clock_runs() -> None:
         ('{"prompt_ids": [5], "answer": "5"}\n', ["--policies", ","], "--policies"),
         ('{"prompt_ids": [5], "answer": "5"}\n', ["--boundary-table", "deep.json"], "is for a model of 5 layers"),
         ('{"prompt_ids": [5], "answer": "5"}\n', ["--policies", "bicache"], "bicache profile"),
+        ('{"prompt_ids": [5], "answer": "5"}\n', ["--attention", "pallas_tpu"], "attention"),
     ],
 )
 def test_faults_are_one_line(

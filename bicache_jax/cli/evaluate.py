@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_decoding_flags(parser)
     running = parser.add_argument_group("running")
+    backend.add_attention_flag(running)
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
     running.add_argument(
         "--timed",
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             scorer=scorer,
             batch_size=args.batch_size,
+            attention=args.attention,
             timed=args.timed,
             progress=lambda done: None if bar.update(done) else None,
         )
@@ -142,6 +144,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "tokens/s",
         "ratio",
         "limit",
+        "passes",
         *kinds,
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -156,6 +159,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
             _or_dash(result["tokens_per_s"], lambda value: f"{value:.0f}"),
             _or_dash(result["ratio"], lambda value: f"{value:.2f}"),
             f"{result['limit']:.2f}",
+            str(result["forward_passes"]),
             *(f"{100 * result['by_kind'][kind]['exact_match']:.1f} %" for kind in kinds),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -177,7 +181,7 @@ def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:
 
 def _items(lines: list[Any], source: str, model: Model, sampling: SamplingConfig) -> list[Any]:
     from bicache_jax.evaluation import Item
-    from bicache_jax.requests import parse_requests
+    from bicache_jax.requests import accepted, parse_requests
 
     records = []
     for line in lines:
@@ -192,9 +196,8 @@ def _items(lines: list[Any], source: str, model: Model, sampling: SamplingConfig
     for entry, record in zip(parsed, records, strict=True):
         if not isinstance(entry, Request):
             raise BicacheError(f"--task: {entry.error}")
-        answer = record.get("answer")
-        answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-        if answer is None or isinstance(answer, dict) or not answers:
+        answers = accepted(record.get("answer"))
+        if not answers:
             raise BicacheError(
                 f"--task {source}: request {entry.id!r} needs an 'answer', a string or a list of strings"
             )

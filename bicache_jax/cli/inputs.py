@@ -36,11 +36,11 @@ class Requests:
         """The requests that can run."""
         return [item for item in self.items if isinstance(item, Request)]
 
-    def answers(self) -> list[str | None]:
-        """The `answer` field per item; None where there is none."""
-        from bicache_jax.requests import is_blank  # which imports jax
+    def answers(self) -> list[tuple[str, ...]]:
+        """The answers that count as right per item; none where its line says none."""
+        from bicache_jax.requests import accepted, is_blank  # which imports jax
 
-        found: list[str | None] = []
+        found: list[tuple[str, ...]] = []
         for line in self.lines:
             if is_blank(line):
                 continue
@@ -48,7 +48,7 @@ class Requests:
                 answer = json.loads(line)["answer"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 answer = None
-            found.append(None if answer is None or isinstance(answer, (list, dict)) else str(answer))
+            found.append(accepted(answer))
         return found
 
     def follow(self, finished: Mapping[Key, Record]) -> Iterator[Record | None]:

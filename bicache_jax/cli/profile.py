@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of the splits (default: 0)")
     what.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+    backend.add_attention_flag(what)
     backend.add_compilation_flags(what)
 
 
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
                 leave=False,
             )
         )
-        for place, similarity in measure(model, [samples[place] for place in todo]):
+        for place, similarity in measure(model, [samples[place] for place in todo], attention=args.attention):
             journal.add({"id": str(todo[place]), "sample": 0, "similarity": [float(value) for value in similarity]})
             bar.update()
         measured = [

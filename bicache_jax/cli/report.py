@@ -71,7 +71,7 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
 
 
 def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] | None:
-    """How many responses equal their request's `answer`, white space aside.
+    """How many responses equal their request's `answer`, or one of a list of them, white space aside.
 
     Args:
         records: all results, in input order.
@@ -80,12 +80,14 @@ def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] |
     Returns:
         (right ones, responses with a known answer), or None where nothing can be compared.
     """
+    from bicache_jax.evaluation import exact_match  # which imports jax
+
     answers = {}
-    for item, answer in zip(requests.items, requests.answers(), strict=True):
-        if answer is not None and isinstance(item, Request):
-            answers[item.id] = answer.split()
+    for item, accepted in zip(requests.items, requests.answers(), strict=True):
+        if accepted and isinstance(item, Request):
+            answers[item.id] = accepted
     scored = [
-        record["text"] is not None and record["text"].split() == answers[record["id"]]
+        record["text"] is not None and exact_match(record["text"], answers[record["id"]])
         for record in records
         if record["id"] in answers and (record["text"] is not None or record["finish_reason"] == "error")
     ]
