@@ -14,6 +14,7 @@ import scipy.stats
 
 from bicache_jax.config import BLOCK_CACHES, POLICIES, BlockCache, CacheConfig, Policy, SamplingConfig
 from bicache_jax.engine import Engine
+from bicache_jax.requests import exact_match as exact_match
 from bicache_jax.types import BicacheError, Model, Request, Result
 
 Scorer = Callable[[str, Sequence[str]], bool]
@@ -35,11 +36,6 @@ class Item:
     request: Request
     answers: tuple[str, ...]
     kind: str = ""
-
-
-def exact_match(text: str, answers: Sequence[str]) -> bool:
-    """The response is one of the answers, white space aside."""
-    return text.split() in [answer.split() for answer in answers]
 
 
 def _last_number(text: str) -> float | None:

@@ -88,6 +88,11 @@ def accepted(answer: Any) -> tuple[str, ...]:
     return tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
 
 
+def exact_match(text: str, answers: Sequence[str]) -> bool:
+    """The response is one of the answers, white space aside."""
+    return text.split() in [answer.split() for answer in answers]
+
+
 def is_blank(line: Any) -> bool:
     """Whether a line holds nothing, a byte order mark aside."""
     if isinstance(line, bytes):

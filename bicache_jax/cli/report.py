@@ -80,7 +80,7 @@ def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] |
     Returns:
         (right ones, responses with a known answer), or None where nothing can be compared.
     """
-    from bicache_jax.evaluation import exact_match  # which imports jax
+    from bicache_jax.requests import exact_match  # which imports jax
 
     answers = {}
     for item, accepted in zip(requests.items, requests.answers(), strict=True):
