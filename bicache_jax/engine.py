@@ -25,14 +25,14 @@ from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_here
-from bicache_jax.grouping import Batch, Row, detect_prefixes, prefix_ratio
+from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
 from bicache_jax.memory import device_bytes, params_bytes
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, rows_fitting
 from bicache_jax.requests import parse_requests
 from bicache_jax.rounds import Round, plan_rounds
-from bicache_jax.schedule import make_decoding, most_steps, stages
+from bicache_jax.schedule import make_decoding, most_steps, passes_saved, stages
 from bicache_jax.sharding import check_mesh
 from bicache_jax.store import PrefixStore
 from bicache_jax.types import BicacheError, Model, Request, Result
@@ -311,7 +311,11 @@ class Engine:
             rows=sum(len(batch.rows) for batch in batches),
             tokens=sum(row.request.sampling.gen_length for batch in batches for row in batch.rows),
             forward_passes=sum(int(seen[i][2][: len(batches[i].rows)].sum()) for i in seen),
-            passes_saved=sum(_saved(batches[i], seen[i][4]) for i in seen),
+            passes_saved=sum(
+                passes_saved(batches[i].rows[0].request.sampling, seen[i][4][: len(batches[i].rows)])
+                for i in seen
+                if batches[i].rows
+            ),
         )
         yield from self._results(batches, seen, finished=True)
 
@@ -391,12 +395,3 @@ class Engine:
     def _count(self, **more: float) -> None:
         now = {name: getattr(self._stats, name) + value for name, value in more.items()}
         self._stats = dataclasses.replace(self._stats, **now)
-
-
-def _saved(batch: Batch, blocks: np.ndarray) -> int:
-    """Forward passes that rows did not make since they stopped early; where confidence decides, at least as many."""
-    if not batch.rows:
-        return 0
-    sampling = batch.rows[0].request.sampling
-    skipped = int((sampling.num_blocks - blocks[: len(batch.rows)]).sum())
-    return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)

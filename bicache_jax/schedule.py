@@ -141,3 +141,14 @@ def make_decoding(
         anchor=jnp.asarray(anchored),
         dual=jnp.asarray(block_cache == "dual"),
     )
+
+
+def passes_saved(sampling: SamplingConfig, blocks: np.ndarray) -> int:
+    """Forward passes that rows did not make since they stopped early; where confidence decides, at least as many.
+
+    Args:
+        sampling: settings of the rows.
+        blocks: blocks that each row finished [B].
+    """
+    skipped = int((sampling.num_blocks - blocks).sum())
+    return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)
