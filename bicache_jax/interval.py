@@ -123,13 +123,15 @@ def intervals(
         with jax.named_scope("unmask"):
             rows, index = unmask(backbone, params, passed[0], rows, decoding, index, guided=guided), index + 1
         more = (index < decoding.refresh_interval) & ~jnp.all(idle(rows, decoding, index))
+
+        def reuse(turn: Array, passed: Pass) -> Pass:
+            # Nothing here changes with the turn. Without the barrier the compiler would take the pass out of its loop,
+            # and make one behind the last step of every interval, too.
+            this, _ = jax.lax.optimization_barrier((rows, turn))
+            return predict(index, this, passed[1], passed[2], refresh=False)
+
         with jax.named_scope("reuse"):
-            passed = jax.lax.fori_loop(
-                0,
-                more.astype(jnp.int32),
-                lambda _, passed: predict(index, rows, passed[1], passed[2], refresh=False),
-                passed,
-            )
+            passed = jax.lax.fori_loop(0, more.astype(jnp.int32), reuse, passed)
         return index, more, rows, passed
 
     def interval(carry: Intervals) -> Intervals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import Any
 
 import golden
@@ -12,6 +13,7 @@ import pytest
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
 from bicache_jax.grouping import detect_prefixes
+from bicache_jax.program import lower_decode
 
 TABLE = {0: 0, 52: 2, 62: 3, 68: 5, 72: 6}
 
@@ -191,3 +193,21 @@ def test_detected_prefixes_do_not_depend_on_order() -> None:
     assert lengths == [len(request.prompt_ids[: request.prefix_len]) for request in requests]
     order = random.Random(1).sample(range(20), 20)
     assert detect_prefixes([found[i] for i in order], min_prefix=16, min_suffix=0) == [lengths[i] for i in order]
+
+
+@pytest.mark.parametrize("cache", [{"policy": "none"}, {}, {"block_cache": "dual"}], ids=["none", "bicache", "dual"])
+def test_no_pass_is_made_that_no_step_uses(model: Model, cache: dict[str, Any]) -> None:
+    """What never changes in a loop may be taken out of it by the compiler, though the loop may not turn at all."""
+    engine = _engine(model, **cache)
+    plan = engine.plan(_requests(4))
+    text = lower_decode(engine._backbone, engine._params, plan, *plan.rounds[0]).compile().as_text()
+    loops: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.endswith("{"):
+            computation = line.split()[0]
+        elif " while(" in line:
+            name = re.search(r'op_name="([^"]*)"', line)
+            assert name is not None
+            loops.setdefault(computation, []).append(name[1])
+    (step,) = (names for names in loops.values() if any(name.endswith("/reuse/while") for name in names))
+    assert not [name for name in step if "/reuse/while/body/" in name]
