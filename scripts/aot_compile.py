@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.boundary import boundary_at
+from bicache_jax.buckets import length_bucket
 from bicache_jax.cli.options import Parser, integer
 from bicache_jax.config import BLOCK_CACHES, CacheConfig, SamplingConfig
 from bicache_jax.configs import model_shape, names, published_table, topology
@@ -28,7 +29,7 @@ from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
 from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import decode_memory, most_rows, params_bytes
+from bicache_jax.memory import RESERVE, decode_memory, most_rows, params_bytes
 from bicache_jax.models import AXES, abstract
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, jobs
@@ -41,6 +42,11 @@ EXIT_NO_FIT, EXIT_FAULT = 1, 2
 GIB = 2**30
 
 
+def rows(text: str) -> int | None:
+    """Value of `--rows`; None for `max`."""
+    return None if text == "max" else integer(1)(text)
+
+
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(description="Ahead-of-time compile check for TPU slices.")
@@ -49,8 +55,16 @@ def build_parser() -> Parser:
     parser.add_argument("--mesh", required=True, metavar="data=D,model=M", help="how the slice's devices are used")
     parser.add_argument("--prefix", type=integer(0), default=1024, metavar="P", help="prefix tokens (%(default)s)")
     parser.add_argument("--suffix", type=integer(1), default=512, metavar="U", help="suffix tokens (%(default)s)")
-    parser.add_argument("--rows", type=integer(1), default=8, metavar="B", help="rows of a data shard (%(default)s)")
-    parser.add_argument("--prefixes", type=integer(1), default=1, metavar="G", help="prefixes of a shard (%(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=rows,
+        default=8,
+        metavar="B",
+        help="rows of a data shard; max: as many as are planned (%(default)s)",
+    )
+    parser.add_argument(
+        "--per-prefix", type=integer(1), default=16, metavar="n", help="rows that share a prefix (%(default)s)"
+    )
     parser.add_argument("--boundary", type=integer(0), metavar="b", help="boundary (default: the published table's)")
     parser.add_argument("--gen-length", type=integer(1), default=256, metavar="R", help="response (%(default)s)")
     parser.add_argument("--block-length", type=integer(1), default=32, metavar="W", help="block (%(default)s)")
@@ -78,7 +92,7 @@ def tpu_devices(name: str) -> Sequence[Any]:
 
 def make_plan(args: argparse.Namespace, place: Placement, boundary: int, rows: int) -> Plan:
     """A round of equal batches of the shape that is asked for."""
-    groups = min(args.prefixes, rows)
+    groups = -(-rows // args.per_prefix)
     response = min(args.gen_length, args.suffix - place.config.shift_logits)  # which need a prompt token before it
     block = min(args.block_length, response)
     sampling = SamplingConfig(response - response % block, None, block)
@@ -157,17 +171,21 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         if table is None:
             raise BicacheError(f"--config {args.config} has no published boundary table: give --boundary")
         boundary = boundary_at(table.table, prefix_ratio(args.prefix, args.prefix + args.suffix))
-    plan = make_plan(args, place, boundary, args.rows)
-    groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
+    buffers = Buffers.between(min(boundary, config.num_layers - 1), boundary, config.num_layers)
     size = {
-        "prefix": prefix,
-        "suffix": suffix,
-        "shallow": plan.buffers.shallow,
-        "deep": plan.buffers.deep,
-        "itemsize": plan.dtype.itemsize,
+        "prefix": length_bucket(args.prefix),
+        "suffix": length_bucket(args.suffix),
+        "shallow": buffers.shallow,
+        "deep": buffers.deep,
+        "itemsize": jnp.dtype(args.dtype).itemsize,
         "block_cache": args.block_cache != "off",
     }
-    local, weights = place.layout.local, params_bytes(params)
+    local, weights, limit = place.layout.local, params_bytes(params), chip.hbm_gib * GIB
+    asked = args.rows or most_rows(RESERVE * limit, local, weights, per_prefix=args.per_prefix, **size)
+    if not asked:
+        raise BicacheError(f"--mesh {args.mesh}: not even one row is planned to fit; cut the model over more devices")
+    plan = make_plan(args, place, boundary, asked)
+    groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
     planned = decode_memory(local, weights, groups=groups, rows=rows, **size)
     found = {
         "config": args.config,
@@ -188,8 +206,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     }
     found["fits"] = bool(found["decode"]["fits"] and found["encode"]["fits"])
     if not found["fits"]:
-        sharing = max(1, args.rows // args.prefixes)
-        found["largest_rows"] = most_rows(chip.hbm_gib * GIB, local, weights, per_prefix=sharing, **size)
+        found["largest_rows"] = most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
     return found
 
 

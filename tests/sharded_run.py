@@ -30,18 +30,35 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bicache+dual": {"boundary": 2, "block_cache": "dual"},
     "bicache+prefix": {"boundary": 2, "block_cache": "prefix"},
 }
+DECODERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "filtered": {"top_p": 0.8, "top_k": 30, "alg_temperature": 0.1, "remasking": "topk_margin"},
+    "guided": {"cfg_scale": 1.5},
+}
+"""Settings that read more of the vocabulary than its best token; behind a policy's name as in `bicache/guided`."""
 ODD = ModelConfig(
     "llada", 61, 24, 3, 6, 3, 4, 22, 1e4, 1e-5, 512, 5, qkv_bias=True, bias=True, norm_bias=True, head_bias=True
 )
 """Sizes that no mesh divides, and every bias there can be."""
+DECODED = ("bicache/filtered", "bicache/guided")
 SOME = {
-    "llada": {"bicache": MESHES, "none": MESHES[1:2], "bicache+dual": MESHES[2:3]},
-    "dream": {"bicache": MESHES, "naive": MESHES[1:2], "bicache+prefix": MESHES[2:3]},
+    "llada": {
+        "bicache": MESHES,
+        "none": MESHES[1:2],
+        "bicache+dual": MESHES[2:3],
+        "bicache/guided": MESHES[2:3],
+    },
+    "dream": {
+        "bicache": MESHES,
+        "naive": MESHES[1:2],
+        "bicache+prefix": MESHES[2:3],
+        "bicache/filtered": MESHES[2:3],
+    },
     "odd": {"bicache": MESHES[2:]},
 }
 
 
-def requests(vocab: int) -> list[Request]:
+def requests(vocab: int, decoder: str = "") -> list[Request]:
     """Greedy and sampled requests over three prefixes; one has more rows than a data shard's share."""
     rng = np.random.default_rng(11)
     prefixes = [tuple(map(int, rng.integers(6, vocab, size))) for size in (34, 40, 61)]
@@ -49,7 +66,7 @@ def requests(vocab: int) -> list[Request]:
     for index in range(17):
         prefix = prefixes[0 if index < 9 else 1 + index % 2]
         rest = tuple(map(int, rng.integers(6, vocab, rng.integers(1, 14))))
-        sampling = SamplingConfig(16, 8, 8, temperature=0.7 * (index % 2), seed=index)
+        sampling = SamplingConfig(16, 8, 8, temperature=0.7 * (index % 2), seed=index, **DECODERS[decoder])
         found.append(Request(f"r{index}", prefix + rest, len(prefix), sampling, index=index))
     return found
 
@@ -65,15 +82,17 @@ def tokens(engine: Engine, work: list[Request]) -> dict[str, tuple[int, ...]]:
     return {result.id: result.token_ids for result in engine.generate(work)}
 
 
-def differing(model: Model, work: list[Request], policy: str, meshes: tuple[str, ...] = MESHES) -> dict[str, list[str]]:
+def differing(model: Model, name: str, meshes: tuple[str, ...]) -> dict[str, list[str]]:
     """Requests that a mesh answers otherwise than one device."""
+    policy, _, decoder = name.partition("/")
+    work = requests(min(model.config.vocab_size, 290), decoder)
     wanted = tokens(engine(model, policy, None), work)
     assert len(set(wanted.values())) > len(wanted) // 2
     found = {}
     for mesh in meshes:
         got = tokens(engine(model, policy, mesh), work)
         found[mesh] = [name for name in wanted if got[name] != wanted[name]]
-        print(policy, mesh, f"{len(found[mesh])} of {len(wanted)} differ", file=sys.stderr, flush=True)
+        print(name, mesh, f"{len(found[mesh])} of {len(wanted)} differ", file=sys.stderr, flush=True)
     return found
 
 
@@ -119,19 +138,20 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
 
 def main(family: str, extent: str) -> None:
     """Runs the family `llada`, `dream` or `odd`, on some combinations of policy and mesh or on all."""
-    runs: dict[str, tuple[str, ...]] = SOME[family] if extent == "some" else dict.fromkeys(POLICIES, MESHES)
+    runs: dict[str, tuple[str, ...]] = (
+        SOME[family] if extent == "some" else dict.fromkeys([*POLICIES, *DECODED], MESHES)
+    )
     if family == "odd":
         model = Model(ODD, init(ODD, jax.random.key(3)))
         model.params["layers"]["o"]["bias"] += 0.1  # biases start at zero, and would hide being added twice
         model.params["layers"]["down"]["bias"] -= 0.2
         model.params["layers"]["q"]["bias"] += 0.3
         model.params["head_bias"] += jnp.arange(61) * 0.01
-        work = requests(61)
     else:
-        model, work = load_model(golden.FOLDERS[family]), requests(290)
-    found: dict[str, Any] = {"differing": {p: differing(model, work, p, meshes) for p, meshes in runs.items()}}
+        model = load_model(golden.FOLDERS[family])
+    found: dict[str, Any] = {"differing": {name: differing(model, name, meshes) for name, meshes in runs.items()}}
     if family == "dream":
-        found["inspect"] = inspect(model, work)
+        found["inspect"] = inspect(model, requests(290))
     print(json.dumps(found))
 
 

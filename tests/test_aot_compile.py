@@ -36,7 +36,7 @@ def run(*flags: str) -> tuple[int, str, str]:
 @needs_compiler
 def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
     flags = ("--config", "llada_8b", "--topology", "v5e:2x4", "--mesh", "data=2,model=4", "--rows", "8", "--json")
-    status, out, err = run(*flags, "--prefix", "1024", "--suffix", "512", "--prefixes", "2", "--boundary", "16")
+    status, out, err = run(*flags, "--prefix", "1024", "--suffix", "512", "--per-prefix", "4", "--boundary", "16")
     assert status == 0, err
     found = json.loads(out[out.index("{") :])
     decode = found["decode"]

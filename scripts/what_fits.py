@@ -1,0 +1,99 @@
+"""Largest batches that the TPU compiler finds to fit, by model, slice and mesh, beside what the planner says.
+
+python scripts/what_fits.py --output scripts/results/what_fits
+
+Every line of the table is two programs compiled for a slice that need not be here (`aot_compile.py --rows max`); lines
+that the output already has are not compiled again. `--beyond` also compiles a batch one bucket larger, to show that it
+does not fit, or by how much the planner is careful.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aot_compile import EXIT_FAULT, GIB, build_parser, check
+
+from bicache_jax.buckets import count_bucket
+from bicache_jax.types import BicacheError
+
+MESHES: dict[str, dict[str, tuple[str, ...]]] = {
+    "v5e:2x4": {"llada_8b": ("data=2,model=4",), "dream_7b": ("data=2,model=4",)},
+    "v6e:2x4": {"llada_8b": ("data=8,model=1",), "dream_7b": ("data=8,model=1",)},
+    "v5p:2x2x1": {"llada_8b": ("data=4,model=1",), "dream_7b": ("data=4,model=1",)},
+    "tpu7x:2x2x1": {"llada_8b": ("data=8,model=1",), "dream_7b": ("data=8,model=1",)},
+}
+
+
+def one(config: str, slice_name: str, mesh: str, rows: int | None) -> dict[str, Any]:
+    """A compile check."""
+    flags = ("--config", config, "--topology", slice_name, "--mesh", mesh, "--rows", str(rows or "max"))
+    return check(build_parser().parse_args(flags))
+
+
+def peak(found: dict[str, Any]) -> int | None:
+    """Bytes of the larger program; None where one does not fit."""
+    parts = (found["decode"], found["encode"])
+    return max(part["peak_bytes"] for part in parts) if found["fits"] else None
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = [
+        "# What fits where",
+        "",
+        "bfloat16, P = 1024, U = 512, 256 response tokens, 16 rows to a prefix, the published boundary. Compiled "
+        "by the TPU compiler (`python scripts/what_fits.py --output scripts/results/what_fits`), run on none of these.",
+        "",
+        "| model | slice | mesh | rows a data shard | rows on the slice | compiler, GiB | planned, GiB | HBM, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for found in records:
+        mesh, used = found["mesh"], peak(found)
+        lines.append(
+            f"| {found['config']} | {found['topology']} | data={mesh['data']},model={mesh['model']} | {found['rows']} "
+            f"| {found['rows'] * mesh['data']} | {'does not fit' if used is None else f'{used / GIB:.2f}'} "
+            f"| {found['planned_bytes'] / GIB:.2f} | {found['hbm_gib']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles what is missing, and writes the table after every line."""
+    parser = argparse.ArgumentParser(description="Largest batches that fit, by the TPU compiler.")
+    parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .md are written")
+    parser.add_argument("--slices", nargs="+", default=list(MESHES), choices=list(MESHES), help="default: all")
+    parser.add_argument("--beyond", action="store_true", help="also compile what should not fit any more")
+    args = parser.parse_args(argv)
+    file: Path = args.output.with_suffix(".json")
+    records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    wanted = [
+        (config, slice_name, mesh)
+        for slice_name in args.slices
+        for config, meshes in MESHES[slice_name].items()
+        for mesh in meshes
+    ]
+    for case in wanted:
+        known = [found for found in records if (found["config"], found["topology"], _said(found["mesh"])) == case]
+        while len(known) < 1 + args.beyond:
+            try:
+                known.append(one(*case, count_bucket(known[0]["rows"] + 1) if known else None))
+            except BicacheError as error:
+                print(f"what_fits: {error}", file=sys.stderr)
+                return EXIT_FAULT
+            records.append(known[-1])
+            file.write_text(json.dumps(records, indent=1) + "\n")
+            args.output.with_suffix(".md").write_text(table(records))
+    return 0
+
+
+def _said(mesh: dict[str, int]) -> str:
+    return f"data={mesh['data']},model={mesh['model']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
