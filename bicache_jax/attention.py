@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.numerics import precision
 
-# Scores held at a time. On CPUs 4 MiB: a core's cache holds less, but several cores share products that are larger.
-SCORES = {"cpu": 1 << 20, "accelerator": 1 << 26}
+# Scores held at a time. On CPUs 6 MiB: a core's cache holds less, but several cores share products that are larger.
+SCORES = {"cpu": 3 << 19, "accelerator": 1 << 26}
 
 
 @runtime_checkable

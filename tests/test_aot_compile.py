@@ -16,6 +16,7 @@ from bicache_jax.buckets import count_bucket
 from bicache_jax.configs import model_shape, names, topology
 from bicache_jax.memory import decode_memory, most_rows, params_bytes
 from bicache_jax.models import abstract
+from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "aot_compile.py"
@@ -45,6 +46,19 @@ def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
     assert decode["collectives_over_data"] == found["encode"]["collectives_over_data"] == 0
     assert decode["arguments_bytes"] < decode["peak_bytes"] < found["hbm_gib"] * 2**30
     assert found["planned_bytes"] == pytest.approx(decode["peak_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_the_planner_agrees_with_the_compiler(place: int) -> None:
+    """Against recorded figures, at the largest batches that are planned: every slice and both models."""
+    found = json.loads((SCRIPT.parent / "results" / "what_fits.json").read_text())[place]
+    config, shards = model_shape(found["config"]), found["mesh"]["model"]
+    layout, buffers = Layout(config, shards), Buffers.between(found["boundary"], found["boundary"], config.num_layers)
+    size = {"groups": found["prefixes"], "rows": found["rows"], "prefix": found["prefix"], "suffix": found["suffix"]}
+    weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // shards
+    planned = decode_memory(layout.local, weights, **size, shallow=buffers.shallow, deep=buffers.deep, itemsize=2).total
+    assert planned == pytest.approx(found["decode"]["peak_bytes"], rel=0.1)
+    assert found["fits"] and planned <= topology(found["topology"]).hbm_gib * 2**30
 
 
 def test_most_rows_is_the_last_bucket_that_fits() -> None:
