@@ -27,7 +27,7 @@ from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_here
 from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
-from bicache_jax.memory import device_bytes, params_bytes
+from bicache_jax.memory import params_bytes, room_of
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, rows_fitting
 from bicache_jax.requests import parse_requests
@@ -218,17 +218,14 @@ class Engine:
     def _plan(self, requests: Sequence[Request]) -> Plan:
         place, config, found = self._placement, self.model.config, self._rows(requests)
         dtype, weights = jnp.dtype(self._params["embed"].dtype), params_bytes(self._params)
-        available = device_bytes(place.devices)
-        fitting = (
-            None
-            if available is None
-            else rows_fitting(found, place.layout.local, weights, available, self.cache, dtype)
-        )
+        room = room_of(place.devices)
+        part = place.layout.local
+        fitting = None if room is None else rows_fitting(found, part, weights, room, self.cache, dtype)
         rounds = plan_rounds(
             config, self.cache, found, shards=place.shards, batch_size=self.batch_size, rows_of=fitting
         )
         buffers = Buffers.of(rounds, config.num_layers)
-        return Plan(config, dtype, self.cache, tuple(rounds), buffers, place.layout.local, weights, available)
+        return Plan(config, dtype, self.cache, tuple(rounds), buffers, part, weights, room)
 
     def _answer(self, entries: Sequence[Request | Result], *, partial: bool) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""

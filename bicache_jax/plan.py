@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
 from bicache_jax.grouping import Batch, Row, default_rows
-from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
+from bicache_jax.memory import MLP_COPIES, RESERVE, Memory, Room, decode_memory, most_rows
 from bicache_jax.rounds import Round
 from bicache_jax.work import Job, row_flops
 
@@ -49,7 +49,7 @@ class Buffers:
 
 
 def rows_fitting(
-    rows: Sequence[Row], part: ModelConfig, weights: int, available: int, cache: CacheConfig, dtype: jnp.dtype
+    rows: Sequence[Row], part: ModelConfig, weights: int, room: Room, cache: CacheConfig, dtype: jnp.dtype
 ) -> Callable[[int, int], int]:
     """How many rows a batch may have, by buckets of P and U: as many as are usual, fewer where memory is short.
 
@@ -57,7 +57,7 @@ def rows_fitting(
         rows: the run; its boundaries size the caches.
         part: a device's part of the architecture.
         weights: bytes of the parameters on a device.
-        available: memory of a device.
+        room: what a device offers.
         cache: how prefixes are reused.
         dtype: of the caches.
     """
@@ -66,7 +66,7 @@ def rows_fitting(
 
     def most(prefix: int, suffix: int) -> int:
         fitting = most_rows(
-            RESERVE * available,
+            RESERVE * room.nbytes,
             part,
             weights,
             prefix=prefix,
@@ -75,6 +75,7 @@ def rows_fitting(
             deep=buffers.deep,
             itemsize=dtype.itemsize,
             block_cache=cache.block_cache != "off",
+            mlp_copies=room.mlp_copies,
         )
         return max(1, min(default_rows(prefix, suffix), fitting))
 
@@ -113,7 +114,7 @@ class Plan:
         buffers: cache sizes of the run.
         part: a device's part of the architecture, where it is not all of it.
         weights: bytes of the parameters on a device; 0 where they are not known.
-        available: memory of a device; None where it is not known.
+        room: what a device offers; None where it is not known.
     """
 
     config: ModelConfig
@@ -123,7 +124,7 @@ class Plan:
     buffers: Buffers
     part: ModelConfig | None = None
     weights: int = 0
-    available: int | None = None
+    room: Room | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -175,6 +176,7 @@ class Plan:
             deep=self.buffers.deep,
             itemsize=self.dtype.itemsize,
             block_cache=self.cache.block_cache != "off",
+            mlp_copies=MLP_COPIES if self.room is None else self.room.mlp_copies,
         )
 
     def _memory_line(self) -> str:
@@ -182,7 +184,7 @@ class Plan:
             return "memory of a device: nothing to run"
         most = max((self.memory(*batches) for batches in self.rounds), key=lambda memory: memory.total)
         parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in dataclasses.asdict(most).items() if size)
-        known = "" if self.available is None else f" of {self.available / 2**20:.0f}"
+        known = "" if self.room is None else f" of {self.room.nbytes / 2**20:.0f}"
         return f"memory of a device, MiB: at most {most.total / 2**20:.0f}{known} ({parts})"
 
     def describe(self) -> str:

@@ -38,6 +38,8 @@ class Topology:
         tflops_bfloat16: peak arithmetic in 10^12 operations a second.
         hbm_gb_per_second: memory bandwidth in 10^9 bytes a second.
         devices_per_chip: devices that a chip appears as.
+        device_kind: what JAX calls them.
+        mlp_copies: activations as wide as the MLP that its compiler holds at a time (`scripts/what_fits.py` shows it).
         source: where the figures are from.
     """
 
@@ -46,6 +48,8 @@ class Topology:
     tflops_bfloat16: float
     hbm_gb_per_second: float
     devices_per_chip: int
+    device_kind: str
+    mlp_copies: int
     source: str
 
 
@@ -59,6 +63,12 @@ def topology(name: str) -> Topology:
     if generation not in names("topologies"):
         raise BicacheError(f"topology {name!r}: generations are {', '.join(names('topologies'))}")
     return Topology(**_read("topologies", generation))
+
+
+def topology_of(device_kind: str) -> Topology | None:
+    """The TPU generation that a device is of; None for anything else."""
+    known = (topology(name) for name in names("topologies"))
+    return next((one for one in known if one.device_kind == device_kind), None)
 
 
 def published_table(config: ModelConfig) -> BoundaryTable | None:

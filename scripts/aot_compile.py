@@ -29,7 +29,7 @@ from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
 from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import RESERVE, decode_memory, most_rows, params_bytes
+from bicache_jax.memory import decode_memory, most_rows, params_bytes
 from bicache_jax.models import AXES, abstract
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, jobs
@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         type=rows,
         default=8,
         metavar="B",
-        help="rows of a data shard; max: as many as are planned (%(default)s)",
+        help="rows of a data shard; max: as many as should fit (%(default)s)",
     )
     parser.add_argument(
         "--per-prefix", type=integer(1), default=16, metavar="n", help="rows that share a prefix (%(default)s)"
@@ -179,11 +179,12 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         "deep": buffers.deep,
         "itemsize": jnp.dtype(args.dtype).itemsize,
         "block_cache": args.block_cache != "off",
+        "mlp_copies": chip.mlp_copies,
     }
     local, weights, limit = place.layout.local, params_bytes(params), chip.hbm_gib * GIB
-    asked = args.rows or most_rows(RESERVE * limit, local, weights, per_prefix=args.per_prefix, **size)
+    asked = args.rows or most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
     if not asked:
-        raise BicacheError(f"--mesh {args.mesh}: not even one row is planned to fit; cut the model over more devices")
+        raise BicacheError(f"--mesh {args.mesh}: not even one row should fit; cut the model over more devices")
     plan = make_plan(args, place, boundary, asked)
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
     planned = decode_memory(local, weights, groups=groups, rows=rows, **size)

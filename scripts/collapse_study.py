@@ -51,7 +51,7 @@ WORDS = tuple(
 )
 TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
 SHAPE = dataclasses.replace(CONFIG, vocab_size=len(WORDS))
-LENGTH, RESPONSE = 96, 8
+LENGTH, RESPONSE = 72, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +226,26 @@ def similarity(params: Any, items: list[Item]) -> dict[str, list[float]]:
     return {kind: np.asarray(found)[kinds == kind].mean(0).round(4).tolist() for kind in KINDS}
 
 
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draws similarity by layer, and accuracy by boundary: lines refreshed every 16 steps, dots at every step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+    similar, accuracy = figure.subplots(1, 2)
+    for place, kind in enumerate(KINDS):
+        color = f"C{place}"
+        similar.plot(range(1, SHAPE.num_layers + 1), record["similarity"][kind], marker="o", color=color, label=kind)
+        for interval, style in ((16, "-"), (1, ":")):
+            rows = [row for row in record["rows"] if row["refresh_interval"] == interval]
+            values = [row["by_kind"][kind]["exact_match"] for row in rows]
+            label = kind if interval == 16 else None
+            accuracy.plot([row["boundary"] for row in rows], values, style, marker=".", color=color, label=label)
+    similar.set(xlabel="layer", ylabel="similarity of prefix KV, alone and in context")
+    accuracy.set(xlabel="boundary b (8: naive)", ylabel="exact match (dotted: N = 1)", ylim=(0, 1.03))
+    accuracy.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Trains, measures, draws."""
     with_kept_buffers()
@@ -235,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=24, help="sequences of a step (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=30, help="sequences of a step (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=600, help="questions measured (default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -251,6 +271,7 @@ def main() -> None:
             row = {"refresh_interval": interval, "boundary": boundary}
             record["rows"].append(row | {key: found[key] for key in ("exact_match", "by_kind")})
     (args.output / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, args.output / "study.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from bicache_jax.grouping import prefix_ratio
 from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
 from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
-from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, weight_bytes
+from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
 
 GIB = 2**30
 PREFIX, SUFFIX, RESPONSE, STEPS, BLOCK, PER_PREFIX = 1024, 512, 256, 256, 32, 16
@@ -34,7 +34,7 @@ def boundary_for(config: ModelConfig) -> int:
 
 
 def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
-    """Planned memory of a device that holds one `model`-th of the model."""
+    """Planned memory of a v5e device that holds one `model`-th of the model."""
     boundary = boundary_for(config)
     size = Buffers.between(boundary, boundary, config.num_layers)
     local, weights = Layout(config, model).local, parameters(config) // model
@@ -48,6 +48,7 @@ def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
         shallow=size.shallow,
         deep=size.deep,
         itemsize=2,
+        mlp_copies=topology("v5e").mlp_copies,
     )
 
 
@@ -56,16 +57,15 @@ def largest(config: ModelConfig, generation: str, model: int) -> int:
     boundary = boundary_for(config)
     size = Buffers.between(boundary, boundary, config.num_layers)
     shape = {"prefix": PREFIX, "suffix": SUFFIX, "shallow": size.shallow, "deep": size.deep, "itemsize": 2}
+    shape["mlp_copies"] = topology(generation).mlp_copies
     limit = RESERVE * topology(generation).hbm_gib * GIB
     local, weights = Layout(config, model).local, parameters(config) // model
     return most_rows(limit, local, weights, per_prefix=PER_PREFIX, **shape)
 
 
-def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: int, rows: int, cached: bool) -> float:
-    """Upper bound: every pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
-    chip = topology(generation)
-    peak, bandwidth = chip.tflops_bfloat16 * 1e12 * model, chip.hbm_gb_per_second * 1e9 * model
-    job = Job(
+def job_of(config: ModelConfig, per_prefix: int) -> Job:
+    """The work of a row."""
+    return Job(
         prefix=PREFIX,
         suffix=SUFFIX,
         steps=STEPS,
@@ -73,8 +73,15 @@ def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: i
         response=RESPONSE,
         boundary=boundary_for(config),
         refresh_interval=16,
-        rows_per_prefix=PER_PREFIX,
+        rows_per_prefix=per_prefix,
     )
+
+
+def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: int, rows: int, cached: bool) -> float:
+    """Upper bound: every pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
+    chip = topology(generation)
+    peak, bandwidth = chip.tflops_bfloat16 * 1e12 * model, chip.hbm_gb_per_second * 1e9 * model
+    job = job_of(config, PER_PREFIX)
     job = job if cached else job.without_prefix()
     seconds = rows / PER_PREFIX * encode_flops(config, job.prefix, job.boundary) / peak
     for (refresh, window), count in job.passes().items():
@@ -93,10 +100,10 @@ def study() -> str:
         " the planner's; requests an hour are the roofline's upper bound (peak arithmetic or weight traffic, no"
         " communication, nothing lost): **an estimate, not a measurement**.",
         "",
-        "## Memory of a device (GiB), LLaDA-8B",
+        "## Memory (GiB) and work of a v5e device, LLaDA-8B",
         "",
-        "| model axis | rows | prefixes | parameters | shared KV | KV by row | activations | total |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model axis | rows | prefixes | parameters | shared KV | KV by row | activations | total | TFLOP a batch |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     config = model_shape("llada_8b")
     for model, rows, groups in [
@@ -111,10 +118,14 @@ def study() -> str:
     ]:
         found = memory(config, model, rows, groups)
         parts = (found.params, found.prefixes, found.deep, found.activations, found.total)
-        lines.append(f"| {model} | {rows} | {groups} | " + " | ".join(f"{part / GIB:.2f}" for part in parts) + " |")
+        work = rows * row_flops(config, job_of(config, rows // groups)) / model
+        sizes = " | ".join(f"{part / GIB:.2f}" for part in parts)
+        lines.append(f"| {model} | {rows} | {groups} | {sizes} | {work / 1e12:,.0f} |")
     lines += [
         "",
-        "More data shards change nothing on a device: each has prefixes and rows of its own.",
+        "More data shards change nothing on a device: each has prefixes and rows of its own. What the TPU compiler says"
+        " at the largest batches stands beside the planner's figures in `what_fits.md`, and at 8 rows in"
+        " `aot_memory.json`.",
         "",
         "## Requests an hour, at the largest batch that is planned to fit",
         "",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
 from typing import Any
 
 import golden
 import numpy as np
 import pytest
+from loops import taken_out
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
 from bicache_jax.grouping import detect_prefixes
@@ -197,17 +197,7 @@ def test_detected_prefixes_do_not_depend_on_order() -> None:
 
 @pytest.mark.parametrize("cache", [{"policy": "none"}, {}, {"block_cache": "dual"}], ids=["none", "bicache", "dual"])
 def test_no_pass_is_made_that_no_step_uses(model: Model, cache: dict[str, Any]) -> None:
-    """What never changes in a loop may be taken out of it by the compiler, though the loop may not turn at all."""
     engine = _engine(model, **cache)
     plan = engine.plan(_requests(4))
     text = lower_decode(engine._backbone, engine._params, plan, *plan.rounds[0]).compile().as_text()
-    loops: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.endswith("{"):
-            computation = line.split()[0]
-        elif " while(" in line:
-            name = re.search(r'op_name="([^"]*)"', line)
-            assert name is not None
-            loops.setdefault(computation, []).append(name[1])
-    (step,) = (names for names in loops.values() if any(name.endswith("/reuse/while") for name in names))
-    assert not [name for name in step if "/reuse/while/body/" in name]
+    assert not taken_out(text, "/reuse/while")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
+from loops import taken_out
 
 from scripts import compile_kernels
 
@@ -103,6 +104,7 @@ def test_layer_loops_copy_neither_weights_nor_caches(topology: str) -> None:
     activations = {tokens * width for tokens in (128, 32, prefix + 128, prefix + 32)}
     found = {(name, shape) for name, shape in copies(compiled.as_text()) if math.prod(shape) not in activations}
     assert not found
+    assert not taken_out(compiled.as_text(), "/reuse/while")
     assert "tpu_custom_call" in compiled.as_text()
     params = 2 * 4 * 4096 * (4 * 4096 + 3 * 12288)
     assert compiled.memory_analysis().temp_size_in_bytes < params / 4, "no copy of the stacked weights in front of it"
