@@ -242,7 +242,7 @@ def draw_curve(log: Path, picture: Path) -> None:
             if before["lesson"] != after["lesson"]:
                 axes.axvline(before["step"], color="0.8", linewidth=1)
     accuracy.set(xlabel="step (grey lines: next lesson)", ylabel="exact match, one pass", ylim=(0, 1.02))
-    accuracy.legend(ncols=len(task.KINDS), fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(task.KINDS), fontsize="small")
     figure.savefig(picture, dpi=100)
 
 
