@@ -129,7 +129,7 @@ def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
         axes.set_xticks(places, [str(place) for place in places])
         axes.minorticks_off()
     speed.set(xlabel=_SETTINGS[across], ylabel="tokens/s", ylim=(0, None))
-    memory.set(xlabel=_SETTINGS[across], ylabel="memory of the decode program, MiB", ylim=(0, None))
+    memory.set(xlabel=_SETTINGS[across], ylabel="memory of the decode program, MiB", ylim=(0, 1.1 * memory.dataLim.y1))
     speed.legend(fontsize="small")
     fixed = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in record["base"].items() if name != across)
     figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}\n{fixed}", fontsize="small")
