@@ -56,7 +56,7 @@ def prefix_attention(
     """Attention of suffix queries over a shared prefix and their own suffix, one softmax over both.
 
     Taken are a few heads of one row at a time, or some queries of one head, as many as `SCORES` allows: their scores
-    are all that is ever held and stay in a CPU's cache, and a prefix that rows share is never copied for all of them.
+    are all that is ever held, and a prefix that rows share is never copied for all of them.
 
     Args:
         q: queries, rotated.

@@ -288,7 +288,7 @@ def evaluate(
                 "tokens_per_s": None if times is None else round(made / float(np.median(times[:, index])), 2),
                 "ratio": None if ratio is None else round(float(np.median(ratio)), 3),
                 "ratio_spread": None if ratio is None else [round(float(ratio.min()), 3), round(float(ratio.max()), 3)],
-                "limit": round(engines[index].plan(requests[:timed] if timed else requests).gain, 3),
+                "limit": _limit(engines[index], requests[:timed] if timed else requests),
                 "forward_passes": stats[index].forward_passes,
                 "prefixes_encoded": stats[index].prefixes_encoded,
                 "boundaries": boundaries[index],
@@ -297,6 +297,13 @@ def evaluate(
             }
         )
     return results
+
+
+def _limit(engine: Engine, requests: Sequence[Request]) -> float | None:
+    """Ratio of operations; none can be counted before the run where confidence decides how many steps there are."""
+    if any(request.sampling.by_confidence for request in requests):
+        return None
+    return round(engine.plan(requests).gain, 3)
 
 
 def _score(scorer: Scorer, text: str, item: Item) -> bool:

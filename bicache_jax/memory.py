@@ -10,13 +10,23 @@ import jax
 
 from bicache_jax.buckets import count_bucket
 from bicache_jax.config import ModelConfig
-from bicache_jax.configs import topology_of
+from bicache_jax.configs import Topology, topology_of
 
 RESERVE = 0.92
 """Share of a device's memory that a plan fills at most: programs, fragments, and what the estimate may lack."""
 
-MLP_COPIES = 2
-"""Activations as wide as the MLP that are held at a time where nothing else is known: gate and up."""
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """What a compiler holds besides the arrays that a program names.
+
+    Attributes:
+        mlp: activations as wide as the MLP at a time: gate and up, unless they are multiplied as they come.
+        weights: copies of all parameters.
+    """
+
+    mlp: int = 2
+    weights: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +35,11 @@ class Room:
 
     Attributes:
         nbytes: its memory.
-        mlp_copies: activations as wide as the MLP that its compiler holds at a time.
+        copies: what its compiler holds.
     """
 
     nbytes: int
-    mlp_copies: int = MLP_COPIES
+    copies: Copies = Copies()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Memory:
     """Bytes on each device while a batch is decoded.
 
     Attributes:
-        params: parameters.
+        params: parameters, and copies of them.
         prefixes: shared KV and hidden states of the batch's prefixes.
         deep: KV of prefixes by row.
         suffixes: KV of a block cache.
@@ -79,13 +89,13 @@ def decode_memory(
     deep: int,
     itemsize: int,
     block_cache: bool = False,
-    mlp_copies: int = MLP_COPIES,
+    copies: Copies = Copies(),  # noqa: B008 - immutable
 ) -> Memory:
     """Memory of the decode program.
 
     Activations are those of a refresh step at the wider of two moments: attention, which holds the residual stream and
     its norm, queries, keys and values as they are projected and as they are attended to, and what was attended; or the
-    MLP. The TPU compiler's figures for LLaDA-8B and Dream-7B on three generations lie within 5 % of the total
+    MLP. The TPU compiler's figures for LLaDA-8B and Dream-7B on four generations lie within 5 % of the total
     (`scripts/results/what_fits.md`).
 
     Args:
@@ -99,7 +109,7 @@ def decode_memory(
         deep: layers of KV by row.
         itemsize: bytes of a number.
         block_cache: whether the suffixes' KV are kept.
-        mlp_copies: see `Room`.
+        copies: what the compiler holds.
 
     Returns:
         The estimate.
@@ -109,9 +119,9 @@ def decode_memory(
     tokens = rows * (suffix + (prefix if deep else 0))
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = 2 * config.d_model + 2 * (heads + 2 * kv_heads) + heads
-    mlp = 2 * config.d_model + mlp_copies * config.d_mlp
+    mlp = 2 * config.d_model + copies.mlp * config.d_mlp
     return Memory(
-        params=params,
+        params=params * (1 + copies.weights),
         prefixes=groups * prefix * (shallow * kv + config.d_model * itemsize),
         deep=deep * rows * prefix * kv,
         suffixes=config.num_layers * rows * suffix * kv if block_cache else 0,
@@ -127,7 +137,7 @@ def most_rows(limit: float, config: ModelConfig, params: int, *, per_prefix: int
         config: as in `decode_memory`, like the other arguments.
         params: bytes of the parameters on a device.
         per_prefix: rows that share a prefix.
-        **shape: `prefix`, `suffix`, `shallow`, `deep`, `itemsize`, `block_cache`, `mlp_copies`.
+        **shape: `prefix`, `suffix`, `shallow`, `deep`, `itemsize`, `block_cache`, `copies`.
     """
     found, rows = 0, 1
     while rows <= 4096:
@@ -138,6 +148,11 @@ def most_rows(limit: float, config: ModelConfig, params: int, *, per_prefix: int
     return found
 
 
+def copies_of(generation: Topology) -> Copies:
+    """What a TPU generation's compiler holds."""
+    return Copies(generation.mlp_copies, generation.weight_copies)
+
+
 def room_of(devices: Any) -> Room | None:
     """The least that some devices of this process offer; None where the platform does not say, as on CPUs."""
     mine = [device for device in devices if device.process_index == jax.process_index()]
@@ -145,4 +160,4 @@ def room_of(devices: Any) -> Room | None:
     if not nbytes:
         return None
     known = topology_of(mine[0].device_kind)
-    return Room(nbytes, MLP_COPIES if known is None else known.mlp_copies)
+    return Room(nbytes) if known is None else Room(nbytes, copies_of(known))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
 from bicache_jax.grouping import Batch, Row, default_rows
-from bicache_jax.memory import MLP_COPIES, RESERVE, Memory, Room, decode_memory, most_rows
+from bicache_jax.memory import RESERVE, Copies, Memory, Room, decode_memory, most_rows
 from bicache_jax.rounds import Round
 from bicache_jax.work import Job, row_flops
 
@@ -75,7 +75,7 @@ def rows_fitting(
             deep=buffers.deep,
             itemsize=dtype.itemsize,
             block_cache=cache.block_cache != "off",
-            mlp_copies=room.mlp_copies,
+            copies=room.copies,
         )
         return max(1, min(default_rows(prefix, suffix), fitting))
 
@@ -176,7 +176,7 @@ class Plan:
             deep=self.buffers.deep,
             itemsize=self.dtype.itemsize,
             block_cache=self.cache.block_cache != "off",
-            mlp_copies=MLP_COPIES if self.room is None else self.room.mlp_copies,
+            copies=Copies() if self.room is None else self.room.copies,
         )
 
     def _memory_line(self) -> str:

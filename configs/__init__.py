@@ -17,7 +17,7 @@ def _read(folder: str, name: str) -> Any:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files in a folder (`models`, `boundary`)."""
+    """Names of the files in a folder (`models`, `boundary`, `topologies`)."""
     entries = (importlib.resources.files(__name__) / folder).iterdir()
     return sorted(entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json"))
 
@@ -40,6 +40,7 @@ class Topology:
         devices_per_chip: devices that a chip appears as.
         device_kind: what JAX calls them.
         mlp_copies: activations as wide as the MLP that its compiler holds at a time (`scripts/what_fits.py` shows it).
+        weight_copies: copies of all parameters that it makes in front of a program: on TPU7x it tiles them anew.
         source: where the figures are from.
     """
 
@@ -50,6 +51,7 @@ class Topology:
     devices_per_chip: int
     device_kind: str
     mlp_copies: int
+    weight_copies: int
     source: str
 
 

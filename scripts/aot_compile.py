@@ -1,7 +1,7 @@
 """Compiles a model's encode and decode programs for a TPU slice that is not here, and says whether they fit.
 
 Needs the TPU compiler (`pip install libtpu`), no TPU. Exit status: 0 it fits, 1 it does not (and the largest number of
-rows that does is named), 2 bad arguments.
+rows that should, by the planner, is named), 2 bad arguments.
 
 python scripts/aot_compile.py --config llada_8b --topology v5e:2x4 --mesh data=2,model=4 --prefix 1024 --suffix 512
 """
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.boundary import boundary_at
-from bicache_jax.buckets import length_bucket
+from bicache_jax.buckets import count_bucket, length_bucket
 from bicache_jax.cli.options import Parser, integer
 from bicache_jax.config import BLOCK_CACHES, CacheConfig, SamplingConfig
 from bicache_jax.configs import model_shape, names, published_table, topology
@@ -29,7 +29,7 @@ from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
 from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import decode_memory, most_rows, params_bytes
+from bicache_jax.memory import copies_of, decode_memory, most_rows, params_bytes
 from bicache_jax.models import AXES, abstract
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, jobs
@@ -42,7 +42,7 @@ EXIT_NO_FIT, EXIT_FAULT = 1, 2
 GIB = 2**30
 
 
-def rows(text: str) -> int | None:
+def row_count(text: str) -> int | None:
     """Value of `--rows`; None for `max`."""
     return None if text == "max" else integer(1)(text)
 
@@ -57,7 +57,7 @@ def build_parser() -> Parser:
     parser.add_argument("--suffix", type=integer(1), default=512, metavar="U", help="suffix tokens (%(default)s)")
     parser.add_argument(
         "--rows",
-        type=rows,
+        type=row_count,
         default=8,
         metavar="B",
         help="rows of a data shard; max: as many as should fit (%(default)s)",
@@ -179,7 +179,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         "deep": buffers.deep,
         "itemsize": jnp.dtype(args.dtype).itemsize,
         "block_cache": args.block_cache != "off",
-        "mlp_copies": chip.mlp_copies,
+        "copies": copies_of(chip),
     }
     local, weights, limit = place.layout.local, params_bytes(params), chip.hbm_gib * GIB
     asked = args.rows or most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
@@ -207,8 +207,14 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     }
     found["fits"] = bool(found["decode"]["fits"] and found["encode"]["fits"])
     if not found["fits"]:
-        found["largest_rows"] = most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
+        most = most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
+        found["largest_rows"] = min(most, bucket_below(rows))
     return found
+
+
+def bucket_below(rows: int) -> int:
+    """The next smaller number of rows that a batch may have; 0 below the first."""
+    return max((count_bucket(fewer) for fewer in range(1, rows) if count_bucket(fewer) < rows), default=0)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -226,7 +232,7 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"{name}: GiB a device: {sizes}; collectives: {talk}; over data: {part['collectives_over_data']}")
     lines.append(f"planned: {found['planned_bytes'] / GIB:.2f} GiB of {found['hbm_gib']} GiB")
     if not found["fits"]:
-        lines.append(f"largest number of rows that would fit: {found['largest_rows']}")
+        lines.append(f"largest number of rows that should fit: {found['largest_rows']}")
     return "\n".join(lines)
 
 

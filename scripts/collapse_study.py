@@ -1,4 +1,4 @@
-"""Looks for tasks on which naive prefix caching fails: trains a small LLaDA on three, measures accuracy by boundary.
+"""Looks for tasks on which naive prefix caching fails: trains the example model on three, and measures each boundary.
 
     python scripts/collapse_study.py --output runs/collapse [--taught]
 
@@ -10,7 +10,8 @@ it would pay if tokens of the prefix read the suffix first:
 * `but`: who lives in A or drinks B but not both. Whoever does both matches best, and is wrong.
 * `count`: how many do.
 
-Every sequence has one question, as a request has. `--taught` also trains tokens of the prefix on what they are to work
+Training goes on from the bundled model, whose vocabulary gets a few words more, and every sequence has one question, as
+a request has. `--taught` also trains tokens of the prefix on what they are to work
 out from the suffix: a blank on its value, the end of each person's facts on whether that person is one of those asked
 for. That is not how such models are trained; it shows what a prefix costs that does depend on the suffix.
 """
@@ -32,12 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from small_llada import CONFIG, EOS, MASK, PAD, loss_of, make_optimizer, with_kept_buffers
-from structured_start import structured_start
 
 from bicache_jax import example_task as task
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import Item, evaluate
 from bicache_jax.functional import backbone_for
+from bicache_jax.loading import load_model
 from bicache_jax.similarity import layer_similarity
 from bicache_jax.types import Model, Request
 
@@ -155,9 +156,20 @@ def draw_batch(seed: int, step: int, rows: int, taught: bool) -> tuple[np.ndarra
     return inputs, targets, counts, valid
 
 
+def start(seed: int) -> Any:
+    """The bundled model's parameters, and rows for the new words that look like those of the others."""
+    rng = np.random.default_rng(seed)
+    params: Any = dict(load_model("example").params)
+    for name in ("embed", "head"):
+        rows = np.asarray(params[name], np.float32)
+        new = rows.mean(0) + rows.std(0) * rng.normal(size=(len(WORDS) - len(rows), rows.shape[1]))
+        params[name] = jnp.asarray(np.concatenate([rows, new]), jnp.float32)
+    return params
+
+
 def train(seed: int, steps: int, rate: float, rows: int, taught: bool, log: Path) -> Any:
-    """Trains from the structured start; returns parameters."""
-    params: Any = structured_start(SHAPE, seed)
+    """Trains; returns parameters."""
+    params = start(seed)
     optimizer = make_optimizer(rate, steps)
     state = optimizer.init(params)
 
@@ -253,8 +265,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for log, figures and picture")
     parser.add_argument("--taught", action="store_true", help="also train the prefix on what to read from the suffix")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=30, help="sequences of a step (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=600, help="questions measured (default: %(default)s)")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from bicache_jax.boundary import boundary_at
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, published_table, topology
 from bicache_jax.grouping import prefix_ratio
-from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
+from bicache_jax.memory import RESERVE, Memory, copies_of, decode_memory, most_rows
 from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
 from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
@@ -48,7 +48,7 @@ def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
         shallow=size.shallow,
         deep=size.deep,
         itemsize=2,
-        mlp_copies=topology("v5e").mlp_copies,
+        copies=copies_of(topology("v5e")),
     )
 
 
@@ -57,10 +57,10 @@ def largest(config: ModelConfig, generation: str, model: int) -> int:
     boundary = boundary_for(config)
     size = Buffers.between(boundary, boundary, config.num_layers)
     shape = {"prefix": PREFIX, "suffix": SUFFIX, "shallow": size.shallow, "deep": size.deep, "itemsize": 2}
-    shape["mlp_copies"] = topology(generation).mlp_copies
-    limit = RESERVE * topology(generation).hbm_gib * GIB
+    chip = topology(generation)
+    limit = RESERVE * chip.hbm_gib * GIB
     local, weights = Layout(config, model).local, parameters(config) // model
-    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, **shape)
+    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, copies=copies_of(chip), **shape)
 
 
 def job_of(config: ModelConfig, per_prefix: int) -> Job:
@@ -124,8 +124,7 @@ def study() -> str:
     lines += [
         "",
         "More data shards change nothing on a device: each has prefixes and rows of its own. What the TPU compiler says"
-        " at the largest batches stands beside the planner's figures in `what_fits.md`, and at 8 rows in"
-        " `aot_memory.json`.",
+        " at the largest batches stands beside the planner's figures in `what_fits.md`.",
         "",
         "## Requests an hour, at the largest batch that is planned to fit",
         "",

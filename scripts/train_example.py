@@ -4,8 +4,8 @@
 
 That made the bundled checkpoint. Training begins from the structured start of `structured_start.py`, without which it
 would sit for thousands of steps on guessing a value of the document. Every sequence is drawn fresh from the seed;
-lessons grow from 3 persons with one fact each to whole documents. Lists are learned last, in a lesson that is mostly
-lists and where many values are several persons'; the lesson behind it brings the other kinds back up.
+lessons grow from 3 persons with one fact each to whole documents. Lists are learned in the last lesson but one, which
+is mostly lists and where many values are several persons'; the last brings the other kinds back up.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Lesson:
         length: tokens of a sequence, padded.
         restated: share of the questions that restate a fact with one word missing.
         repeat: chance that a value is another person's, too.
-        kinds: kinds of questions asked.
+        kinds: kinds of questions asked; one that is named several times is asked more often.
         steps: most steps; the next lesson begins earlier once every kind is above `PASS`.
     """
 
@@ -312,13 +312,14 @@ def main() -> None:
                 print(json.dumps(record), file=log, flush=True)
                 over = min(quick.values()) >= PASS or state["lesson_step"] >= lesson.steps
             state["seconds"] = time.perf_counter() - started
+            over = over and state["lesson"] + 1 < len(LESSONS)
+            if over:  # before the state is saved: a resumed run goes on with the next lesson, too
+                state |= {"lesson": state["lesson"] + 1, "lesson_step": 0}
             if state["step"] % args.save_every == 0 or state["step"] == args.steps:
                 save_checkpoint(args.output, tree, state)
                 export(tree[0], args.output / "model")
-            if state["step"] == args.steps or (over and state["lesson"] + 1 < len(LESSONS)):
+            if over or state["step"] == args.steps:
                 break
-        if state["lesson"] + 1 < len(LESSONS):
-            state |= {"lesson": state["lesson"] + 1, "lesson_step": 0}
     log.close()
     draw_curve(args.output / "log.jsonl", args.output / "curve.png")
 

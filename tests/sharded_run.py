@@ -40,7 +40,6 @@ ODD = ModelConfig(
     "llada", 61, 24, 3, 6, 3, 4, 22, 1e4, 1e-5, 512, 5, qkv_bias=True, bias=True, norm_bias=True, head_bias=True
 )
 """Sizes that no mesh divides, and every bias there can be."""
-DECODED = ("bicache/filtered", "bicache/guided")
 SOME = {
     "llada": {
         "bicache": MESHES,
@@ -91,7 +90,7 @@ def differing(model: Model, name: str, meshes: tuple[str, ...]) -> dict[str, lis
     found = {}
     for mesh in meshes:
         got = tokens(engine(model, policy, mesh), work)
-        found[mesh] = [name for name in wanted if got[name] != wanted[name]]
+        found[mesh] = [one for one in wanted if got[one] != wanted[one]]
         print(name, mesh, f"{len(found[mesh])} of {len(wanted)} differ", file=sys.stderr, flush=True)
     return found
 
@@ -139,7 +138,7 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
 def main(family: str, extent: str) -> None:
     """Runs the family `llada`, `dream` or `odd`, on some combinations of policy and mesh or on all."""
     runs: dict[str, tuple[str, ...]] = (
-        SOME[family] if extent == "some" else dict.fromkeys([*POLICIES, *DECODED], MESHES)
+        SOME[family] if extent == "some" else dict.fromkeys([*POLICIES, "bicache/filtered", "bicache/guided"], MESHES)
     )
     if family == "odd":
         model = Model(ODD, init(ODD, jax.random.key(3)))

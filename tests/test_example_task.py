@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -76,7 +77,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
 def test_only_answers_are_masked_and_a_step_has_the_same_batch_after_a_restart(training) -> None:
-    for lesson in (*training.LESSONS, *training.LISTS):
+    for lesson in training.LESSONS:
         ids, targets, counts, valid = training.draw_batch(3, 7, lesson)
         assert ids.shape == (lesson.batch, lesson.length) and (ids[counts] == training.MASK).all()
         assert (targets[counts] != training.MASK).all() and counts.any() and not (counts & ~valid).any()
@@ -108,8 +109,45 @@ def test_the_state_of_training_survives_its_file(training, tmp_path: Path) -> No
 def test_training_fits_the_library(training) -> None:
     params = load_model("example").params
     assert jax.tree.structure(params) == jax.tree.structure(training.structured_start(training.CONFIG, 1))
-    loss = jax.eval_shape(training.loss_of, params, training.draw_batch(1, 0, training.LESSONS[-1]))
+    loss = jax.eval_shape(
+        partial(training.loss_of, training.CONFIG), params, training.draw_batch(1, 0, training.LESSONS[-1])
+    )
     assert loss.shape == () and loss.dtype == jnp.float32
+
+
+@pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
+def test_the_collapse_study_asks_what_its_answers_say(training) -> None:
+    import collapse_study as study
+
+    rng = np.random.default_rng(5)
+    for kind, draw in study.KINDS.items():
+        for _ in range(50):
+            drawn = draw(rng)
+            assert drawn.kind == kind and len(drawn.prefix) + len(drawn.suffix) + study.RESPONSE <= study.LENGTH
+            assert len(drawn.answer) < study.RESPONSE
+            if kind == "form":
+                given = dict(zip(drawn.suffix[:-2:2], drawn.suffix[1:-2:2], strict=True))
+                start = drawn.prefix.index(drawn.suffix[-1]) + 1
+                form = drawn.prefix[start : drawn.prefix.index(".", start)]
+                assert drawn.answer == tuple(given.get(word.strip("[]"), word) for word in form)
+                assert all(
+                    drawn.prefix[place] == f"[{field}]"
+                    for place, word in drawn.taught.items()
+                    for field, value in given.items()
+                    if value == word
+                )
+                continue
+            town, drink = (
+                drawn.suffix[drawn.suffix.index(verb) + skip] for verb, skip in (("lives", 2), ("drinks", 1))
+            )
+            text = " ".join(drawn.prefix)
+            people = [words.split() for words in text.split(" .") if words]
+            found = [words[0] for words in people if (words[3] == town) != (words[6] == drink)]
+            assert drawn.answer == (tuple(found) if kind == "but" else (study.NUMBERS[len(found)],))
+            assert list(drawn.taught.values()).count("yes") == len(found)
+    inputs, targets, counts, valid = study.draw_batch(1, 0, 6, taught=True)
+    assert ((inputs == study.MASK) <= counts).all() and (counts <= valid).all()
+    assert (inputs[~counts & valid] == targets[~counts & valid]).all()
 
 
 def test_what_ships_belongs_together() -> None:

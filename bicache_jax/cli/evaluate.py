@@ -158,7 +158,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
             f"{result['mcnemar_p']:.2g}",
             _or_dash(result["tokens_per_s"], lambda value: f"{value:.0f}"),
             _or_dash(result["ratio"], lambda value: f"{value:.2f}"),
-            f"{result['limit']:.2f}",
+            _or_dash(result["limit"], lambda value: f"{value:.2f}"),
             str(result["forward_passes"]),
             *(f"{100 * result['by_kind'][kind]['exact_match']:.1f} %" for kind in kinds),
         ]
