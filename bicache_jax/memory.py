@@ -95,7 +95,7 @@ def decode_memory(
 
     Activations are those of a refresh step at the wider of two moments: attention, which holds the residual stream and
     its norm, queries, keys and values as they are projected and as they are attended to, and what was attended; or the
-    MLP. The TPU compiler's figures for LLaDA-8B and Dream-7B on four generations lie within 5 % of the total
+    MLP. The TPU compiler's figures for LLaDA-8B and Dream-7B on four generations lie within 6 % of the total
     (`scripts/results/what_fits.md`).
 
     Args:

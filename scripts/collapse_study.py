@@ -2,18 +2,17 @@
 
     python scripts/collapse_study.py --output runs/collapse [--taught]
 
-Questions of the example model survive any boundary, since answers read the document themselves. These are made so that
-it would pay if tokens of the prefix read the suffix first:
+Questions of the example model survive any boundary, since answers read the document themselves. Here an instruction in
+the suffix changes what words of the prefix mean: the prefix says where persons live and what they drink, the suffix
+that each town is another one (`Oslo means Cairo .`), and then a question is asked.
 
-* `form`: the prefix holds forms with blanks, the suffix the values and which form to write out; the answer is the
-  filled form, word by word.
-* `but`: who lives in A or drinks B but not both. Whoever does both matches best, and is wrong.
-* `count`: how many do.
+* `renamed`: which town does Mara live in. An answer would have to read the document and then the instruction, unless
+  words of the document read the instruction first.
+* `reverse`: who lives in Cairo, by its new name. The question's own word can read the instruction.
+* `other`: what does Mara drink, which no instruction changes.
 
-Training goes on from the bundled model, whose vocabulary gets a few words more, and every sequence has one question, as
-a request has. `--taught` also trains tokens of the prefix on what they are to work
-out from the suffix: a blank on its value, the end of each person's facts on whether that person is one of those asked
-for. That is not how such models are trained; it shows what a prefix costs that does depend on the suffix.
+Training goes on from the bundled model, with one word more. `--taught` also trains each town of the prefix on its new
+name. That is not how such models are trained; it shows what a prefix costs that does depend on the suffix.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,92 +40,51 @@ from bicache_jax.loading import load_model
 from bicache_jax.similarity import layer_similarity
 from bicache_jax.types import Model, Request
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
-FIELDS = {"person": task.NAMES, "town": task.PLACES, "drink": task.DRINKS}
-BLANKS = {field: f"[{field}]" for field in FIELDS}
-WORDS = tuple(
-    dict.fromkeys(
-        (*task.VOCABULARY, *FIELDS, *BLANKS.values(), *NUMBERS, *"letter write how many or but not both yes no".split())
-    )
-)
+KINDS = ("renamed", "reverse", "other")
+WORDS = (*task.VOCABULARY, "means")
 TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
 SHAPE = dataclasses.replace(CONFIG, vocab_size=len(WORDS))
-LENGTH, RESPONSE = 72, 8
+LENGTH, RESPONSE, QUESTIONS = 192, 4, 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A question: its prefix, its suffix and its answer, in words, and what `--taught` teaches tokens of the prefix."""
+    """A document, an instruction, and questions with their answers by kind; in words.
 
-    kind: str
+    Attributes:
+        prefix: the document.
+        instruction: what each town means.
+        questions: kind, question, answer.
+        renamed: place of each town in the prefix, and its new name.
+    """
+
     prefix: tuple[str, ...]
-    suffix: tuple[str, ...]
-    answer: tuple[str, ...]
-    taught: dict[int, str]
+    instruction: tuple[str, ...]
+    questions: tuple[tuple[str, tuple[str, ...], str], ...]
+    renamed: dict[int, str]
 
 
-def _some(rng: np.random.Generator, words: tuple[str, ...] | list[str], count: int) -> list[str]:
-    return [words[index] for index in rng.choice(len(words), count, replace=False)]
-
-
-def draw_form(rng: np.random.Generator) -> Drawn:
-    """Forms with blanks; which one to write out with which values."""
-    count = int(rng.integers(2, 5))
-    fixed = iter(_some(rng, task.GAMES + task.PETS, 20))
-    values = {field: _some(rng, words, 1)[0] for field, words in FIELDS.items()}
-    titles = _some(rng, task.NAMES, count)
-    forms = []
-    for _ in titles:
-        form = [next(fixed) for _ in range(int(rng.integers(2, 5)))]
-        for field in _some(rng, tuple(FIELDS), int(rng.integers(1, 4))):
-            form.insert(int(rng.integers(len(form) + 1)), BLANKS[field])
-        forms.append(form)
-    prefix = [word for title, form in zip(titles, forms, strict=True) for word in ("letter", title, *form, ".")]
-    filled = {BLANKS[field]: value for field, value in values.items()}
-    given = [word for field in _some(rng, tuple(FIELDS), 3) for word in (field, values[field])]
-    asked = int(rng.integers(count))
-    return Drawn(
-        "form",
-        tuple(prefix),
-        (*given, "write", titles[asked]),
-        tuple(filled.get(word, word) for word in forms[asked]),
-        {place: filled[word] for place, word in enumerate(prefix) if word in filled},
-    )
-
-
-def draw_people(rng: np.random.Generator, kind: str) -> Drawn:
-    """Persons who live somewhere and drink something; who does one of two things but not both, or how many do."""
-    people = int(rng.integers(4, 7))
-    names, towns, drinks = (_some(rng, words, people) for words in (task.NAMES, task.PLACES, task.DRINKS))
-    both = int(rng.integers(1, 3))
-    single = 1 if kind == "but" else int(rng.integers(0, people - both + 1))
-    facts = []
-    for place, name in enumerate(names):
-        first = bool(rng.random() < 0.5)
-        lives = place < both or (place < both + single and first)
-        drinks_it = place < both or (place < both + single and not first)
-        # Values of the others are several persons', too.
-        town = towns[0] if lives else towns[1 + int(rng.integers(2))]
-        drink = drinks[0] if drinks_it else drinks[1 + int(rng.integers(2))]
-        facts.append((name, town, drink, lives != drinks_it))
-    facts = [facts[index] for index in rng.permutation(people)]
+def draw_document(rng: np.random.Generator) -> Drawn:
+    """Draws a document of 3 to 8 persons; no two live in one town."""
+    people = int(rng.integers(3, 9))
+    names = [task.NAMES[index] for index in rng.choice(len(task.NAMES), people, replace=False)]
+    drinks = [task.DRINKS[index] for index in rng.choice(len(task.DRINKS), people, replace=False)]
+    places = [task.PLACES[index] for index in rng.choice(len(task.PLACES), 2 * people, replace=False)]
+    towns, new = places[:people], places[people:]
     prefix: list[str] = []
-    taught = {}
-    for name, town, drink, chosen in facts:
-        prefix += [name, "lives", "in", town, name, "drinks", drink, "."]
-        taught[len(prefix) - 1] = "yes" if chosen else "no"
-    question = ("lives", "in", towns[0], "or", "drinks", drinks[0], "but", "not", "both")
-    found = [name for name, *_, chosen in facts if chosen]
-    if kind == "but":
-        return Drawn(kind, tuple(prefix), ("who", *question), tuple(found), taught)
-    return Drawn(kind, tuple(prefix), ("how", "many", *question), (NUMBERS[len(found)],), taught)
-
-
-KINDS: dict[str, Callable[[np.random.Generator], Drawn]] = {
-    "form": draw_form,
-    "but": partial(draw_people, kind="but"),
-    "count": partial(draw_people, kind="count"),
-}
+    renamed = {}
+    questions: list[tuple[str, tuple[str, ...], str]] = []
+    for name, town, meant, drink in zip(names, towns, new, drinks, strict=True):
+        lives, drinks_it = task.statement(name, 0, town), task.statement(name, 1, drink)
+        renamed[len(prefix) + lives.index(town)] = meant
+        prefix += [*lives, *drinks_it]
+        asked = task.RELATIONS[0], task.RELATIONS[1]
+        questions.append(("renamed", (*asked[0].ask, name, *asked[0].ends), meant))
+        questions.append(("reverse", ("who", *asked[0].verb, meant), name))
+        questions.append(("other", (*asked[1].ask, name, *asked[1].ends), drink))
+    instruction = [word for place in rng.permutation(people) for word in (towns[place], "means", new[place], ".")]
+    shuffled = tuple(questions[index] for index in rng.permutation(len(questions)))
+    return Drawn(tuple(prefix), tuple(instruction), shuffled, renamed)
 
 
 def ids(words: tuple[str, ...]) -> list[int]:
@@ -141,17 +98,18 @@ def draw_batch(seed: int, step: int, rows: int, taught: bool) -> tuple[np.ndarra
     inputs = np.full((rows, LENGTH), PAD, np.int32)
     targets, counts, valid = inputs.copy(), np.zeros((rows, LENGTH), bool), np.zeros((rows, LENGTH), bool)
     for row in range(rows):
-        drawn = KINDS[list(KINDS)[row % len(KINDS)]](rng)
-        prompt = ids((*drawn.prefix, *drawn.suffix))
-        response = [*ids(drawn.answer), *[EOS] * RESPONSE][:RESPONSE]
-        tokens = prompt + response
-        share = 1.0 if rng.random() < 0.5 else rng.uniform(0.15, 1.0)
-        counts[row, len(prompt) : len(tokens)] = rng.random(RESPONSE) < share
+        drawn = draw_document(rng)
+        tokens = ids((*drawn.prefix, *drawn.instruction))
+        for _, question, answer in drawn.questions[: int(rng.integers(1, QUESTIONS + 1))]:
+            tokens += ids(question)
+            ends = int(rng.integers(1, RESPONSE))
+            counts[row, len(tokens) : len(tokens) + 1 + ends] = True
+            tokens += [*ids((answer,)), *[EOS] * ends]
         targets[row, : len(tokens)] = tokens
         valid[row, : len(tokens)] = True
         inputs[row] = np.where(counts[row], MASK, targets[row])
         if taught:
-            for place, word in drawn.taught.items():
+            for place, word in drawn.renamed.items():
                 targets[row, place], counts[row, place] = TOKEN_ID[word], True
     return inputs, targets, counts, valid
 
@@ -199,15 +157,17 @@ def train(seed: int, steps: int, rate: float, rows: int, taught: bool, log: Path
 
 
 def held_out(seed: int, samples: int) -> list[Item]:
-    """Questions of documents that training has not seen, all kinds alike."""
+    """Questions of documents that training has not seen, one for each, all kinds alike."""
     rng = np.random.default_rng([task.FIRST_HELD_OUT + seed])
     sampling = SamplingConfig(gen_length=RESPONSE)
     items = []
     for number in range(samples):
-        drawn = KINDS[list(KINDS)[number % len(KINDS)]](rng)
-        prompt = tuple(ids((*drawn.prefix, *drawn.suffix)))
+        drawn = draw_document(rng)
+        kind = KINDS[number % len(KINDS)]
+        question, answer = next((words, answer) for asked, words, answer in drawn.questions if asked == kind)
+        prompt = tuple(ids((*drawn.prefix, *drawn.instruction, *question)))
         request = Request(str(number), prompt, len(drawn.prefix), sampling, index=number)
-        items.append(Item(request, (" ".join(map(str, ids(drawn.answer))),), drawn.kind))
+        items.append(Item(request, (str(TOKEN_ID[answer]),), kind))
     return items
 
 
@@ -267,7 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=30, help="sequences of a step (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=12, help="sequences of a step (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=600, help="questions measured (default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -120,31 +120,19 @@ def test_the_collapse_study_asks_what_its_answers_say(training) -> None:
     import collapse_study as study
 
     rng = np.random.default_rng(5)
-    for kind, draw in study.KINDS.items():
-        for _ in range(50):
-            drawn = draw(rng)
-            assert drawn.kind == kind and len(drawn.prefix) + len(drawn.suffix) + study.RESPONSE <= study.LENGTH
-            assert len(drawn.answer) < study.RESPONSE
-            if kind == "form":
-                given = dict(zip(drawn.suffix[:-2:2], drawn.suffix[1:-2:2], strict=True))
-                start = drawn.prefix.index(drawn.suffix[-1]) + 1
-                form = drawn.prefix[start : drawn.prefix.index(".", start)]
-                assert drawn.answer == tuple(given.get(word.strip("[]"), word) for word in form)
-                assert all(
-                    drawn.prefix[place] == f"[{field}]"
-                    for place, word in drawn.taught.items()
-                    for field, value in given.items()
-                    if value == word
-                )
-                continue
-            town, drink = (
-                drawn.suffix[drawn.suffix.index(verb) + skip] for verb, skip in (("lives", 2), ("drinks", 1))
-            )
-            text = " ".join(drawn.prefix)
-            people = [words.split() for words in text.split(" .") if words]
-            found = [words[0] for words in people if (words[3] == town) != (words[6] == drink)]
-            assert drawn.answer == (tuple(found) if kind == "but" else (study.NUMBERS[len(found)],))
-            assert list(drawn.taught.values()).count("yes") == len(found)
+    for _ in range(50):
+        drawn = study.draw_document(rng)
+        text, means = " ".join(drawn.prefix), dict(zip(drawn.instruction[::4], drawn.instruction[2::4], strict=True))
+        assert {kind for kind, *_ in drawn.questions} == set(study.KINDS)
+        for kind, question, answer in drawn.questions:
+            if kind == "renamed":
+                town = text.split(f"{question[3]} lives in ")[1].split()[0]
+                assert answer == means[town] != town
+            elif kind == "reverse":
+                assert means[text.split(f"{answer} lives in ")[1].split()[0]] == question[-1]
+            else:
+                assert f"{question[2]} drinks {answer} ." in text
+        assert all(means[drawn.prefix[place]] == word for place, word in drawn.renamed.items())
     inputs, targets, counts, valid = study.draw_batch(1, 0, 6, taught=True)
     assert ((inputs == study.MASK) <= counts).all() and (counts <= valid).all()
     assert (inputs[~counts & valid] == targets[~counts & valid]).all()
