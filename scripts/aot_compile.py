@@ -126,8 +126,8 @@ def compile_one(lower: Any, backbone: Any, params: Any, plan: Plan, place: Place
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)G of", str(error))
-        return {"fits": False, "needs_gib": float(used[1]) if used else None}
+        used = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", str(error))
+        return {"fits": False, "needs_gib": float(used[1] or used[2]) if used else None}
     memory = program.memory_analysis()
     try:
         talk: list[Collective] | None = collectives(program.as_text())

@@ -219,6 +219,9 @@ def noise_of(key: Any, vocab_size: int) -> Any:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities; all zero where no token is left, as when all that a filter keeps are ends that do not count."""
+    if np.isneginf(logits.max()):
+        return np.zeros_like(logits)
     p = np.exp(logits - logits.max())
     return p / p.sum()
 
