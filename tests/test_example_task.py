@@ -115,29 +115,6 @@ def test_training_fits_the_library(training) -> None:
     assert loss.shape == () and loss.dtype == jnp.float32
 
 
-@pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
-def test_the_collapse_study_asks_what_its_answers_say(training) -> None:
-    import collapse_study as study
-
-    rng = np.random.default_rng(5)
-    for _ in range(50):
-        drawn = study.draw_document(rng)
-        text, means = " ".join(drawn.prefix), dict(zip(drawn.instruction[::4], drawn.instruction[2::4], strict=True))
-        assert {kind for kind, *_ in drawn.questions} == set(study.KINDS)
-        for kind, question, answer in drawn.questions:
-            if kind == "renamed":
-                town = text.split(f"{question[3]} lives in ")[1].split()[0]
-                assert answer == means[town] != town
-            elif kind == "reverse":
-                assert means[text.split(f"{answer} lives in ")[1].split()[0]] == question[-1]
-            else:
-                assert f"{question[2]} drinks {answer} ." in text
-        assert all(means[drawn.prefix[place]] == word for place, word in drawn.renamed.items())
-    inputs, targets, counts, valid = study.draw_batch(1, 0, 6, taught=True)
-    assert ((inputs == study.MASK) <= counts).all() and (counts <= valid).all()
-    assert (inputs[~counts & valid] == targets[~counts & valid]).all()
-
-
 def test_what_ships_belongs_together() -> None:
     model = load_model("example")
     table = load_table(DATA / "boundary_table.json")
