@@ -24,10 +24,10 @@ from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.compilation import CompileCounter
 from bicache_jax.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.encode import encode
-from bicache_jax.functional import backbone_here
+from bicache_jax.functional import backbone_here, room_of
 from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
-from bicache_jax.memory import params_bytes, room_of
+from bicache_jax.memory import params_bytes
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, rows_fitting
 from bicache_jax.requests import parse_requests

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bicache_jax.backbone import Backbone, Params, layer_params
 from bicache_jax.cache import PrefixCache, Rows
 from bicache_jax.config import ATTENTION, BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.configs import topology_of
 from bicache_jax.encode import encode
 from bicache_jax.interval import empty_suffix, intervals
 from bicache_jax.kernels import PrefixAttention, elsewhere
+from bicache_jax.memory import Room
 from bicache_jax.models import Transformer
 from bicache_jax.numerics import precision
 from bicache_jax.schedule import make_decoding, most_steps, stages
@@ -277,3 +280,13 @@ def forward(
     head_vd, bias_v = backbone.head(params)
     logits = jnp.einsum("bsd,vd->bsv", x, head_vd, precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return logits if bias_v is None else logits + bias_v.astype(jnp.float32)
+
+
+def room_of(devices: Sequence[Any]) -> Room | None:
+    """The least that some devices of this process offer to a plan; None where the platform does not say, as on CPUs."""
+    mine = [device for device in devices if device.process_index == jax.process_index()]
+    nbytes = min(((device.memory_stats() or {}).get("bytes_limit", 0) for device in mine), default=0)
+    if not nbytes:
+        return None
+    known = topology_of(mine[0].device_kind)
+    return Room(nbytes) if known is None else Room(nbytes, known.copies)

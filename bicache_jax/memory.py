@@ -10,7 +10,6 @@ import jax
 
 from bicache_jax.buckets import count_bucket
 from bicache_jax.config import ModelConfig
-from bicache_jax.configs import Topology, topology_of
 
 RESERVE = 0.92
 """Share of a device's memory that a plan fills at most: programs, fragments, and what the estimate may lack."""
@@ -146,18 +145,3 @@ def most_rows(limit: float, config: ModelConfig, params: int, *, per_prefix: int
             break
         found, rows = rows, count_bucket(rows + 1)
     return found
-
-
-def copies_of(generation: Topology) -> Copies:
-    """What a TPU generation's compiler holds."""
-    return Copies(generation.mlp_copies, generation.weight_copies)
-
-
-def room_of(devices: Any) -> Room | None:
-    """The least that some devices of this process offer; None where the platform does not say, as on CPUs."""
-    mine = [device for device in devices if device.process_index == jax.process_index()]
-    nbytes = min(((device.memory_stats() or {}).get("bytes_limit", 0) for device in mine), default=0)
-    if not nbytes:
-        return None
-    known = topology_of(mine[0].device_kind)
-    return Room(nbytes) if known is None else Room(nbytes, copies_of(known))

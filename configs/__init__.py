@@ -9,6 +9,7 @@ from typing import Any
 
 from bicache_jax.boundary import BoundaryTable, table_from_json
 from bicache_jax.config import ModelConfig
+from bicache_jax.memory import Copies
 from bicache_jax.types import BicacheError
 
 
@@ -53,6 +54,11 @@ class Topology:
     mlp_copies: int
     weight_copies: int
     source: str
+
+    @property
+    def copies(self) -> Copies:
+        """What its compiler holds besides the arrays of a program."""
+        return Copies(self.mlp_copies, self.weight_copies)
 
 
 def topology(name: str) -> Topology:

@@ -29,7 +29,7 @@ from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
 from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import copies_of, decode_memory, most_rows, params_bytes
+from bicache_jax.memory import decode_memory, most_rows, params_bytes
 from bicache_jax.models import AXES, abstract
 from bicache_jax.placement import Placement
 from bicache_jax.plan import Buffers, Plan, jobs
@@ -179,7 +179,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         "deep": buffers.deep,
         "itemsize": jnp.dtype(args.dtype).itemsize,
         "block_cache": args.block_cache != "off",
-        "copies": copies_of(chip),
+        "copies": chip.copies,
     }
     local, weights, limit = place.layout.local, params_bytes(params), chip.hbm_gib * GIB
     asked = args.rows or most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)

@@ -12,7 +12,7 @@ from bicache_jax.boundary import boundary_at
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, published_table, topology
 from bicache_jax.grouping import prefix_ratio
-from bicache_jax.memory import RESERVE, Memory, copies_of, decode_memory, most_rows
+from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
 from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
 from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
@@ -48,7 +48,7 @@ def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
         shallow=size.shallow,
         deep=size.deep,
         itemsize=2,
-        copies=copies_of(topology("v5e")),
+        copies=topology("v5e").copies,
     )
 
 
@@ -60,7 +60,7 @@ def largest(config: ModelConfig, generation: str, model: int) -> int:
     chip = topology(generation)
     limit = RESERVE * chip.hbm_gib * GIB
     local, weights = Layout(config, model).local, parameters(config) // model
-    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, copies=copies_of(chip), **shape)
+    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, copies=chip.copies, **shape)
 
 
 def job_of(config: ModelConfig, per_prefix: int) -> Job:

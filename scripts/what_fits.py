@@ -21,7 +21,7 @@ from aot_compile import EXIT_FAULT, GIB, build_parser, check
 
 from bicache_jax.buckets import count_bucket
 from bicache_jax.configs import model_shape, topology
-from bicache_jax.memory import copies_of, decode_memory, params_bytes
+from bicache_jax.memory import decode_memory, params_bytes
 from bicache_jax.models import abstract
 from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
@@ -60,7 +60,7 @@ def planned(found: dict[str, Any]) -> int:
         shallow=buffers.shallow,
         deep=buffers.deep,
         itemsize=2,
-        copies=copies_of(topology(found["topology"])),
+        copies=topology(found["topology"]).copies,
     ).total
 
 
