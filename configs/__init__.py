@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 from typing import Any
@@ -73,6 +74,7 @@ def topology(name: str) -> Topology:
     return Topology(**_read("topologies", generation))
 
 
+@functools.cache  # every plan asks
 def topology_of(device_kind: str) -> Topology | None:
     """The TPU generation that a device is of; None for anything else."""
     known = (topology(name) for name in names("topologies"))

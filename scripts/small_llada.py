@@ -1,4 +1,4 @@
-"""The small LLaDA that scripts here train: its shape, its forward pass for gradients, loss and optimizer."""
+"""The example model as it is trained: its shape, its forward pass for gradients, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bicache_jax import example_task as task
 from bicache_jax.config import ModelConfig
 from bicache_jax.functional import backbone_for
 
-EOS, MASK, PAD = (task.TOKEN_ID[word] for word in (task.EOS, task.MASK, task.PAD))
+EOS, MASK = task.TOKEN_ID[task.EOS], task.TOKEN_ID[task.MASK]
 CONFIG = ModelConfig(
     family="llada",
     vocab_size=len(task.VOCABULARY),
@@ -53,23 +53,23 @@ def attend(q: Array, k: Array, v: Array, valid: Array) -> Array:
     return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(valid[:, None, None], scores, -1e9), -1), v)
 
 
-def logits_of(config: ModelConfig, params: dict[str, Any], ids: Array, valid: Array) -> Array:
+def logits_of(params: dict[str, Any], ids: Array, valid: Array) -> Array:
     """Logits of every position, layers unrolled; embedding and head as matrix products, which scatter nothing."""
-    model = backbone_for(config)
+    model = backbone_for(CONFIG)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x = jax.nn.one_hot(ids, config.vocab_size) @ params["embed"]
-    for index in range(config.num_layers):
+    x = jax.nn.one_hot(ids, CONFIG.vocab_size) @ params["embed"]
+    for index in range(CONFIG.num_layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
         k, v = model.key_value(layer, x, positions)
         x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, valid))
     return model.final_norm(params, x) @ params["head"].T
 
 
-def loss_of(config: ModelConfig, params: dict[str, Any], batch: tuple[Array, ...]) -> Array:
+def loss_of(params: dict[str, Any], batch: tuple[Array, ...]) -> Array:
     """Mean cross-entropy over the targets that count."""
     ids, targets, counts, valid = batch
-    log_p = jax.nn.log_softmax(logits_of(config, params, ids, valid))
-    picked = jnp.sum(log_p * jax.nn.one_hot(targets, config.vocab_size), axis=-1)
+    log_p = jax.nn.log_softmax(logits_of(params, ids, valid))
+    picked = jnp.sum(log_p * jax.nn.one_hot(targets, CONFIG.vocab_size), axis=-1)
     return -jnp.sum(picked * counts) / jnp.maximum(jnp.sum(counts), 1)
 
 

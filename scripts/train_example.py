@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,13 +280,13 @@ def main() -> None:
     @jax.jit
     def update(tree: Any, batch: tuple[Array, ...]) -> tuple[Any, Array]:
         params, opt_state = tree
-        loss, gradients = jax.value_and_grad(partial(loss_of, CONFIG))(params, batch)
+        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, changes), opt_state), loss
 
     @jax.jit
     def predict(params: Any, ids: Array, valid: Array) -> Array:
-        return jnp.argmax(logits_of(CONFIG, params, ids, valid).at[..., MASK].set(-jnp.inf), axis=-1)
+        return jnp.argmax(logits_of(params, ids, valid).at[..., MASK].set(-jnp.inf), axis=-1)
 
     started = time.perf_counter() - state["seconds"]
     while state["step"] < args.steps:

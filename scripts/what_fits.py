@@ -10,6 +10,7 @@ does not fit, or by how much the planner is careful.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -27,17 +28,18 @@ from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
 from bicache_jax.types import BicacheError
 
-MESHES: dict[str, dict[str, tuple[str, ...]]] = {
-    "v5e:2x4": {"llada_8b": ("data=2,model=4",), "dream_7b": ("data=2,model=4",)},
-    "v6e:2x4": {"llada_8b": ("data=8,model=1",), "dream_7b": ("data=8,model=1",)},
-    "v5p:2x2x1": {"llada_8b": ("data=4,model=1",), "dream_7b": ("data=4,model=1",)},
-    "tpu7x:2x2x1": {"llada_8b": ("data=8,model=1",), "dream_7b": ("data=8,model=1",)},
+MODELS = ("llada_8b", "dream_7b")
+MESHES = {
+    "v5e:2x4": "data=2,model=4",
+    "v6e:2x4": "data=8,model=1",
+    "v5p:2x2x1": "data=4,model=1",
+    "tpu7x:2x2x1": "data=8,model=1",
 }
 
 
-def one(config: str, slice_name: str, mesh: str, rows: int | None) -> dict[str, Any]:
+def one(config: str, slice_name: str, rows: int | None) -> dict[str, Any]:
     """A compile check."""
-    flags = ("--config", config, "--topology", slice_name, "--mesh", mesh, "--rows", str(rows or "max"))
+    flags = ("--config", config, "--topology", slice_name, "--mesh", MESHES[slice_name], "--rows", str(rows or "max"))
     return check(build_parser().parse_args(flags))
 
 
@@ -95,17 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     file: Path = args.output.with_suffix(".json")
     records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    wanted = [
-        (config, slice_name, mesh)
-        for slice_name in args.slices
-        for config, meshes in MESHES[slice_name].items()
-        for mesh in meshes
-    ]
-    for case in wanted:
-        known = [found for found in records if (found["config"], found["topology"], _said(found["mesh"])) == case]
+    for config, slice_name in itertools.product(MODELS, args.slices):
+        known = [found for found in records if (found["config"], found["topology"]) == (config, slice_name)]
         while len(known) < 1 + args.beyond:
             try:
-                known.append(one(*case, count_bucket(known[0]["rows"] + 1) if known else None))
+                known.append(one(config, slice_name, count_bucket(known[0]["rows"] + 1) if known else None))
             except BicacheError as error:
                 print(f"what_fits: {error}", file=sys.stderr)
                 return EXIT_FAULT
@@ -113,10 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file.write_text(json.dumps(records, indent=1) + "\n")
             args.output.with_suffix(".md").write_text(table(records))
     return 0
-
-
-def _said(mesh: dict[str, int]) -> str:
-    return f"data={mesh['data']},model={mesh['model']}"
 
 
 if __name__ == "__main__":

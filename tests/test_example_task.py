@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -109,9 +108,7 @@ def test_the_state_of_training_survives_its_file(training, tmp_path: Path) -> No
 def test_training_fits_the_library(training) -> None:
     params = load_model("example").params
     assert jax.tree.structure(params) == jax.tree.structure(training.structured_start(training.CONFIG, 1))
-    loss = jax.eval_shape(
-        partial(training.loss_of, training.CONFIG), params, training.draw_batch(1, 0, training.LESSONS[-1])
-    )
+    loss = jax.eval_shape(training.loss_of, params, training.draw_batch(1, 0, training.LESSONS[-1]))
     assert loss.shape == () and loss.dtype == jnp.float32
 
 
