@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import scipy.stats
 
 from bicache_jax.config import BLOCK_CACHES, POLICIES, BlockCache, CacheConfig, Policy, SamplingConfig
 from bicache_jax.engine import Engine
+from bicache_jax.requests import accepted, parse_requests
 from bicache_jax.requests import exact_match as exact_match
 from bicache_jax.types import BicacheError, Model, Request, Result
 
@@ -36,6 +38,40 @@ class Item:
     request: Request
     answers: tuple[str, ...]
     kind: str = ""
+
+
+def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, source: str) -> list[Item]:
+    """Questions from the lines of a request file whose requests have an `answer`, and perhaps a `kind`.
+
+    Args:
+        lines: JSON, or records; blank lines are left out.
+        model: who is asked.
+        sampling: what requests do not set themselves.
+        source: what messages call the file.
+
+    Raises:
+        BicacheError: a request is bad or has no answer, or there are none.
+    """
+    records = []
+    for line in lines:
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            records.append(line if isinstance(line, dict) else json.loads(line))
+        except (ValueError, RecursionError):
+            records.append({})
+    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
+    items = []
+    for entry, record in zip(parsed, records, strict=True):
+        if not isinstance(entry, Request):
+            raise BicacheError(entry.error)
+        answers = accepted(record.get("answer"))
+        if not answers:
+            raise BicacheError(f"{source}: request {entry.id!r} needs an 'answer', a string or a list of strings")
+        items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
+    if not items:
+        raise BicacheError(f"{source}: there are no requests in it")
+    return items
 
 
 def _last_number(text: str) -> float | None:

@@ -1,8 +1,9 @@
-"""The example model's tokenizer files: one token a word."""
+"""Tokenizer files of the example models: one token a word."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import tokenizers
@@ -15,12 +16,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, token_id: Mapping[str, int] = task.TOKEN_ID) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`.
 
     The chat template puts messages one behind the other: a document as system message, a question as user message.
+
+    Args:
+        folder: where to.
+        token_id: the words; the task's, and perhaps more.
     """
-    core = tokenizers.Tokenizer(models.WordLevel(dict(task.TOKEN_ID), unk_token=task.UNKNOWN))
+    core = tokenizers.Tokenizer(models.WordLevel(dict(token_id), unk_token=task.UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # words apart: no word begins with ##
     core.add_special_tokens([task.PAD, task.EOS, task.MASK, task.UNKNOWN])

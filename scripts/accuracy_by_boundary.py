@@ -12,30 +12,29 @@ from typing import Any
 
 from bicache_jax import example_task as task
 from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.evaluation import Item, evaluate
+from bicache_jax.evaluation import evaluate, items_of
 from bicache_jax.loading import load_model
-from bicache_jax.requests import accepted, parse_requests
-from bicache_jax.types import Request
 
 
-def measure(model_name: str, samples: int, seed: int, interval: int, gen_length: int) -> dict[str, Any]:
-    """Accuracy of every boundary on the same held-out questions."""
-    model = load_model(model_name)
-    records = list(task.draw_requests(task.FIRST_HELD_OUT + seed, samples, people=(2, 12), facts=(1, 4)))
-    sampling = SamplingConfig(gen_length=gen_length)
-    requests = parse_requests(records, config=model.config, tokenizer=model.tokenizer, sampling=sampling)
-    items = [
-        Item(request, accepted(record["answer"]), record["kind"])
-        for request, record in zip(requests, records, strict=True)
-        if isinstance(request, Request)
-    ]
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of every boundary on the same questions."""
+    model = load_model(args.model)
+    if args.task == "example":
+        lines: list[Any] = list(
+            task.draw_requests(task.FIRST_HELD_OUT + args.seed, args.samples, people=(2, 12), facts=(1, 4))
+        )
+    else:
+        lines = Path(args.task).read_bytes().splitlines()
+    sampling = SamplingConfig(gen_length=args.gen_length)
+    items = items_of(lines, model, sampling, f"--task {args.task}")[: args.samples]
     rows = []
     for boundary in range(model.config.num_layers + 1):
-        cache = CacheConfig(boundary=boundary, refresh_interval=interval)
+        cache = CacheConfig(boundary=boundary, refresh_interval=args.refresh_interval)
         (result,) = evaluate(model, items, ["bicache"], cache=cache, sampling=sampling, timed=0)
         rows.append({"boundary": boundary, **{key: result[key] for key in ("exact_match", "by_kind", "by_ratio")}})
         print(json.dumps(rows[-1]), flush=True)
-    return {"model": model_name, "samples": samples, "seed": seed, "refresh_interval": interval, "rows": rows}
+    given = {key: getattr(args, key) for key in ("model", "task", "seed", "refresh_interval")}
+    return {**given, "samples": len(items), "rows": rows}
 
 
 BANDS = ((0, 49), (50, 69), (70, 79), (80, 89), (90, 100))
@@ -74,15 +73,16 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measures, writes JSON, draws."""
-    parser = argparse.ArgumentParser(description="Accuracy of the example model by boundary.")
+    parser = argparse.ArgumentParser(description="Accuracy of a model by boundary.")
     parser.add_argument("--model", default="example")
+    parser.add_argument("--task", default="example", help="requests with answers; example: drawn questions (default)")
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--refresh-interval", type=int, default=16)
     parser.add_argument("--gen-length", type=int, default=16)
     parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .png are written")
     args = parser.parse_args()
-    record = measure(args.model, args.samples, args.seed, args.refresh_interval, args.gen_length)
+    record = measure(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     draw(record, args.output.with_suffix(".png"))

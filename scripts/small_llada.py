@@ -1,21 +1,28 @@
-"""The example model as it is trained: its shape, its forward pass for gradients, loss and optimizer."""
+"""A small LLaDA as it is trained: its shape, forward pass for gradients, loss, optimizer, and checkpoint."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
+from safetensors.numpy import save_file
 
 from bicache_jax import example_task as task
 from bicache_jax.config import ModelConfig
 from bicache_jax.functional import backbone_for
+from bicache_jax.models import llada
 
-EOS, MASK = task.TOKEN_ID[task.EOS], task.TOKEN_ID[task.MASK]
+EOS, MASK, PAD = (task.TOKEN_ID[word] for word in (task.EOS, task.MASK, task.PAD))
 CONFIG = ModelConfig(
     family="llada",
     vocab_size=len(task.VOCABULARY),
@@ -47,29 +54,39 @@ def with_kept_buffers() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
 
 
-def attend(q: Array, k: Array, v: Array, valid: Array) -> Array:
-    """Plain attention as batched matrix products; what gradients need."""
+def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """Plain attention as batched matrix products; what gradients need.
+
+    Args:
+        q: [B, N, T, H].
+        k: [B, N, T, H].
+        v: [B, N, T, H].
+        visible: which keys a query sees, [B, T, T]; [B, 1, T] if all queries see the same.
+
+    Returns:
+        [B, N, T, H].
+    """
     scores = jnp.einsum("bnth,bnsh->bnts", q, k) * q.shape[-1] ** -0.5
-    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(valid[:, None, None], scores, -1e9), -1), v)
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.where(visible[:, None], scores, -1e9), -1), v)
 
 
-def logits_of(params: dict[str, Any], ids: Array, valid: Array) -> Array:
+def logits_of(params: dict[str, Any], ids: Array, visible: Array, config: ModelConfig = CONFIG) -> Array:
     """Logits of every position, layers unrolled; embedding and head as matrix products, which scatter nothing."""
-    model = backbone_for(CONFIG)
+    model = backbone_for(config)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x = jax.nn.one_hot(ids, CONFIG.vocab_size) @ params["embed"]
-    for index in range(CONFIG.num_layers):
+    x = jax.nn.one_hot(ids, config.vocab_size) @ params["embed"]
+    for index in range(config.num_layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
         k, v = model.key_value(layer, x, positions)
-        x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, valid))
+        x = model.finish(layer, x, attend(model.query(layer, x, positions), k, v, visible))
     return model.final_norm(params, x) @ params["head"].T
 
 
-def loss_of(params: dict[str, Any], batch: tuple[Array, ...]) -> Array:
-    """Mean cross-entropy over the targets that count."""
-    ids, targets, counts, valid = batch
-    log_p = jax.nn.log_softmax(logits_of(params, ids, valid))
-    picked = jnp.sum(log_p * jax.nn.one_hot(targets, CONFIG.vocab_size), axis=-1)
+def loss_of(params: dict[str, Any], batch: tuple[Array, ...], config: ModelConfig = CONFIG) -> Array:
+    """Mean cross-entropy over the targets that count; a batch is inputs, targets, which count, and what is visible."""
+    ids, targets, counts, visible = batch
+    log_p = jax.nn.log_softmax(logits_of(params, ids, visible, config))
+    picked = jnp.sum(log_p * jax.nn.one_hot(targets, config.vocab_size), axis=-1)
     return -jnp.sum(picked * counts) / jnp.maximum(jnp.sum(counts), 1)
 
 
@@ -84,3 +101,74 @@ def make_optimizer(rate: float, total: int) -> optax.GradientTransformation:
         [30, int(total * 0.7)],
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, 0.9, 0.98))
+
+
+def drawn_ahead(
+    draw: Callable[[int], tuple[np.ndarray, ...]], first: int
+) -> Generator[tuple[np.ndarray, ...], None, None]:
+    """Batches of the steps from `first` on, the next drawn in a thread while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(draw, first)
+        step = first
+        while True:
+            batch = pending.result()
+            step += 1
+            pending = pool.submit(draw, step)
+            yield batch
+
+
+def export(
+    params: dict[str, Any],
+    folder: Path,
+    config: ModelConfig = CONFIG,
+    token_id: Mapping[str, int] = task.TOKEN_ID,
+    dtype: Any = np.float32,
+) -> None:
+    """Writes a checkpoint in LLaDA's layout, with its tokenizer."""
+    from bicache_jax.example_tokenizer import write_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    for path, name in llada.tensor_map(config).names.items():
+        leaf: Any = params
+        for part in path:
+            leaf = leaf[part]
+        values = np.asarray(leaf, dtype)
+        values = values.swapaxes(-1, -2) if path[-1] == "kernel" else values
+        if path[0] == "layers":
+            tensors |= {name.format(layer=index): np.ascontiguousarray(part) for index, part in enumerate(values)}
+        else:
+            tensors[name] = np.ascontiguousarray(values)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    described = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_layer_norm": False,
+        "block_type": "llama",
+        "d_model": config.d_model,
+        "embedding_size": config.vocab_size,
+        "eos_token_id": EOS,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "mask_token_id": MASK,
+        "max_sequence_length": config.max_length,
+        "mlp_hidden_size": config.d_mlp,
+        "mlp_ratio": 2,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "n_layers": config.num_layers,
+        "pad_token_id": PAD,
+        "rms_norm_eps": config.norm_eps,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": config.rope_theta,
+        "scale_logits": False,
+        "vocab_size": config.vocab_size,
+        "weight_tying": False,
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_tokenizer(folder, token_id)

@@ -30,6 +30,18 @@ OFFSETS = (
 )
 
 
+def at_offset(offset: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A query and a key [H] that meet at full length, rotated, where the key stands `offset` tokens further on."""
+    angle = offset * config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
+    key = np.concatenate([np.ones(config.head_dim // 2), np.zeros(config.head_dim // 2)])
+    return np.concatenate([np.cos(angle), np.sin(angle)]), key
+
+
+def slow_dimensions(config: ModelConfig) -> np.ndarray:
+    """Which dimensions of a head [H] hardly turn within a document, so that content can be compared in them."""
+    return np.tile(np.arange(config.head_dim // 2) >= 5, 2)
+
+
 def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     """Parameters to start from; see the module's docstring."""
     rng = np.random.default_rng(seed)
@@ -58,8 +70,7 @@ def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
 
     parts = [part @ away for part in orthogonal().reshape(config.num_heads, head, width)]
-    frequency = config.rope_theta ** (-np.arange(head // 2) / (head // 2))
-    slow = np.tile(np.arange(head // 2) >= 5, 2)  # dimensions that hardly turn within a document
+    slow = slow_dimensions(config)
 
     def noise(scale: float) -> np.ndarray:
         return scale * rng.normal(size=(width, head)) / np.sqrt(width)
@@ -69,9 +80,7 @@ def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
         for index in range(config.num_heads):
             if layer < len(OFFSETS):  # look at a fixed offset, keep a part of what stands there
                 offset, kept, gain = OFFSETS[layer][index]
-                key = np.concatenate([np.ones(head // 2), np.zeros(head // 2)])
-                # Rotated by the offset, a query meets the key that stands there at full length.
-                query = np.concatenate([np.cos(offset * frequency), np.sin(offset * frequency)])
+                query, key = at_offset(offset, config)
                 queries.append(np.outer(direction, query) * 0.92 + noise(0.2))
                 keys.append(np.outer(direction, key) * 0.92 + noise(0.2))
             else:  # look for equal content in one part, copy another part of what stands there

@@ -15,8 +15,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ import numpy as np
 import optax
 from jaxtyping import Array
 from safetensors.numpy import load_file, save_file
-from small_llada import CONFIG, EOS, MASK, logits_of, loss_of, make_optimizer, with_kept_buffers
+from small_llada import CONFIG, EOS, MASK, drawn_ahead, export, logits_of, loss_of, make_optimizer, with_kept_buffers
 from structured_start import structured_start
 
 from bicache_jax import example_task as task
-from bicache_jax.models import llada
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], 
 
 
 def draw_batch(seed: int, step: int, lesson: Lesson) -> tuple[np.ndarray, ...]:
-    """A step's batch: inputs, targets, which targets count, which tokens are there."""
+    """A step's batch: inputs, targets, which targets count, which tokens are there [B, 1, T]."""
     rng, length = np.random.default_rng([seed, 0, step]), lesson.length
     ids = np.full((lesson.batch, length), task.TOKEN_ID[task.PAD], np.int32)
     counts = np.zeros((lesson.batch, length), bool)
@@ -119,7 +117,7 @@ def draw_batch(seed: int, step: int, lesson: Lesson) -> tuple[np.ndarray, ...]:
         valid[row, : len(tokens)] = True
         share = 1.0 if rng.random() < 0.5 else rng.uniform(0.15, 1.0)
         counts[row, : len(tokens)] = np.asarray(answers) & (rng.random(len(tokens)) < share)
-    return np.where(counts, MASK, ids), ids, counts, valid
+    return np.where(counts, MASK, ids), ids, counts, valid[:, None]
 
 
 def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Lesson) -> dict[str, float]:
@@ -147,7 +145,7 @@ def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Less
         valid = np.zeros((20, length), bool)
         for place, row in enumerate(part):
             ids[place, : len(row)], valid[place, : len(row)] = row, True
-        found = np.asarray(predict(params, ids, valid))
+        found = np.asarray(predict(params, ids, valid[:, None]))
         for place, (kind, at, answer) in enumerate(spans[begin : begin + 20]):
             right[kind].append(list(found[place, at : at + len(answer)]) == answer)
     return {kind: round(float(np.mean(values)), 3) for kind, values in right.items() if values}
@@ -171,57 +169,6 @@ def load_checkpoint(folder: Path, tree: Any) -> tuple[Any, dict[str, Any]]:
     return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaves[name]) for name in sorted(leaves)]), state
 
 
-def export(params: dict[str, Any], folder: Path) -> None:
-    """Writes the checkpoint in LLaDA's layout, with its tokenizer."""
-    from bicache_jax.example_tokenizer import write_tokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {}
-    for path, name in llada.tensor_map(CONFIG).names.items():
-        leaf: Any = params
-        for part in path:
-            leaf = leaf[part]
-        values = np.asarray(leaf, np.float32)
-        values = values.swapaxes(-1, -2) if path[-1] == "kernel" else values
-        if path[0] == "layers":
-            tensors |= {name.format(layer=index): np.ascontiguousarray(part) for index, part in enumerate(values)}
-        else:
-            tensors[name] = np.ascontiguousarray(values)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "activation_type": "silu",
-        "alibi": False,
-        "attention_layer_norm": False,
-        "block_type": "llama",
-        "d_model": CONFIG.d_model,
-        "embedding_size": CONFIG.vocab_size,
-        "eos_token_id": EOS,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "mask_token_id": MASK,
-        "max_sequence_length": CONFIG.max_length,
-        "mlp_hidden_size": CONFIG.d_mlp,
-        "mlp_ratio": 2,
-        "n_heads": CONFIG.num_heads,
-        "n_kv_heads": CONFIG.num_kv_heads,
-        "n_layers": CONFIG.num_layers,
-        "pad_token_id": task.TOKEN_ID[task.PAD],
-        "rms_norm_eps": CONFIG.norm_eps,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": CONFIG.rope_theta,
-        "scale_logits": False,
-        "vocab_size": CONFIG.vocab_size,
-        "weight_tying": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_tokenizer(folder)
-
-
 def draw_curve(log: Path, picture: Path) -> None:
     """Draws loss and accuracy by step from a training log."""
     from matplotlib.figure import Figure
@@ -243,18 +190,6 @@ def draw_curve(log: Path, picture: Path) -> None:
     accuracy.set(xlabel="step (grey lines: next lesson)", ylabel="exact match, one pass", ylim=(0, 1.02))
     figure.legend(loc="outside upper center", ncols=len(task.KINDS), fontsize="small")
     figure.savefig(picture, dpi=100)
-
-
-def batches(seed: int, first: int, lesson: Lesson) -> Iterator[tuple[np.ndarray, ...]]:
-    """Batches of successive steps, the next drawn in a thread while the last is used."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(draw_batch, seed, first, lesson)
-        step = first
-        while True:
-            batch = pending.result()
-            step += 1
-            pending = pool.submit(draw_batch, seed, step, lesson)
-            yield batch
 
 
 def main() -> None:
@@ -285,14 +220,14 @@ def main() -> None:
         return (optax.apply_updates(params, changes), opt_state), loss
 
     @jax.jit
-    def predict(params: Any, ids: Array, valid: Array) -> Array:
-        return jnp.argmax(logits_of(params, ids, valid).at[..., MASK].set(-jnp.inf), axis=-1)
+    def predict(params: Any, ids: Array, visible: Array) -> Array:
+        return jnp.argmax(logits_of(params, ids, visible).at[..., MASK].set(-jnp.inf), axis=-1)
 
     started = time.perf_counter() - state["seconds"]
     while state["step"] < args.steps:
         lesson = LESSONS[state["lesson"]]
         losses = []
-        for batch in batches(args.seed, state["step"], lesson):
+        for batch in drawn_ahead(partial(draw_batch, args.seed, lesson=lesson), state["step"]):
             tree, loss = update(tree, batch)
             losses.append(loss)
             state["step"] += 1

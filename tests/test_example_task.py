@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -77,14 +78,15 @@ def training(monkeypatch: pytest.MonkeyPatch) -> object:
 @pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
 def test_only_answers_are_masked_and_a_step_has_the_same_batch_after_a_restart(training) -> None:
     for lesson in training.LESSONS:
-        ids, targets, counts, valid = training.draw_batch(3, 7, lesson)
+        ids, targets, counts, visible = training.draw_batch(3, 7, lesson)
+        valid = visible[:, 0]
         assert ids.shape == (lesson.batch, lesson.length) and (ids[counts] == training.MASK).all()
         assert (targets[counts] != training.MASK).all() and counts.any() and not (counts & ~valid).any()
         assert (ids[~counts] == targets[~counts]).all()
         persons = {task.TOKEN_ID[name] for name in task.NAMES}
         assert not any(ids[row, 0] not in persons for row in range(lesson.batch))  # documents come first, and whole
     lesson = training.LESSONS[0]
-    stream = training.batches(3, 5, lesson)
+    stream = training.drawn_ahead(partial(training.draw_batch, 3, lesson=lesson), 5)
     for step in (5, 6):
         for found, wanted in zip(next(stream), training.draw_batch(3, step, lesson), strict=True):
             np.testing.assert_array_equal(found, wanted)

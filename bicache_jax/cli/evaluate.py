@@ -16,7 +16,7 @@ from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.inputs import read_requests
 from bicache_jax.cli.options import boundary, from_flags, integer, warn
 from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.types import BicacheError, Model, Request
+from bicache_jax.types import BicacheError
 
 HELP = "compare the accuracy of policies on the same questions"
 DESCRIPTION = """\
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.boundary import load_table
-    from bicache_jax.evaluation import TURNS, evaluate, find_scorer
+    from bicache_jax.evaluation import TURNS, evaluate, find_scorer, items_of
 
     if ":" in args.scorer:
         sys.path.append("")  # a scorer may lie in the current folder
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             cache = dataclasses.replace(cache, table=table.table)
         elif model.note and args.boundary == "auto" and any(name.startswith("bicache") for name in policies):
             warn(model.note)
-        items = _items(lines, source, model, sampling)[: args.samples]
+        items = items_of(lines, model, sampling, f"--task {source}")[: args.samples]
         bar = stack.enter_context(
             tqdm(
                 total=len(items) * len(policies) + (1 + TURNS) * len(items[: args.timed]) * len(policies),
@@ -177,31 +177,3 @@ def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:
     from bicache_jax import example_task
 
     return list(example_task.draw_requests(example_task.FIRST_HELD_OUT + args.seed, args.samples)), "example"
-
-
-def _items(lines: list[Any], source: str, model: Model, sampling: SamplingConfig) -> list[Any]:
-    from bicache_jax.evaluation import Item
-    from bicache_jax.requests import accepted, parse_requests
-
-    records = []
-    for line in lines:
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        try:
-            records.append(line if isinstance(line, dict) else json.loads(line))
-        except (ValueError, RecursionError):
-            records.append({})
-    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
-    items = []
-    for entry, record in zip(parsed, records, strict=True):
-        if not isinstance(entry, Request):
-            raise BicacheError(f"--task: {entry.error}")
-        answers = accepted(record.get("answer"))
-        if not answers:
-            raise BicacheError(
-                f"--task {source}: request {entry.id!r} needs an 'answer', a string or a list of strings"
-            )
-        items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
-    if not items:
-        raise BicacheError(f"--task {source}: there are no requests in it")
-    return items
