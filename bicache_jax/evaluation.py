@@ -15,7 +15,7 @@ import scipy.stats
 
 from bicache_jax.config import BLOCK_CACHES, POLICIES, BlockCache, CacheConfig, Policy, SamplingConfig
 from bicache_jax.engine import Engine
-from bicache_jax.requests import accepted, parse_requests
+from bicache_jax.requests import accepted, is_blank, parse_requests
 from bicache_jax.requests import exact_match as exact_match
 from bicache_jax.types import BicacheError, Model, Request, Result
 
@@ -54,7 +54,7 @@ def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, sourc
     """
     records = []
     for line in lines:
-        if isinstance(line, bytes) and not line.strip():
+        if is_blank(line):
             continue
         try:
             records.append(line if isinstance(line, dict) else json.loads(line))

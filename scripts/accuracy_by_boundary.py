@@ -10,21 +10,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bicache_jax import BicacheError, load_model
 from bicache_jax import example_task as task
+from bicache_jax.cli.inputs import read_requests
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import evaluate, items_of
-from bicache_jax.loading import load_model
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of every boundary on the same questions."""
+    """Accuracy of every boundary on the same questions.
+
+    Raises:
+        BicacheError: there is no such model, or it or the task cannot be read.
+    """
     model = load_model(args.model)
     if args.task == "example":
         lines: list[Any] = list(
             task.draw_requests(task.FIRST_HELD_OUT + args.seed, args.samples, people=(2, 12), facts=(1, 4))
         )
     else:
-        lines = Path(args.task).read_bytes().splitlines()
+        lines = list(read_requests(args.task, flag="--task").lines)
     sampling = SamplingConfig(gen_length=args.gen_length)
     items = items_of(lines, model, sampling, f"--task {args.task}")[: args.samples]
     rows = []
@@ -82,7 +87,10 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=16)
     parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .png are written")
     args = parser.parse_args()
-    record = measure(args)
+    try:
+        record = measure(args)
+    except BicacheError as error:
+        parser.error(str(error))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     draw(record, args.output.with_suffix(".png"))

@@ -5,7 +5,8 @@
 The task (`trips.py`) asks about a document under a rule that stands behind it. The model is trained twice, from one
 start and on the same sequences: as LLaDA is, every token seeing every other, and as naive caching would have it,
 documents seeing nothing but themselves. The first shows what a cache costs a model whose document reads the rule; the
-second, whether such a model can do without. `examples/trips` is what this wrote, without the second model's weights.
+second, whether it learns to do without in as many steps. `examples/trips` holds what this writes, without the second
+model's weights, and `policies.json`, which `bicache evaluate --json` wrote (see the README).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bicache_jax import example_task as task
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import evaluate, items_of
 from bicache_jax.loading import load_model
-from bicache_jax.profiling import Sample, measure, shallow_layers
+from bicache_jax.profiling import THRESHOLD, Sample, measure, shallow_layers
 from bicache_jax.types import Model
 
 SHAPE = dataclasses.replace(CONFIG, vocab_size=len(TOKEN_ID), num_layers=6)
@@ -139,16 +140,34 @@ def similarity(model: Model, seed: int, samples: int) -> list[float]:
     return [round(float(value), 4) for value in mean]
 
 
+def calibrate(model: Model) -> dict[str, Any]:
+    """Boundaries chosen on other questions than are reported: by similarity, as published, and by answers.
+
+    The second is the largest with which, at N = 16, at most one answer in 96 fewer is right than without a cache.
+    """
+    similar = similarity(model, task.CALIBRATION, 96)
+    none = score(model, task.CALIBRATION, 96, CacheConfig(policy="none"))["all"]
+    right = []
+    for boundary in range(SHAPE.num_layers + 1):
+        cache = CacheConfig(policy="bicache", boundary=boundary)
+        right.append(score(model, task.CALIBRATION, 96, cache)["all"])
+    return {
+        "similarity": similar,
+        "boundary_by_similarity": shallow_layers(similar, THRESHOLD),
+        "calibration": {"none": none, "by_boundary": right},
+        "boundary_by_answers": max(place for place, value in enumerate(right) if value >= none - 1.01 / 96),
+    }
+
+
 def study(model: Model, samples: int) -> dict[str, Any]:
     """Accuracy without a cache and at every boundary and interval, and similarity by layer."""
-    seed, similar = HELD_OUT, similarity(model, task.CALIBRATION, 96)
-    record: dict[str, Any] = {"similarity": similar, "boundary_by_similarity": shallow_layers(similar, 0.97)}
-    record |= {"none": score(model, seed, samples, CacheConfig(policy="none")), "rows": []}
+    record: dict[str, Any] = calibrate(model) | {"none": score(model, HELD_OUT, samples, CacheConfig(policy="none"))}
+    record["rows"] = []
     for interval in (1, 4, 16):
         for boundary in range(SHAPE.num_layers + 1):
             cache = CacheConfig(policy="bicache", boundary=boundary, refresh_interval=interval)
             row = {"refresh_interval": interval, "boundary": boundary}
-            record["rows"].append(row | {"exact_match": score(model, seed, samples, cache)})
+            record["rows"].append(row | {"exact_match": score(model, HELD_OUT, samples, cache)})
     return record
 
 
@@ -170,8 +189,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     seen.legend(fontsize="small", loc="center right")
     values = record["bidirectional"]["similarity"]
     similar.plot(range(len(values)), values, marker="o", color="black")
-    similar.axhline(0.97, color="0.7", linestyle="--")
-    similar.set(xlabel="layer (from 0)", ylabel="similarity of the document's KV", title="trained as LLaDA is")
+    similar.axhline(THRESHOLD, color="0.7", linestyle="--")
+    similar.set(xlabel="layer (from 0)", ylabel="similarity of the document's KV", ylim=(0.8, 1.01))
+    similar.set(title="trained as LLaDA is (axis from 0.8)")
     similar.title.set_fontsize("small")
     figure.savefig(path, dpi=100)
 
@@ -186,6 +206,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=600, help="questions measured (default: %(default)s)")
     args = parser.parse_args()
+    if not 0 <= args.seed < task.CALIBRATION:
+        parser.error(f"--seed {args.seed}: must be from 0 to {task.CALIBRATION - 1}, others are held out")
+    if args.steps < 1 or args.samples < 1:
+        parser.error("--steps and --samples must be at least 1")
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "questions.jsonl").open("w") as file:
         for question in draw_requests(HELD_OUT, args.samples):

@@ -157,7 +157,7 @@ def export(
         "mask_token_id": MASK,
         "max_sequence_length": config.max_length,
         "mlp_hidden_size": config.d_mlp,
-        "mlp_ratio": 2,
+        "mlp_ratio": config.d_mlp // config.d_model,
         "n_heads": config.num_heads,
         "n_kv_heads": config.num_kv_heads,
         "n_layers": config.num_layers,

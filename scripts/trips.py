@@ -75,7 +75,13 @@ class Document:
 
 
 def draw_document(rng: np.random.Generator, people: int, towns: int) -> Document:
-    """Draws a trip of each of `people` between two of `towns` towns."""
+    """Draws a trip of each of `people` between two of `towns` towns.
+
+    Raises:
+        ValueError: so few towns that no two lie in one region.
+    """
+    if towns <= len(REGIONS):
+        raise ValueError(f"towns must be more than {len(REGIONS)}, so that two lie in one region; got {towns}")
     names = rng.choice(len(task.NAMES), people, replace=False)
     places = tuple(task.PLACES[index] for index in rng.choice(len(task.PLACES), towns, replace=False))
     pairs = list(itertools.combinations(places, 2))
@@ -134,11 +140,14 @@ def trips_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     The width is cut into four parts; a word's own is the first. Layer 0 copies the words one, two and four before into
     the others. Above, one head finds what stands two behind the same word, one what stands two behind the word four
     before, one what stands alike in both, each adding the word that it finds. So words of the document can read the
-    rule from the first step on, and so can those of a question. All of it is trained afterwards.
+    rule in layer 1 from the first step on, and so can those of a question. All of it is trained afterwards.
 
     Args:
         config: of four heads, each as wide as a part.
         seed: of the noise.
+
+    Returns:
+        The tree of `bicache_jax.models.init`.
     """
     rng = np.random.default_rng(seed)
     params: Any = jax.tree.map(np.array, init(config, jax.random.key(seed)))

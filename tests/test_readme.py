@@ -35,6 +35,8 @@ def test_commands_exist(monkeypatch):
         args = build_parser().parse_args(command[1:])
         files = [getattr(args, flag) for flag in ("input", "data") if hasattr(args, flag)]
         assert all(Path(file).is_file() for file in files)
+        paths = [getattr(args, flag, None) or "" for flag in ("model", "task")]
+        assert all(Path(path).exists() for path in paths if "/" in path)
     tests = [line for line in lines if "pytest" in line]
     assert tests and tests[-1] in (ROOT / ".ci" / "run").read_text()
 

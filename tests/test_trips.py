@@ -71,12 +71,24 @@ def test_naive_caching_fails_where_the_document_must_read_the_rule() -> None:
     )
     assert none["exact_match"] > 0.9 and bicache["exact_match"] > 0.9
     assert bicache["agreement"] > 0.95
-    assert naive["by_kind"]["within"]["exact_match"] < 0.4
+    assert all(naive["by_kind"][kind]["exact_match"] < 0.4 for kind in ("regions", "within"))
 
 
 def test_committed_figures_are_those_of_the_committed_model() -> None:
+    import collapse_study
+
     study = json.loads((EXAMPLE / "study.json").read_text())
-    lines = (EXAMPLE / "bidirectional" / "log.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == study["steps"]
-    layers = len(study["bidirectional"]["similarity"])
-    assert [row["boundary"] for row in study["bidirectional"]["rows"]] == 3 * [*range(layers + 1)]
+    found = study["bidirectional"]
+    model = load_model(str(EXAMPLE / "bidirectional" / "model"))
+    np.testing.assert_allclose(
+        collapse_study.similarity(model, collapse_study.task.CALIBRATION, 96), found["similarity"], atol=2e-4
+    )
+    rows = {row["boundary"]: row["exact_match"] for row in found["rows"] if row["refresh_interval"] == 16}
+    assert list(rows) == [*range(model.config.num_layers + 1)]
+    policies = json.loads((EXAMPLE / "policies.json").read_text())["results"]
+    assert [one["policy"] for one in policies] == ["none", "naive", "bicache"]
+    for one, wanted in zip(policies, (found["none"], rows[6], rows[found["boundary_by_answers"]]), strict=True):
+        assert one["samples"] == study["samples"]
+        assert one["exact_match"] == pytest.approx(wanted["all"], abs=1e-5)
+    log = (EXAMPLE / "bidirectional" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == study["steps"]
