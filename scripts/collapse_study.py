@@ -27,7 +27,7 @@ from trips import KINDS, TOKEN_ID, Question, draw_document, draw_requests, draw_
 
 from bicache_jax import example_task as task
 from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.evaluation import evaluate, items_of
+from bicache_jax.evaluation import Item, evaluate, items_of
 from bicache_jax.loading import load_model
 from bicache_jax.profiling import THRESHOLD, Sample, measure, shallow_layers
 from bicache_jax.types import Model
@@ -117,24 +117,29 @@ def train(seed: int, steps: int, rate: float, alone: bool, folder: Path) -> Mode
             losses.append(loss)
             if step % 100 == 0 or step == steps:
                 export(params, folder / "model", SHAPE, TOKEN_ID, np.float16)
-                quick = score(load_model(str(folder / "model")), task.CALIBRATION, 96, cache)
+                model = load_model(str(folder / "model"))
+                quick = score(model, items_from(model, task.CALIBRATION, 96), cache)
                 record = {"step": step, "loss": round(float(np.mean(losses)), 4), "exact_match": quick}
                 print(json.dumps(record | {"seconds": round(time.perf_counter() - started)}), file=log, flush=True)
                 losses = []
     batches.close()
-    return load_model(str(folder / "model"))
+    return model
 
 
-def score(model: Model, seed: int, samples: int, cache: CacheConfig) -> dict[str, float]:
+def items_from(model: Model, seed: int, samples: int) -> list[Item]:
+    """Questions that training has not seen."""
+    return items_of(list(draw_requests(seed, samples)), model, SAMPLING, "trips")
+
+
+def score(model: Model, items: list[Item], cache: CacheConfig) -> dict[str, float]:
     """Accuracy of a policy: of all, and by kind."""
-    items = items_of(list(draw_requests(seed, samples)), model, SAMPLING, "trips")
     (found,) = evaluate(model, items, [cache.policy], cache=cache, sampling=SAMPLING, timed=0, batch_size=32)
     return {"all": found["exact_match"]} | {kind: group["exact_match"] for kind, group in found["by_kind"].items()}
 
 
-def similarity(model: Model, seed: int, samples: int) -> list[float]:
+def similarity(model: Model, items: list[Item]) -> list[float]:
     """Mean similarity of the document's KV alone and in the whole prompt by layer, as `bicache profile` compares."""
-    requests = [item.request for item in items_of(list(draw_requests(seed, samples)), model, SAMPLING, "trips")]
+    requests = [item.request for item in items]
     parts = [Sample(request.prompt_ids, request.prefix_len or 0, 50) for request in requests]
     mean = np.mean([layers for _, layers in measure(model, parts)], axis=0)
     return [round(float(value), 4) for value in mean]
@@ -145,12 +150,13 @@ def calibrate(model: Model) -> dict[str, Any]:
 
     The second is the largest with which, at N = 16, at most one answer in 96 fewer is right than without a cache.
     """
-    similar = similarity(model, task.CALIBRATION, 96)
-    none = score(model, task.CALIBRATION, 96, CacheConfig(policy="none"))["all"]
-    right = []
-    for boundary in range(SHAPE.num_layers + 1):
-        cache = CacheConfig(policy="bicache", boundary=boundary)
-        right.append(score(model, task.CALIBRATION, 96, cache)["all"])
+    items = items_from(model, task.CALIBRATION, 96)
+    similar = similarity(model, items)
+    none = score(model, items, CacheConfig(policy="none"))["all"]
+    right = [
+        score(model, items, CacheConfig(policy="bicache", boundary=boundary))["all"]
+        for boundary in range(SHAPE.num_layers + 1)
+    ]
     return {
         "similarity": similar,
         "boundary_by_similarity": shallow_layers(similar, THRESHOLD),
@@ -161,13 +167,14 @@ def calibrate(model: Model) -> dict[str, Any]:
 
 def study(model: Model, samples: int) -> dict[str, Any]:
     """Accuracy without a cache and at every boundary and interval, and similarity by layer."""
-    record: dict[str, Any] = calibrate(model) | {"none": score(model, HELD_OUT, samples, CacheConfig(policy="none"))}
+    items = items_from(model, HELD_OUT, samples)
+    record: dict[str, Any] = calibrate(model) | {"none": score(model, items, CacheConfig(policy="none"))}
     record["rows"] = []
     for interval in (1, 4, 16):
         for boundary in range(SHAPE.num_layers + 1):
             cache = CacheConfig(policy="bicache", boundary=boundary, refresh_interval=interval)
             row = {"refresh_interval": interval, "boundary": boundary}
-            record["rows"].append(row | {"exact_match": score(model, HELD_OUT, samples, cache)})
+            record["rows"].append(row | {"exact_match": score(model, items, cache)})
     return record
 
 

@@ -80,9 +80,8 @@ def test_committed_figures_are_those_of_the_committed_model() -> None:
     study = json.loads((EXAMPLE / "study.json").read_text())
     found = study["bidirectional"]
     model = load_model(str(EXAMPLE / "bidirectional" / "model"))
-    np.testing.assert_allclose(
-        collapse_study.similarity(model, collapse_study.task.CALIBRATION, 96), found["similarity"], atol=2e-4
-    )
+    items = collapse_study.items_from(model, collapse_study.task.CALIBRATION, 96)
+    np.testing.assert_allclose(collapse_study.similarity(model, items), found["similarity"], atol=2e-4)
     rows = {row["boundary"]: row["exact_match"] for row in found["rows"] if row["refresh_interval"] == 16}
     assert list(rows) == [*range(model.config.num_layers + 1)]
     policies = json.loads((EXAMPLE / "policies.json").read_text())["results"]
