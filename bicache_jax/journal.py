@@ -172,18 +172,20 @@ class Journal:
         self._synced = time.monotonic()
 
 
-def write_atomic(path: str | Path, lines: Iterable[bytes]) -> None:
-    """Writes a file that is either whole or not there: a temporary file in its folder, synced, then one rename.
+def write_atomic(path: str | Path, lines: Iterable[bytes], temporary: Path | None = None) -> None:
+    """Writes a file that is either whole or not there: a temporary file, synced, then one rename.
 
     Args:
         path: the file; what stands there is replaced, through a symbolic link if it is one.
         lines: its content.
+        temporary: the temporary file, on the same file system, which no other process writes; by default it is
+            beside `path`, of one name, so that what a killed process left is replaced.
 
     Raises:
         BicacheError: it cannot be written.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary or target.with_name(f".{target.name}.tmp")
     try:
         try:
             with open(temporary, "wb") as file:

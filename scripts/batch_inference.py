@@ -222,14 +222,22 @@ class Job:
             if self._state.is_complete(path.name):
                 self._progress.skip(size_of(path))
                 continue
-            begin, answered = 0, []
-            for window, items, workers in ahead(map(self._divide, windows(path, self._run.iterate, self._size))):
-                if self._answer(path, window, items, workers, window.end - begin):
-                    answered.append(window.number)
-                begin = window.end
-            found[path.name] = answered
+            try:
+                found[path.name] = self._work_on(path)
+            except BicacheError:
+                if not self._state.is_over():  # else: other workers found everything done, and have tidied up
+                    raise
         self._progress.report(finished=True)
         return self._state.finish(found)
+
+    def _work_on(self, path: AnyPath) -> list[int]:
+        """Answers this worker's part of a file; returns the windows in which this slice has requests."""
+        begin, answered = 0, []
+        for window, items, workers in ahead(map(self._divide, windows(path, self._run.iterate, self._size))):
+            if self._answer(path, window, items, workers, window.end - begin):
+                answered.append(window.number)
+            begin = window.end
+        return answered
 
     def _divide(self, window: Window) -> tuple[Window, list[Request | Result], list[int]]:
         """A window, this slice's part of it with prefixes found among all of it, and the worker of each request."""

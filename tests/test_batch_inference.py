@@ -96,10 +96,11 @@ def test_kills_of_any_worker_at_any_moment_lose_and_double_nothing(tmp_path, fil
         if not late:
             break
         kills += len(late)
-        journals = (output / "_state").rglob("*.journal") if (output / "_state").exists() else []
-        lines = [line for path in journals for line in path.read_bytes().split(b"\n")[1:] if line.endswith(b"}")]
-        assert len(lines) >= kept  # nothing finished is ever lost
-        kept = len(lines)
+        if not all((output / path.name).exists() for path in files):  # else the state may be gone, or half of it
+            journals = (output / "_state").rglob("*.journal")
+            lines = [line for path in journals for line in path.read_bytes().split(b"\n")[1:] if line.endswith(b"}")]
+            assert len(lines) >= kept  # nothing finished is ever lost
+            kept = len(lines)
         count = chance.choice([1, 2, 3])
     assert kills >= 4
     check(output, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,3 +120,75 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, monkeypatch, capsys):
     assert capsys.readouterr().err == "bicache: error: --input s3://bucket/in/*.jsonl: no such file\n"
     with pytest.raises(BicacheError, match="s3://nowhere/x: no such file"):
         inputs(["s3://nowhere/x"])
+
+
+IDENTITY = {"model": "x"}
+
+
+def finished_state(output: Path, number: int) -> state.State:
+    """One of two workers, which has answered its request of the only window."""
+    worker = state.State(str(output), [Path("a.jsonl")], state.Worker(number, 2), resume=True)
+    worker.begin(IDENTITY)
+    with worker.window("a.jsonl", 0, IDENTITY, 2) as journal:
+        journal.add({"id": f"r{number}", "sample": 0, "finish_reason": "eos"}, index=number, of=1)
+    return worker
+
+
+def test_a_journal_that_vanishes_while_it_is_read_is_empty(tmp_path):
+    """As that of a worker that closes a window in which it had nothing."""
+    first = finished_state(tmp_path, 0)
+    vanished = tmp_path / "_state" / "a.jsonl" / "000000.00001-of-00003.journal"
+    vanished.symlink_to(tmp_path / "nothing")  # listed, and then not there
+    second = finished_state(tmp_path, 1)
+    with second.window("a.jsonl", 0, IDENTITY, 2) as journal:
+        assert sorted(journal.finished) == [("r0", 0), ("r1", 0)]
+    assert first.finish({"a.jsonl": [0]}) == []
+    assert second.finish({"a.jsonl": [0]}) == [tmp_path / "a.jsonl"]
+    assert len((tmp_path / "a.jsonl").read_bytes().splitlines()) == 2
+    unreadable = tmp_path / "_state" / "a.jsonl" / "000000.00001-of-00003.journal"
+    unreadable.mkdir(parents=True)  # is there, but not to be read
+    with pytest.raises(BicacheError, match="cannot write --output .*: Is a directory"):
+        finished_state(tmp_path, 0)
+
+
+def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
+    workers = [finished_state(tmp_path, number) for number in range(2)]
+    assert workers[0].finish({"a.jsonl": [0]}) == []
+    whole = workers[1]._results
+
+    def dies(name, numbers):
+        yield next(whole(name, numbers))
+        raise KeyboardInterrupt
+
+    def slow(name, numbers):
+        first, *rest = whole(name, numbers)
+        yield first
+        with pytest.raises(KeyboardInterrupt):
+            workers[0].finish({"a.jsonl": [0]})
+        assert not (tmp_path / "a.jsonl").exists()
+        yield from rest
+
+    monkeypatch.setattr(workers[0], "_results", dies)
+    monkeypatch.setattr(workers[1], "_results", slow)
+    assert workers[1].finish({"a.jsonl": [0]}) == [tmp_path / "a.jsonl"]
+    ids = [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_bytes().splitlines()]
+    assert ids == ["r0", "r1"] and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["_begin", "_open", "_put_together"])
+def test_outputs_that_another_completes_meanwhile(tmp_path, monkeypatch, method):
+    """What was done before a restart can be all that is needed, and whoever notices first removes the state."""
+    write_requests(tmp_path / "a.jsonl", 3)
+    original = getattr(state.State, method)
+
+    def overtaken(self, *args):
+        (self.output / "a.jsonl").write_bytes(b"whole\n")
+        shutil.rmtree(self._folder)
+        return original(self, *args)
+
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    monkeypatch.setattr(state.State, method, overtaken)
+    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
+    assert batch_inference.main(command) == 0
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"whole\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_stats", "a.jsonl"]

@@ -79,16 +79,22 @@ class State:
         self.output = path_of(output)
         self._folder = self.output / f"_state{worker.suffix}"
         self._files = {path.name: path for path in files}
-        try:
+        with self._faults():
             self._folder.mkdir(parents=True, exist_ok=True)
             if not resume:
                 self._refuse_earlier()
             self._done(worker.number).unlink(missing_ok=True)  # a run that was killed while it put outputs together
+        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Says in one line what a file system or a bucket objects to."""
+        try:
+            yield
         except BicacheError:
             raise
         except Exception as error:  # bucket libraries raise many kinds
-            raise BicacheError(f"cannot write --output {output}: {reason(error)}") from None
-        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
+            raise BicacheError(f"cannot write --output {self.output}: {reason(error)}") from None
 
     def _refuse_earlier(self) -> None:
         """Other workers of this very job may have begun already; what is refused is what they cannot have written."""
@@ -113,8 +119,14 @@ class State:
         Raises:
             BicacheError: it is another run's.
         """
-        path = self._folder / "run.json"
-        header = header_of(run)
+        try:
+            with self._faults():
+                self._begin(self._folder / "run.json", header_of(run))
+        except BicacheError:
+            if not self.is_over():  # else: other workers found everything done, and have tidied up
+                raise
+
+    def _begin(self, path: AnyPath, header: Record) -> None:
         if path.exists():
             try:
                 found = json.loads(path.read_bytes())
@@ -151,10 +163,19 @@ class State:
         Raises:
             BicacheError: it cannot be written, or the journals there belong to another run.
         """
+        header = {**run, "requests": requests}
+        with self._faults():
+            journal = self._open(name, number, header)
+        try:
+            journal.begin(header)
+            yield journal
+        finally:
+            journal.close()
+
+    def _open(self, name: str, number: int, header: Mapping[str, Any]) -> WindowJournal:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{number:06d}.{self.worker.name}.journal"
-        header = {**run, "requests": requests}
         others = {}
         for path in sorted(folder.glob(f"{number:06d}.*.journal"), key=str):
             if path != target:
@@ -167,12 +188,7 @@ class State:
             path = Path(self._spool.name) / f"{name}.{target.name}"
             if target.exists():
                 path.write_bytes(target.read_bytes())
-        journal = WindowJournal(Journal(path, resume=True), others, target if path != target else None)
-        try:
-            journal.begin(header)
-            yield journal
-        finally:
-            journal.close()
+        return WindowJournal(Journal(path, resume=True), others, target if path != target else None)
 
     def finish(self, windows: Mapping[str, Sequence[int]]) -> list[AnyPath]:
         """Says that this worker has finished, and if all have, puts the outputs together.
@@ -186,19 +202,28 @@ class State:
         Raises:
             BicacheError: they cannot be written, or results are missing.
         """
-        if not self.is_over():
-            write_whole(self._done(self.worker.number), [dump({"windows": {k: list(v) for k, v in windows.items()}})])
-            if not all(self._done(number).exists() for number in range(self.worker.count)) and not self.is_over():
-                return []
-            for name, numbers in windows.items():
-                if not self.is_complete(name):
-                    try:
-                        write_whole(self.final(name), self._results(name, numbers))
-                    except (BicacheError, OSError):
-                        if not self.is_complete(name):  # else: another worker was faster, and has tidied up
-                            raise
+        try:
+            with self._faults():
+                if not self._put_together(windows):
+                    return []
+        except BicacheError:
+            if not self.is_over():  # else: another worker was faster, and has tidied up
+                raise
         _remove(self._folder)
         return [self.final(name) for name in self._files]
+
+    def _put_together(self, windows: Mapping[str, Sequence[int]]) -> bool:
+        if self.is_over():
+            return True
+        write_whole(self._done(self.worker.number), [dump({"windows": {k: list(v) for k, v in windows.items()}})])
+        if not all(self._done(number).exists() for number in range(self.worker.count)) and not self.is_over():
+            return False
+        for name, numbers in windows.items():
+            if not self.is_complete(name):
+                # Others may be about the same, each in a file of its own.
+                temporary = self._folder / f"{name}.{self.worker.name}.tmp"
+                write_whole(self.final(name), self._results(name, numbers), temporary)
+        return True
 
     def is_over(self) -> bool:
         """Whether all outputs are complete."""
@@ -279,7 +304,14 @@ class WindowJournal:
 
 
 def _read(path: AnyPath) -> tuple[Record, list[Record]]:
-    header, records, _ = read_journal(io.BytesIO(path.read_bytes()), path)
+    """Reads a journal that may be another worker's, which removes it when its window ends without a result in it."""
+    try:
+        lines = path.read_bytes()
+    except Exception:  # bucket libraries raise many kinds
+        if path.exists():
+            raise
+        lines = b""
+    header, records, _ = read_journal(io.BytesIO(lines), path)
     return header, [record for record in records if {"index", "of", "finish_reason"} <= record.keys()]
 
 

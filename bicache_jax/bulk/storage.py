@@ -88,14 +88,19 @@ def size_of(path: AnyPath) -> int:
     return stat.length if is_remote(path) else stat.st_size
 
 
-def write_whole(path: AnyPath, lines: Iterable[bytes]) -> None:
+def write_whole(path: AnyPath, lines: Iterable[bytes], temporary: AnyPath | None = None) -> None:
     """Writes a file that is either whole or not there.
+
+    Args:
+        path: the file.
+        lines: its content.
+        temporary: where a local file is put together, which matters where several processes may write it at once.
 
     Raises:
         BicacheError: it cannot be written.
     """
     if not is_remote(path):
-        write_atomic(path, lines)
+        write_atomic(path, lines, temporary)
         return
     # An object appears when its upload is complete; it is put together here first, since an error on the way would
     # complete it too.
