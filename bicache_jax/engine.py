@@ -27,9 +27,9 @@ from bicache_jax.encode import encode
 from bicache_jax.functional import backbone_here, room_of
 from bicache_jax.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.interval import decode
-from bicache_jax.memory import params_bytes
+from bicache_jax.memory import Buffers, params_bytes
 from bicache_jax.placement import Placement
-from bicache_jax.plan import Buffers, Plan, rows_fitting
+from bicache_jax.plan import Plan, rows_fitting
 from bicache_jax.requests import parse_requests
 from bicache_jax.rounds import Round, plan_rounds
 from bicache_jax.schedule import make_decoding, most_steps, passes_saved, stages

@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from bicache_jax.buckets import count_bucket, layer_bucket, length_bucket
+from bicache_jax.buckets import count_bucket, length_bucket
 from bicache_jax.config import CacheConfig, ModelConfig
 from bicache_jax.grouping import Batch, Row, default_rows
-from bicache_jax.memory import RESERVE, Copies, Memory, Room, decode_memory, most_rows
+from bicache_jax.memory import RESERVE, Buffers, Copies, Footprint, Memory, Room
 from bicache_jax.rounds import Round
 from bicache_jax.work import Job, row_flops
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffers:
-    """Sizes of the caches, constants of a run so that batches share their programs.
-
-    Attributes:
-        shallow: layers of shared KV, `max b + 1` in steps of 4.
-        deep: layers of KV per row, `L - 1 - min b` in steps of 4.
-        slots: boundaries whose hidden states a prefix keeps.
-    """
-
-    shallow: int
-    deep: int
-    slots: int
-
-    @classmethod
-    def of(cls, rounds: Iterable[Round], num_layers: int) -> Buffers:
-        """The buffers that a run needs."""
-        last = num_layers - 1
-        used: dict[tuple[int, ...], set[int]] = {}
-        for batch in (batch for batches in rounds for batch in batches if batch.rows):
-            for prefix in batch.prefixes:
-                used.setdefault(prefix, set()).add(min(batch.boundary, last))
-        boundaries = set().union(*used.values())
-        slots = count_bucket(max(map(len, used.values()), default=1))
-        return cls.between(min(boundaries, default=last), max(boundaries, default=0), num_layers, slots)
-
-    @classmethod
-    def between(cls, least: int, most: int, num_layers: int, slots: int = 1) -> Buffers:
-        """The buffers of boundaries from `least` to `most`."""
-        last = num_layers - 1
-        return cls(layer_bucket(most + 1, num_layers), layer_bucket(last - least, last), slots)
 
 
 def rows_fitting(
@@ -63,20 +30,10 @@ def rows_fitting(
     """
     boundaries = [min(row.boundary, part.num_layers - 1) for row in rows]
     buffers = Buffers.between(min(boundaries, default=0), max(boundaries, default=0), part.num_layers)
+    footprint = Footprint(part, weights, buffers, dtype, cache.block_cache != "off", room.copies)
 
     def most(prefix: int, suffix: int) -> int:
-        fitting = most_rows(
-            RESERVE * room.nbytes,
-            part,
-            weights,
-            prefix=prefix,
-            suffix=suffix,
-            shallow=buffers.shallow,
-            deep=buffers.deep,
-            itemsize=dtype.itemsize,
-            block_cache=cache.block_cache != "off",
-            copies=room.copies,
-        )
+        fitting = footprint.most_rows(RESERVE * room.nbytes, prefix=prefix, suffix=suffix)
         return max(1, min(default_rows(prefix, suffix), fitting))
 
     return most
@@ -165,19 +122,10 @@ class Plan:
     def memory(self, *batches: Batch) -> Memory:
         """Memory of a device while a batch or a round is decoded, as planned."""
         groups, prefix, rows, suffix = self.shape(*batches)
-        return decode_memory(
-            self.part or self.config,
-            self.weights,
-            groups=groups,
-            prefix=prefix,
-            rows=rows,
-            suffix=suffix,
-            shallow=self.buffers.shallow,
-            deep=self.buffers.deep,
-            itemsize=self.dtype.itemsize,
-            block_cache=self.cache.block_cache != "off",
-            copies=Copies() if self.room is None else self.room.copies,
-        )
+        copies = Copies() if self.room is None else self.room.copies
+        block_cache = self.cache.block_cache != "off"
+        footprint = Footprint(self.part or self.config, self.weights, self.buffers, self.dtype, block_cache, copies)
+        return footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
 
     def _memory_line(self) -> str:
         if not self.rounds:

@@ -29,10 +29,10 @@ from bicache_jax.functional import backbone_for
 from bicache_jax.grouping import Batch, Row, prefix_ratio
 from bicache_jax.hlo import Collective, collectives, crossing
 from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import decode_memory, most_rows, params_bytes
+from bicache_jax.memory import Buffers, Footprint, params_bytes
 from bicache_jax.models import AXES, abstract
 from bicache_jax.placement import Placement
-from bicache_jax.plan import Buffers, Plan, jobs
+from bicache_jax.plan import Plan, jobs
 from bicache_jax.program import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
 from bicache_jax.types import BicacheError, Request
@@ -172,22 +172,20 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             raise BicacheError(f"--config {args.config} has no published boundary table: give --boundary")
         boundary = boundary_at(table.table, prefix_ratio(args.prefix, args.prefix + args.suffix))
     buffers = Buffers.between(min(boundary, config.num_layers - 1), boundary, config.num_layers)
-    size = {
-        "prefix": length_bucket(args.prefix),
-        "suffix": length_bucket(args.suffix),
-        "shallow": buffers.shallow,
-        "deep": buffers.deep,
-        "itemsize": jnp.dtype(args.dtype).itemsize,
-        "block_cache": args.block_cache != "off",
-        "copies": chip.copies,
-    }
-    local, weights, limit = place.layout.local, params_bytes(params), chip.hbm_gib * GIB
-    asked = args.rows or most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
+    dtype, block_cache = jnp.dtype(args.dtype), args.block_cache != "off"
+    footprint = Footprint(place.layout.local, params_bytes(params), buffers, dtype, block_cache, chip.copies)
+    most = footprint.most_rows(
+        chip.hbm_gib * GIB,
+        prefix=length_bucket(args.prefix),
+        suffix=length_bucket(args.suffix),
+        per_prefix=args.per_prefix,
+    )
+    asked = args.rows or most
     if not asked:
         raise BicacheError(f"--mesh {args.mesh}: not even one row should fit; cut the model over more devices")
     plan = make_plan(args, place, boundary, asked)
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
-    planned = decode_memory(local, weights, groups=groups, rows=rows, **size)
+    planned = footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
     found = {
         "config": args.config,
         "topology": args.topology,
@@ -207,7 +205,6 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     }
     found["fits"] = bool(found["decode"]["fits"] and found["encode"]["fits"])
     if not found["fits"]:
-        most = most_rows(limit, local, weights, per_prefix=args.per_prefix, **size)
         found["largest_rows"] = min(most, bucket_below(rows))
     return found
 

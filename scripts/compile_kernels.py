@@ -103,8 +103,9 @@ def lower_program(
     from bicache_jax.configs import model_shape
     from bicache_jax.functional import backbone_for
     from bicache_jax.grouping import Row, plan_batches
+    from bicache_jax.memory import Buffers
     from bicache_jax.models import abstract
-    from bicache_jax.plan import Buffers, Plan
+    from bicache_jax.plan import Plan
     from bicache_jax.program import lower_decode
 
     config = dataclasses.replace(model_shape(shape), num_layers=layers)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from bicache_jax.boundary import boundary_at
 from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, published_table, topology
 from bicache_jax.grouping import prefix_ratio
-from bicache_jax.memory import RESERVE, Memory, decode_memory, most_rows
-from bicache_jax.plan import Buffers
+from bicache_jax.memory import RESERVE, Buffers, Footprint
 from bicache_jax.sharding import Layout
 from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
 
@@ -33,34 +34,19 @@ def boundary_for(config: ModelConfig) -> int:
     return boundary_at(table.table, prefix_ratio(PREFIX, PREFIX + SUFFIX))
 
 
-def memory(config: ModelConfig, model: int, rows: int, groups: int) -> Memory:
-    """Planned memory of a v5e device that holds one `model`-th of the model."""
+def footprint(config: ModelConfig, generation: str, model: int) -> Footprint:
+    """A device that holds one `model`-th of the model."""
     boundary = boundary_for(config)
-    size = Buffers.between(boundary, boundary, config.num_layers)
-    local, weights = Layout(config, model).local, parameters(config) // model
-    return decode_memory(
-        local,
-        weights,
-        groups=groups,
-        prefix=PREFIX,
-        rows=rows,
-        suffix=SUFFIX,
-        shallow=size.shallow,
-        deep=size.deep,
-        itemsize=2,
-        copies=topology("v5e").copies,
-    )
+    buffers = Buffers.between(boundary, boundary, config.num_layers)
+    weights, copies = parameters(config) // model, topology(generation).copies
+    return Footprint(Layout(config, model).local, weights, buffers, jnp.dtype(jnp.bfloat16), copies=copies)
 
 
 def largest(config: ModelConfig, generation: str, model: int) -> int:
     """Most rows of a data shard within `RESERVE` of the memory."""
-    boundary = boundary_for(config)
-    size = Buffers.between(boundary, boundary, config.num_layers)
-    shape = {"prefix": PREFIX, "suffix": SUFFIX, "shallow": size.shallow, "deep": size.deep, "itemsize": 2}
-    chip = topology(generation)
-    limit = RESERVE * chip.hbm_gib * GIB
-    local, weights = Layout(config, model).local, parameters(config) // model
-    return most_rows(limit, local, weights, per_prefix=PER_PREFIX, copies=chip.copies, **shape)
+    limit = RESERVE * topology(generation).hbm_gib * GIB
+    found = footprint(config, generation, model)
+    return found.most_rows(limit, prefix=PREFIX, suffix=SUFFIX, per_prefix=PER_PREFIX)
 
 
 def job_of(config: ModelConfig, per_prefix: int) -> Job:
@@ -116,7 +102,7 @@ def study() -> str:
         (8, 32, 2),
         (8, 64, 4),
     ]:
-        found = memory(config, model, rows, groups)
+        found = footprint(config, "v5e", model).memory(groups=groups, prefix=PREFIX, rows=rows, suffix=SUFFIX)
         parts = (found.params, found.prefixes, found.deep, found.activations, found.total)
         work = rows * row_flops(config, job_of(config, rows // groups)) / model
         sizes = " | ".join(f"{part / GIB:.2f}" for part in parts)

@@ -22,9 +22,8 @@ from aot_compile import EXIT_FAULT, GIB, build_parser, check
 
 from bicache_jax.buckets import count_bucket
 from bicache_jax.configs import model_shape, topology
-from bicache_jax.memory import decode_memory, params_bytes
+from bicache_jax.memory import Buffers, Footprint, params_bytes
 from bicache_jax.models import abstract
-from bicache_jax.plan import Buffers
 from bicache_jax.sharding import Layout
 from bicache_jax.types import BicacheError
 
@@ -55,15 +54,8 @@ def planned(found: dict[str, Any]) -> int:
     layout, buffers = Layout(config, shards), Buffers.between(found["boundary"], found["boundary"], config.num_layers)
     weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // shards
     size = {"groups": found["prefixes"], **{key: found[key] for key in ("rows", "prefix", "suffix")}}
-    return decode_memory(
-        layout.local,
-        weights,
-        **size,
-        shallow=buffers.shallow,
-        deep=buffers.deep,
-        itemsize=2,
-        copies=topology(found["topology"]).copies,
-    ).total
+    dtype, copies = jnp.dtype(jnp.bfloat16), topology(found["topology"]).copies
+    return Footprint(layout.local, weights, buffers, dtype, copies=copies).memory(**size).total
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from bicache_jax.buckets import count_bucket
 from bicache_jax.configs import model_shape, names, topology, topology_of
-from bicache_jax.memory import decode_memory, most_rows, params_bytes
+from bicache_jax.memory import Buffers, Footprint, params_bytes
 from bicache_jax.models import abstract
 from bicache_jax.sharding import Layout
 
@@ -64,15 +64,16 @@ def test_the_planner_agrees_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -
 def test_most_rows_is_the_last_bucket_that_fits() -> None:
     layout = Layout(model_shape("llada_8b"), 4)
     weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // 4
-    shape = {"prefix": 1024, "suffix": 512, "shallow": 20, "deep": 16, "itemsize": 2, "block_cache": False}
+    device = Footprint(layout.local, weights, Buffers(shallow=20, deep=16, slots=1), jnp.dtype(jnp.bfloat16))
+    shape = {"prefix": 1024, "suffix": 512}
     limit = topology("v5e:2x4").hbm_gib * 2**30
-    rows = most_rows(limit, layout.local, weights, **shape)
+    rows = device.most_rows(limit, **shape)
 
     def total(rows: int) -> int:
-        return decode_memory(layout.local, weights, groups=count_bucket(rows), rows=rows, **shape).total
+        return device.memory(groups=count_bucket(rows), rows=rows, **shape).total
 
     assert total(rows) <= limit < total(count_bucket(rows + 1))
-    assert most_rows(weights, layout.local, weights, **shape) == 0
+    assert device.most_rows(weights, **shape) == 0
 
 
 @pytest.mark.parametrize("name", names("topologies"))
