@@ -11,6 +11,7 @@ restart with `--resume`, with as many workers or more or fewer, goes on from eve
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -44,7 +45,8 @@ examples:
       --output gs://bucket/out --distributed --resume"""
 
 
-POLL_SECONDS = 1.0  # between looks at whether the other workers have finished
+POLL_SECONDS = 1.0  # between looks at whether the outputs are complete
+POLLS = 60  # until worker 0 looks whether it could complete them
 
 
 class Stopped(Exception):
@@ -193,6 +195,7 @@ class Job:
             say=worker.number == 0 and not args.quiet,
             stats=lambda: self._run.stats,
         )
+        self._windows: dict[str, list[int]] = {}  # of the files that this worker has worked on
         self.stop = threading.Event()
         self.errors = 0
         self.remains = "the whole input remains"
@@ -217,18 +220,21 @@ class Job:
         Raises:
             Stopped: by SIGTERM.
         """
-        found = {}
         for path in self._files:
             if self._state.is_complete(path.name):
                 self._progress.skip(size_of(path))
                 continue
             try:
-                found[path.name] = self._work_on(path)
+                self._windows[path.name] = self._work_on(path)
             except BicacheError:
                 if not self._state.is_over():  # else: other workers found everything done, and have tidied up
                     raise
         self._progress.report(finished=True)
-        return self._state.finish(found)
+        return self.finish()
+
+    def finish(self) -> list[AnyPath]:
+        """Puts the outputs together if all workers have finished; returns them."""
+        return self._state.finish(self._windows)
 
     def _work_on(self, path: AnyPath) -> list[int]:
         """Answers this worker's part of a file; returns the windows in which this slice has requests."""
@@ -321,10 +327,15 @@ def run(args: argparse.Namespace) -> int:
         try:
             written = job.work()
             # Process 0 must outlive the others, and whoever is done first must not look dead.
-            while not written and not state.is_over():
+            for poll in itertools.count(1):
+                if written or state.is_over():
+                    break
                 if job.stop.wait(POLL_SECONDS):
                     job.remains = "nothing of this worker's part remains, and something of others' does"
                     raise Stopped
+                # A network file system may have shown to none of them, when it was done, that all others were.
+                if worker.number == 0 and poll % POLLS == 0:
+                    written = job.finish()
         except Stopped:
             print(f"bicache: stopped by SIGTERM: {job.remains}; {kept}", file=sys.stderr, flush=True)
             leave(worker, args.leave_seconds)

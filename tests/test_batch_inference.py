@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 FAKE = [sys.executable, str(HERE / "fake_batch.py")]
 
 
-def start(output: Path, requests: list[Path], *flags: str, worker: str = "0/1", wait: float = 0, log: Path | str = ""):
+def start(output: Path | str, requests: list, *flags: str, worker: str = "0/1", wait: float = 0, log: Path | str = ""):
     """Starts a worker."""
     model = f"wait={wait},worker={worker}" + (f",log={log}" if log else "")
     command = [

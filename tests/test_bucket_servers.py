@@ -6,6 +6,8 @@ Needs `pip install -e '.[buckets]' 'moto[server]' gcp-storage-emulator`.
 from __future__ import annotations
 
 import importlib
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_run import write_requests
+from test_batch_inference import finish, start
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[1]
@@ -85,3 +89,27 @@ def test_a_killed_run_goes_on_and_ends_in_the_bytes_of_one_on_disk(storage: Any,
     assert local.returncode == 0, local.stderr
     assert not journals()  # and what was listed before is forgotten
     assert files.cat("bucket/out/requests.jsonl") == (tmp_path / "out" / "requests.jsonl").read_bytes()
+
+
+def test_workers_that_are_killed_end_in_the_bytes_of_one_on_disk(storage: Any, tmp_path: Path) -> None:
+    """Many small windows, in some of which a worker has nothing, and journals that come while others list them."""
+    scheme, files = storage
+    source = write_requests(tmp_path / "a.jsonl", 40, n=2)
+    assert finish(start(tmp_path / "whole", [source]))[0] == 0
+    files.put(str(source), "bucket/in/a.jsonl")
+    chance = random.Random(0)
+    for wait in (0.5, 2.0, 4.0, None):
+        workers = [
+            start(f"{scheme}://bucket/out", [f"{scheme}://bucket/in/a.jsonl"], "--resume", worker=f"{i}/2", wait=0.03)
+            for i in range(2)
+        ]
+        if wait is not None:
+            time.sleep(wait)
+            for worker in chance.sample(workers, 2):
+                worker.kill()
+        ends = [finish(worker) for worker in workers]
+        assert all(status in (0, -signal.SIGKILL) for status, _ in ends), ends
+    assert [status for status, _ in ends] == [0, 0]
+    files.invalidate_cache()
+    assert files.cat("bucket/out/a.jsonl") == (tmp_path / "whole" / "a.jsonl").read_bytes()
+    assert not [name for name in files.find("bucket/out") if "_state" in name]

@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 from fake_run import FakeRun, write_requests
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from bicache_jax.bulk import state
-from bicache_jax.bulk.storage import inputs
+from bicache_jax.bulk.storage import inputs, path_of
 from bicache_jax.bulk.windows import ahead, windows
 from bicache_jax.cli import backend
 from bicache_jax.types import BicacheError, Request
@@ -70,6 +71,14 @@ class Bucket(MemoryFileSystem):
     store: dict = {}
     pseudo_dirs = [""]
     cachable = False
+    find = AbstractFileSystem.find  # by listings
+
+    def ls(self, path, detail=True, **kwargs):
+        """Remembers listings whatever is written by then, unless it is told not to."""
+        path = self._strip_protocol(path)
+        found = self.dircache[path] if path in self.dircache else super().ls(path, detail=True)
+        self.dircache[path] = found
+        return found if detail else [entry["name"] for entry in found]
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -80,7 +89,7 @@ class Bucket(MemoryFileSystem):
 def bucket(monkeypatch) -> epath.Path:
     fsspec.register_implementation("s3", Bucket, clobber=True)
     Bucket.store.clear()
-    return epath.Path("s3://bucket")
+    return path_of("s3://bucket")
 
 
 def run(monkeypatch, model: str, *flags: str) -> int:
@@ -125,7 +134,7 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, monkeypatch, capsys):
 IDENTITY = {"model": "x"}
 
 
-def finished_state(output: Path, number: int) -> state.State:
+def finished_state(output: state.AnyPath, number: int) -> state.State:
     """One of two workers, which has answered its request of the only window."""
     worker = state.State(str(output), [Path("a.jsonl")], state.Worker(number, 2), resume=True)
     worker.begin(IDENTITY)
@@ -149,6 +158,29 @@ def test_a_journal_that_vanishes_while_it_is_read_is_empty(tmp_path):
     unreadable.mkdir(parents=True)  # is there, but not to be read
     with pytest.raises(BicacheError, match="cannot write --output .*: Is a directory"):
         finished_state(tmp_path, 0)
+
+
+def test_workers_on_a_bucket_see_what_others_have_just_written(bucket):
+    first, second = (finished_state(bucket / "out", number) for number in range(2))
+    assert first.finish({"a.jsonl": [0]}) == []
+    assert second.finish({"a.jsonl": [0]}) == [bucket / "out" / "a.jsonl"]
+    assert first.is_over() and len((bucket / "out" / "a.jsonl").read_bytes().splitlines()) == 2
+    assert not [path for path in Bucket.store if "_state" in path]
+    first.close()
+    second.close()
+
+
+def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
+    """As on a network file system that remembers what was not there."""
+    write_requests(tmp_path / "a.jsonl", 3)
+    looks = [False, True]
+    put_together = state.State._put_together
+    monkeypatch.setattr(state.State, "_put_together", lambda *args: looks.pop(0) and put_together(*args))
+    monkeypatch.setattr(batch_inference, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
+    assert batch_inference.main(command) == 0
+    assert not looks and len((tmp_path / "out" / "a.jsonl").read_bytes().splitlines()) == 3
 
 
 def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
@@ -192,3 +224,50 @@ def test_outputs_that_another_completes_meanwhile(tmp_path, monkeypatch, method)
     assert batch_inference.main(command) == 0
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"whole\n"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_stats", "a.jsonl"]
+
+
+def test_statistics_that_cannot_be_written_cost_no_result(tmp_path, monkeypatch, capsys):
+    write_requests(tmp_path / "a.jsonl", 3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_stats").write_text("a file")
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--window", "1"]
+    assert batch_inference.main([*command, "--quiet"]) == 0
+    assert len((tmp_path / "out" / "a.jsonl").read_bytes().splitlines()) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bicache: warning: statistics are not kept: cannot write ") and "_stats" in line
+
+
+def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys):
+    """That is one line, of whatever kind the library's exception is, and the next run gets through."""
+    source = write_requests(tmp_path / "a.jsonl", 3)
+    calls, failing = 0, 0
+
+    def may_fail(original):
+        def method(*args, **more):
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise RuntimeError("503: busy\nlater")
+            return original(*args, **more)
+
+        return method
+
+    def answer(*flags: str) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            for name in ("_open", "info", "ls", "rm_file", "find", "glob"):
+                patch.setattr(Bucket, name, may_fail(getattr(Bucket, name)))
+            return run(monkeypatch, "x", "--quiet", *flags), capsys.readouterr().err
+
+    expected, status, said = b"", 2, ""
+    while failing <= calls:  # the last turn is one in which nothing fails
+        Bucket.store.clear()
+        (bucket / "in" / source.name).write_bytes(source.read_bytes())
+        calls, failing = 0, failing + 1
+        status, said = answer()
+        assert (status, said.count("\n")) in ((0, 0), (0, 1), (2, 1)), said
+        assert not said or said.endswith(": 503: busy\n")
+        assert status == 0 or answer("--resume") == (0, "")
+        found = (bucket / "out" / source.name).read_bytes()
+        assert found == (expected := expected or found)
+    assert (status, said) == (0, "") and failing > 20 and len(expected.splitlines()) == 3

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bicache_jax.bulk.storage import AnyPath, is_remote, write_whole
+from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, write_whole
+from bicache_jax.types import BicacheError
 
 STATISTICS = (
     "rows",
@@ -50,7 +51,9 @@ class Progress:
         self._results = self._resumed = 0
         self._skipped = 0.0  # share of the input that earlier runs have done
         self.place = 0.0
-        self._kept = path.read_bytes() if is_remote(path) and path.exists() else b""
+        self._lost = False
+        with faults(f"cannot write --output {path}"):
+            self._kept = path.read_bytes() if is_remote(path) and exists(path) else b""
 
     def skip(self, size: float, results: int = 0) -> None:
         """Bytes of the input, and results, that were there already."""
@@ -101,10 +104,17 @@ class Progress:
             )
 
     def _write(self, line: bytes) -> None:
-        if is_remote(self._path):  # an object cannot be appended to
-            self._kept += line
-            write_whole(self._path, [self._kept])
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(line)
+        """Writes a line. No result is worth less without it, so what cannot be written ends nothing."""
+        try:
+            with faults(f"cannot write {self._path}"):
+                if is_remote(self._path):  # an object cannot be appended to
+                    self._kept += line
+                    write_whole(self._path, [self._kept])
+                    return
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab") as file:
+                    file.write(line)
+        except BicacheError as error:
+            if not self._lost:
+                print(f"bicache: warning: statistics are not kept: {error}", file=sys.stderr, flush=True)
+            self._lost = True

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.bulk.storage import AnyPath, is_remote, path_of, reason, write_whole
+from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, path_of, write_whole
 from bicache_jax.journal import Journal, Key, Record, check_same_run, dump, header_of, read_journal
 from bicache_jax.types import BicacheError
 
@@ -86,21 +86,14 @@ class State:
             self._done(worker.number).unlink(missing_ok=True)  # a run that was killed while it put outputs together
         self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
 
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Says in one line what a file system or a bucket objects to."""
-        try:
-            yield
-        except BicacheError:
-            raise
-        except Exception as error:  # bucket libraries raise many kinds
-            raise BicacheError(f"cannot write --output {self.output}: {reason(error)}") from None
+    def _faults(self) -> contextlib.AbstractContextManager[None]:
+        return faults(f"cannot write --output {self.output}")
 
     def _refuse_earlier(self) -> None:
         """Other workers of this very job may have begun already; what is refused is what they cannot have written."""
         hint = "go on with it by --resume, delete it, or choose another --output"
         for name in self._files:
-            if self.final(name).exists():
+            if exists(self.final(name)):
                 raise BicacheError(f"{self.final(name)} exists already: {hint}")
         for path in (path for folder in (self._folder, *self._journal_folders()) for path in folder.glob("*-of-*")):
             found = _OWN.fullmatch(path.name)
@@ -108,7 +101,7 @@ class State:
                 raise BicacheError(f"{self._folder} holds results of an earlier run: {hint}")
 
     def _journal_folders(self) -> list[AnyPath]:
-        return [folder for name in self._files if (folder := self._folder / name).exists()]
+        return [folder for name in self._files if exists(folder := self._folder / name)]
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Checks that what is there belongs to this run, or says what run this is.
@@ -127,7 +120,7 @@ class State:
                 raise
 
     def _begin(self, path: AnyPath, header: Record) -> None:
-        if path.exists():
+        if exists(path):
             try:
                 found = json.loads(path.read_bytes())
                 found = {"format": int(found["format"]), "run": dict(found["run"])}
@@ -147,8 +140,13 @@ class State:
         return self.output / (f"{stem}{self.worker.suffix}.{kind}" if dot else f"{name}{self.worker.suffix}")
 
     def is_complete(self, name: str) -> bool:
-        """Whether an earlier run has finished an input file."""
-        return self.final(name).exists()
+        """Whether an earlier run has finished an input file.
+
+        Raises:
+            BicacheError: a bucket does not answer.
+        """
+        with self._faults():
+            return exists(self.final(name))
 
     @contextlib.contextmanager
     def window(self, name: str, number: int, run: Mapping[str, Any], requests: int) -> Iterator[WindowJournal]:
@@ -186,7 +184,7 @@ class State:
         path = target
         if self._spool is not None:
             path = Path(self._spool.name) / f"{name}.{target.name}"
-            if target.exists():
+            if exists(target):
                 path.write_bytes(target.read_bytes())
         return WindowJournal(Journal(path, resume=True), others, target if path != target else None)
 
@@ -216,7 +214,7 @@ class State:
         if self.is_over():
             return True
         write_whole(self._done(self.worker.number), [dump({"windows": {k: list(v) for k, v in windows.items()}})])
-        if not all(self._done(number).exists() for number in range(self.worker.count)) and not self.is_over():
+        if not all(exists(self._done(number)) for number in range(self.worker.count)) and not self.is_over():
             return False
         for name, numbers in windows.items():
             if not self.is_complete(name):
@@ -308,7 +306,7 @@ def _read(path: AnyPath) -> tuple[Record, list[Record]]:
     try:
         lines = path.read_bytes()
     except Exception:  # bucket libraries raise many kinds
-        if path.exists():
+        if exists(path):
             raise
         lines = b""
     header, records, _ = read_journal(io.BytesIO(lines), path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ def path_of(name: str) -> AnyPath:
     if not is_remote(name):
         return Path(name)
     try:
+        import fsspec
         from etils import epath
     except ImportError:
         raise BicacheError(f"{name}: to use buckets install the extra: pip install 'bicache-jax[buckets]'") from None
+    for scheme in ("s3", "gs", "gcs"):  # a listing that is remembered lacks what another worker has written since
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return epath.Path(name)
 
 
@@ -40,6 +44,36 @@ def reason(error: Exception) -> str:
     """The first line of what a file system says; bucket libraries raise many kinds of exceptions."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return str(text).splitlines()[0]
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        Exception: a bucket does not answer, for which `exists` of the libraries would say no.
+    """
+    if not is_remote(path):
+        return bool(path.exists())
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def faults(what: str) -> Iterator[None]:
+    """Says in one line what a file system or a bucket objects to.
+
+    Raises:
+        BicacheError: `what`, and why not.
+    """
+    try:
+        yield
+    except BicacheError:
+        raise
+    except Exception as error:  # bucket libraries raise many kinds
+        raise BicacheError(f"{what}: {reason(error)}") from error
 
 
 def inputs(patterns: Iterable[str]) -> list[AnyPath]:
@@ -56,24 +90,20 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
     """
     found: dict[str, AnyPath] = {}
     for pattern in patterns:
-        try:
+        with faults(f"cannot read --input {pattern}"):
             if is_remote(pattern):
                 path = path_of(pattern)
                 magic = any(letter in path.name for letter in "*?[")
-                matches = sorted(path.parent.glob(path.name), key=str) if magic else [path] * path.exists()
+                matches = sorted(path.parent.glob(path.name), key=str) if magic else [path] * exists(path)
             else:
                 matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
                 matches = matches or [Path(pattern)] * Path(pattern).exists()
-        except BicacheError:
-            raise
-        except Exception as error:
-            raise BicacheError(f"cannot read --input {pattern}: {reason(error)}") from None
-        if not matches:
-            raise BicacheError(f"--input {pattern}: no such file")
-        for path in matches:
-            if path.is_dir():
-                raise BicacheError(f"--input {path} is a folder: name its files, as in '{path}/*.jsonl'")
-            found[str(path)] = path
+            if not matches:
+                raise BicacheError(f"--input {pattern}: no such file")
+            for path in matches:
+                if path.is_dir():
+                    raise BicacheError(f"--input {path} is a folder: name its files, as in '{path}/*.jsonl'")
+                found[str(path)] = path
     names: dict[str, AnyPath] = {}
     for path in found.values():
         other = names.setdefault(path.name, path)
@@ -83,9 +113,14 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
 
 
 def size_of(path: AnyPath) -> int:
-    """Bytes of a file."""
-    stat = path.stat()
-    return stat.length if is_remote(path) else stat.st_size
+    """Bytes of an input file.
+
+    Raises:
+        BicacheError: it cannot be read.
+    """
+    with faults(f"cannot read --input {path}"):
+        stat = path.stat()
+        return int(stat.length if is_remote(path) else stat.st_size)
 
 
 def write_whole(path: AnyPath, lines: Iterable[bytes], temporary: AnyPath | None = None) -> None:
@@ -107,8 +142,5 @@ def write_whole(path: AnyPath, lines: Iterable[bytes], temporary: AnyPath | None
     with tempfile.TemporaryFile() as file:
         file.writelines(lines)
         file.seek(0)
-        try:
-            with path.open("wb") as remote:
-                shutil.copyfileobj(file, remote, 1 << 20)
-        except Exception as error:
-            raise BicacheError(f"cannot write {path}: {reason(error)}") from error
+        with faults(f"cannot write {path}"), path.open("wb") as remote:
+            shutil.copyfileobj(file, remote, 1 << 20)

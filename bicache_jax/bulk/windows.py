@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from bicache_jax.bulk.storage import AnyPath, reason
+from bicache_jax.bulk.storage import AnyPath, faults
 from bicache_jax.cli.inputs import Requests
-from bicache_jax.types import BicacheError, Request, Result
+from bicache_jax.types import Request, Result
 
 T = TypeVar("T")
 Parse = Callable[[Iterable[bytes], str], Iterable[Request | Result]]
@@ -40,18 +40,19 @@ class Window:
 
 
 class _Lines:
-    """Lines of a stream, hashed and counted as they pass."""
+    """Lines of a file, hashed and counted as they pass."""
 
-    def __init__(self, stream: Iterable[bytes]) -> None:
-        self._stream = stream
+    def __init__(self, path: AnyPath) -> None:
+        self._path = path
         self._digest = hashlib.sha256()
         self.bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        for line in self._stream:
-            self._digest.update(line)
-            self.bytes += len(line)
-            yield line
+        with faults(f"cannot read --input {self._path}"), self._path.open("rb") as stream:
+            for line in stream:
+                self._digest.update(line)
+                self.bytes += len(line)
+                yield line
 
     def digest(self) -> str:
         """The hash of the lines since the last call."""
@@ -71,16 +72,12 @@ def windows(path: AnyPath, parse: Parse, size: int) -> Iterator[Window]:
     Raises:
         BicacheError: the file cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            lines = _Lines(stream)
-            items = iter(parse(lines, str(path)))
-            number = first = 0
-            while batch := list(islice(items, size)):
-                yield Window(number, Requests(str(path), [], lines.digest(), batch), first, lines.bytes)
-                number, first = number + 1, first + len(batch)
-    except OSError as error:
-        raise BicacheError(f"cannot read --input {path}: {reason(error)}") from error
+    lines = _Lines(path)
+    items = iter(parse(lines, str(path)))
+    number = first = 0
+    while batch := list(islice(items, size)):
+        yield Window(number, Requests(str(path), [], lines.digest(), batch), first, lines.bytes)
+        number, first = number + 1, first + len(batch)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
