@@ -13,6 +13,7 @@ from typing import Any
 from bicache_jax import BicacheError, load_model
 from bicache_jax import example_task as task
 from bicache_jax.cli.inputs import read_requests
+from bicache_jax.cli.options import integer
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import evaluate, items_of
 
@@ -81,10 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of a model by boundary.")
     parser.add_argument("--model", default="example")
     parser.add_argument("--task", default="example", help="requests with answers; example: drawn questions (default)")
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--refresh-interval", type=int, default=16)
-    parser.add_argument("--gen-length", type=int, default=16)
+    parser.add_argument("--samples", type=integer(1), default=300)
+    parser.add_argument("--seed", type=integer(0), default=7)
+    parser.add_argument("--refresh-interval", type=integer(1), default=16)
+    parser.add_argument("--gen-length", type=integer(1), default=16)
     parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .png are written")
     args = parser.parse_args()
     try:

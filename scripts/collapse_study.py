@@ -26,6 +26,7 @@ from small_llada import CONFIG, EOS, MASK, PAD, drawn_ahead, export, loss_of, ma
 from trips import KINDS, TOKEN_ID, Question, draw_document, draw_requests, draw_rule, trips_start
 
 from bicache_jax import example_task as task
+from bicache_jax.cli.options import integer
 from bicache_jax.config import CacheConfig, SamplingConfig
 from bicache_jax.evaluation import Item, evaluate, items_of
 from bicache_jax.loading import load_model
@@ -208,15 +209,13 @@ def main() -> None:
     with_kept_buffers()
     parser = argparse.ArgumentParser(description="Shows a task on which naive prefix caching fails.")
     parser.add_argument("--output", type=Path, required=True, help="folder for models, logs, figures and picture")
-    parser.add_argument("--seed", type=int, default=1, help=f"below {task.CALIBRATION} (default: 1)")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=integer(0, task.CALIBRATION - 1), default=1, help="of all data; others are held out (default: 1)"
+    )
+    parser.add_argument("--steps", type=integer(1), default=1200, help="training steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=600, help="questions measured (default: %(default)s)")
+    parser.add_argument("--samples", type=integer(1), default=600, help="questions measured (default: %(default)s)")
     args = parser.parse_args()
-    if not 0 <= args.seed < task.CALIBRATION:
-        parser.error(f"--seed {args.seed}: must be from 0 to {task.CALIBRATION - 1}, others are held out")
-    if args.steps < 1 or args.samples < 1:
-        parser.error("--steps and --samples must be at least 1")
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "questions.jsonl").open("w") as file:
         for question in draw_requests(HELD_OUT, args.samples):

@@ -13,6 +13,7 @@ import numpy as np
 
 from bicache_jax import CacheConfig, Engine, Result, SamplingConfig, load_model
 from bicache_jax import example_task as task
+from bicache_jax.cli.options import integer
 
 GEN_LENGTH = 8
 FILL = {"masked": "#e4e4e7", "new": "#fdba74", "known": "#dbeafe"}
@@ -22,7 +23,7 @@ def main() -> None:
     """Runs the request and draws the picture."""
     parser = argparse.ArgumentParser(description="Draws one denoising run of the bundled model.")
     parser.add_argument("output", type=Path, help="picture to write; its ending is the format")
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out document (default: %(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=1, help="of the held-out document (default: %(default)s)")
     parser.add_argument("--kind", choices=task.KINDS, default="about", help="of the question (default: %(default)s)")
     args = parser.parse_args()
     document = task.draw_document(np.random.default_rng([task.FIRST_HELD_OUT + args.seed, 5]), 6, 4)

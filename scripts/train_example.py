@@ -29,6 +29,7 @@ from small_llada import CONFIG, EOS, MASK, drawn_ahead, export, logits_of, loss_
 from structured_start import structured_start
 
 from bicache_jax import example_task as task
+from bicache_jax.cli.options import integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Lesson:
 
 
 PASS = 0.92
+STATE = "training.safetensors"  # in --output: parameters and optimizer, to go on from
 _SIMPLE = ("forward", "reverse")
 LESSONS = (
     Lesson(3, 1, 6, 48, 96, 0.4, 0.0, _SIMPLE, 400),
@@ -155,18 +157,24 @@ def save_checkpoint(folder: Path, tree: Any, state: dict[str, Any]) -> None:
     """Writes parameters and optimizer state; complete or not at all."""
     leaves = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     save_file(leaves, folder / "next.safetensors", metadata={"state": json.dumps(state)})
-    os.replace(folder / "next.safetensors", folder / "training.safetensors")
+    os.replace(folder / "next.safetensors", folder / STATE)
 
 
 def load_checkpoint(folder: Path, tree: Any) -> tuple[Any, dict[str, Any]]:
     """Reads what `save_checkpoint` wrote, into the structure of `tree`."""
     from safetensors import safe_open
 
-    file = folder / "training.safetensors"
+    file = folder / STATE
     leaves = load_file(file)
     with safe_open(file, framework="numpy") as handle:
         state = json.loads(handle.metadata()["state"])
     return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaves[name]) for name in sorted(leaves)]), state
+
+
+def keep_log(log: Path, step: int) -> None:
+    """Drops what was logged after `step`, since that is about to be done again."""
+    lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    log.write_text("".join(lines))
 
 
 def draw_curve(log: Path, picture: Path) -> None:
@@ -194,15 +202,25 @@ def draw_curve(log: Path, picture: Path) -> None:
 
 def main() -> None:
     """Runs the training."""
-    with_kept_buffers()
     parser = argparse.ArgumentParser(description="Trains the example model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the log, the state and the checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help=f"below {task.CALIBRATION} (default: 1)")
-    parser.add_argument("--steps", type=int, default=3400, help="steps in all (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=integer(0, task.CALIBRATION - 1), default=1, help="of all data; others are held out (default: 1)"
+    )
+    parser.add_argument("--steps", type=integer(1), default=3400, help="steps in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state in --output")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states (default: %(default)s)")
+    parser.add_argument(
+        "--save-every", type=integer(1), default=200, help="steps between saved states (default: %(default)s)"
+    )
     args = parser.parse_args()
+    saved = (args.output / STATE).exists()
+    if saved != args.resume:
+        parser.error(
+            f"--output {args.output}: "
+            + ("holds a training: go on with it by --resume" if saved else f"has no {STATE} for --resume to go on from")
+        )
+    with_kept_buffers()
     args.output.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(args.rate, args.steps)
     start = structured_start(CONFIG, args.seed)
@@ -210,6 +228,7 @@ def main() -> None:
     state: dict[str, Any] = {"step": 0, "lesson": 0, "lesson_step": 0, "seconds": 0.0}
     if args.resume:
         tree, state = load_checkpoint(args.output, tree)
+        keep_log(args.output / "log.jsonl", state["step"])
     log = (args.output / "log.jsonl").open("a" if args.resume else "w")
 
     @jax.jit

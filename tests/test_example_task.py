@@ -107,6 +107,26 @@ def test_the_state_of_training_survives_its_file(training, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
+def test_a_training_is_not_begun_over_another_nor_on_what_is_held_out(
+    training, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fault(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_example.py", "--output", str(tmp_path), *flags])
+        with pytest.raises(SystemExit):
+            training.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "has no training.safetensors for --resume" in fault("--resume")
+    assert "must be an integer from 0 to 4999" in fault("--seed", str(task.FIRST_HELD_OUT))
+    (tmp_path / training.STATE).write_bytes(b"")
+    assert "holds a training: go on with it by --resume" in fault()
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in (50, 100, 150)))
+    training.keep_log(log, 100)
+    assert log.read_text() == '{"step": 50}\n{"step": 100}\n'
+
+
+@pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="an installed package has no scripts")
 def test_training_fits_the_library(training) -> None:
     params = load_model("example").params
     assert jax.tree.structure(params) == jax.tree.structure(training.structured_start(training.CONFIG, 1))
