@@ -6,11 +6,12 @@ order in which they came. The output itself appears at the end, whole, by one re
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -105,7 +106,8 @@ class Journal:
                 self._file.close()
                 raise
         else:  # nothing to lose: no journal, or one that was killed before its first result
-            self._file.truncate(0)
+            with self._faults():
+                self._file.truncate(0)
             self._write(dump(header))
             self._sync()
 
@@ -124,10 +126,13 @@ class Journal:
         """Syncs and closes the file, which stays if a result is in it."""
         if self._file.closed:
             return
-        if not self.finished:
-            self.path.unlink(missing_ok=True)
-        self._sync()
-        self._file.close()
+        try:
+            with self._faults():
+                if not self.finished:
+                    self.path.unlink(missing_ok=True)
+            self._sync()
+        finally:
+            self._file.close()
 
     def remove(self) -> None:
         """Deletes the file: the output holds everything now."""
@@ -161,14 +166,21 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         view = memoryview(line)
-        try:
+        with self._faults():
             while view:
                 view = view[self._file.write(view) :]
-        except OSError as error:  # a full disk; what is there can be resumed
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """A full disk and the like in one line; what is there can be resumed."""
+        try:
+            yield
+        except OSError as error:
             raise BicacheError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with self._faults():  # where a network file system says that it is full
+            os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
 

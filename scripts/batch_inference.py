@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from tempfile import TemporaryDirectory
@@ -46,7 +47,7 @@ examples:
 
 
 POLL_SECONDS = 1.0  # between looks at whether the outputs are complete
-POLLS = 60  # until worker 0 looks whether it could complete them
+POLLS = 600  # until worker 0 looks whether it could complete them, and until failing looks end a worker
 
 
 class Stopped(Exception):
@@ -326,16 +327,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             written = job.work()
-            # Process 0 must outlive the others, and whoever is done first must not look dead.
-            for poll in itertools.count(1):
-                if written or state.is_over():
-                    break
-                if job.stop.wait(POLL_SECONDS):
-                    job.remains = "nothing of this worker's part remains, and something of others' does"
-                    raise Stopped
-                # A network file system may have shown to none of them, when it was done, that all others were.
-                if worker.number == 0 and poll % POLLS == 0:
-                    written = job.finish()
+            written = written or wait_for_others(job, state, worker)
         except Stopped:
             print(f"bicache: stopped by SIGTERM: {job.remains}; {kept}", file=sys.stderr, flush=True)
             leave(worker, args.leave_seconds)
@@ -344,6 +336,34 @@ def run(args: argparse.Namespace) -> int:
             print(f"bicache: complete: {', '.join(map(str, written))}", file=sys.stderr)
         leave(worker, args.leave_seconds)
     return int(args.errors_status) if job.errors else 0
+
+
+def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
+    """Waits until the outputs are complete; returns them if this worker had to complete them.
+
+    Process 0 must outlive the others, and whoever is done first must not look dead.
+
+    Raises:
+        Stopped: by SIGTERM.
+        BicacheError: looks at the outputs fail for long.
+    """
+    failed = 0
+    for poll in itertools.count(1):
+        try:
+            if state.is_over():
+                break
+            failed = 0
+        except BicacheError:  # a bucket that is busy for a moment must not end a worker that has done its part
+            failed += 1
+            if failed >= POLLS:
+                raise
+        if job.stop.wait(POLL_SECONDS):
+            job.remains = "nothing of this worker's part remains, and something of others' does"
+            raise Stopped
+        # A network file system may have shown to none of them, when it was done, that all others were.
+        if worker.number == 0 and poll % POLLS == 0 and (written := job.finish()):
+            return written
+    return []
 
 
 def leave(worker: Worker, seconds: float) -> None:
@@ -374,7 +394,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # jax's threads for other processes would keep an interpreter that shuts down

@@ -20,6 +20,9 @@ import pytest
 from fake_run import write_requests
 from test_batch_inference import finish, start
 
+from bicache_jax.bulk.storage import path_of, write_whole
+from bicache_jax.types import BicacheError
+
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "scripts" / "batch_inference.py")
@@ -53,11 +56,12 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 if probe.connect_ex(("127.0.0.1", int(port))) == 0:
                     break
             time.sleep(0.1)
+        module, name = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs", "GCSFileSystem")}[request.param]
+        kind = getattr(importlib.import_module(module), name)
+        kind.clear_instance_cache()  # they know the server of the last test
+        files = kind()
         if request.param == "s3":
-            files = importlib.import_module("s3fs").S3FileSystem(endpoint_url=address)
             files.mkdir("bucket")
-        else:
-            files = importlib.import_module("gcsfs").GCSFileSystem()
         yield request.param, files
     finally:
         server.kill()
@@ -98,18 +102,54 @@ def test_workers_that_are_killed_end_in_the_bytes_of_one_on_disk(storage: Any, t
     assert finish(start(tmp_path / "whole", [source]))[0] == 0
     files.put(str(source), "bucket/in/a.jsonl")
     chance = random.Random(0)
-    for wait in (0.5, 2.0, 4.0, None):
+    for journals in (1, 3, None):
         workers = [
-            start(f"{scheme}://bucket/out", [f"{scheme}://bucket/in/a.jsonl"], "--resume", worker=f"{i}/2", wait=0.03)
+            start(f"{scheme}://bucket/out", [f"{scheme}://bucket/in/a.jsonl"], "--resume", worker=f"{i}/2", wait=0.2)
             for i in range(2)
         ]
-        if wait is not None:
-            time.sleep(wait)
+        for _ in range(1200):
+            files.invalidate_cache()
+            found = [name for name in files.find("bucket/out") if name.endswith(".journal")]
+            if journals is None or len(found) >= journals:
+                break
+            time.sleep(0.1)
+        if journals is not None:
             for worker in chance.sample(workers, 2):
                 worker.kill()
         ends = [finish(worker) for worker in workers]
-        assert all(status in (0, -signal.SIGKILL) for status, _ in ends), ends
-    assert [status for status, _ in ends] == [0, 0]
+        assert [status for status, _ in ends] == [0 if journals is None else -signal.SIGKILL] * 2, ends
     files.invalidate_cache()
     assert files.cat("bucket/out/a.jsonl") == (tmp_path / "whole" / "a.jsonl").read_bytes()
     assert not [name for name in files.find("bucket/out") if "_state" in name]
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp to gcsfs
+def test_an_upload_of_which_a_part_fails_replaces_nothing(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, files = storage
+    path = path_of(f"{scheme}://bucket/out/a.jsonl")
+    write_whole(path, [b"first\n"])
+    lines = [bytes(2**20)] * 120
+    parts = 0
+
+    def second_part_fails(original: Any, is_part: Any) -> Any:
+        async def call(*args: Any, **more: Any) -> Any:
+            nonlocal parts
+            parts += bool(is_part(args))
+            if is_part(args) and parts == 2:
+                raise OSError("the connection is gone")
+            return await original(*args, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if scheme == "s3":
+            kind = importlib.import_module("s3fs").S3FileSystem
+            patch.setattr(kind, "_call_s3", second_part_fails(kind._call_s3, lambda args: args[1] == "upload_part"))
+        else:
+            module = importlib.import_module("gcsfs.core")
+            patch.setattr(module, "upload_chunk", second_part_fails(module.upload_chunk, lambda args: True))
+        with pytest.raises(BicacheError, match=f"cannot write {path}: "):
+            write_whole(path, lines)
+    assert parts >= 2 and path.read_bytes() == b"first\n"
+    write_whole(path, lines)
+    assert path.stat().length == len(lines) * 2**20

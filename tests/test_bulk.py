@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -173,10 +175,20 @@ def test_workers_on_a_bucket_see_what_others_have_just_written(bucket):
 def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
     """As on a network file system that remembers what was not there."""
     write_requests(tmp_path / "a.jsonl", 3)
-    looks = [False, True]
+    looks = [False, False, True]
     put_together = state.State._put_together
     monkeypatch.setattr(state.State, "_put_together", lambda *args: looks.pop(0) and put_together(*args))
     monkeypatch.setattr(batch_inference, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(batch_inference, "POLLS", 5)
+    overs = iter([True, False, True, True] * 10)  # a look that fails now and then
+    is_over = state.State.is_over
+
+    def may_fail(self):
+        if next(overs):
+            return is_over(self)
+        raise BicacheError("busy")
+
+    monkeypatch.setattr(state.State, "is_over", may_fail)
     monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
     assert batch_inference.main(command) == 0
@@ -207,7 +219,7 @@ def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
     assert ids == ["r0", "r1"] and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("method", ["_begin", "_open", "_put_together"])
+@pytest.mark.parametrize("method", ["_begin", "_open", "_results"])
 def test_outputs_that_another_completes_meanwhile(tmp_path, monkeypatch, method):
     """What was done before a restart can be all that is needed, and whoever notices first removes the state."""
     write_requests(tmp_path / "a.jsonl", 3)
@@ -238,7 +250,8 @@ def test_statistics_that_cannot_be_written_cost_no_result(tmp_path, monkeypatch,
     assert line.startswith("bicache: warning: statistics are not kept: cannot write ") and "_stats" in line
 
 
-def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
+def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys, kind):
     """That is one line, of whatever kind the library's exception is, and the next run gets through."""
     source = write_requests(tmp_path / "a.jsonl", 3)
     calls, failing = 0, 0
@@ -248,14 +261,14 @@ def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys):
             nonlocal calls
             calls += 1
             if calls == failing:
-                raise RuntimeError("503: busy\nlater")
+                raise kind("503: busy\nlater")
             return original(*args, **more)
 
         return method
 
     def answer(*flags: str) -> tuple[int, str]:
         with monkeypatch.context() as patch:
-            for name in ("_open", "info", "ls", "rm_file", "find", "glob"):
+            for name in ("_open", "info", "ls", "rm_file", "find", "glob", "put_file"):
                 patch.setattr(Bucket, name, may_fail(getattr(Bucket, name)))
             return run(monkeypatch, "x", "--quiet", *flags), capsys.readouterr().err
 
@@ -271,3 +284,61 @@ def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys):
         found = (bucket / "out" / source.name).read_bytes()
         assert found == (expected := expected or found)
     assert (status, said) == (0, "") and failing > 20 and len(expected.splitlines()) == 3
+
+
+def test_names_with_wildcards_in_them_are_names(bucket, monkeypatch, tmp_path, capsys):
+    source = write_requests(tmp_path / "a.jsonl", 3)
+    for folder in ("day1", "day2"):
+        (bucket / "in[1]" / folder / f"{folder}[0].jsonl").write_bytes(source.read_bytes())
+    names = ["s3://bucket/in[[]1]/day*/*.jsonl", "s3://bucket/in[1]/day1/day1[0].jsonl"]
+    assert [path.name for path in inputs(names)] == ["day1[0].jsonl", "day2[0].jsonl"]
+    with pytest.raises(BicacheError, match="does not work on buckets"):
+        inputs(["s3://bucket/**/x.jsonl"])
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    command = ["--model", "x", "--quiet", "--input", names[0], "--output", "s3://bucket/out[1]", "--resume"]
+    assert batch_inference.main([*command, "--window", "2"]) == 0, capsys.readouterr().err
+    assert len((bucket / "out[1]" / "day2[0].jsonl").read_bytes().splitlines()) == 3
+
+
+def test_workers_whose_inputs_differ_are_told(tmp_path):
+    first, second = (state.State(str(tmp_path), [Path("a.jsonl")], state.Worker(n, 2), resume=True) for n in range(2))
+    with (
+        first.window("a.jsonl", 0, {"input": "x"}, 2) as here,
+        second.window("a.jsonl", 0, {"input": "y"}, 2) as there,
+    ):
+        here.add({"id": "r0", "sample": 0, "finish_reason": "eos"}, index=0, of=1)
+        there.add({"id": "r1", "sample": 0, "finish_reason": "eos"}, index=1, of=1)
+    assert first.finish({"a.jsonl": [0]}) == []
+    with pytest.raises(BicacheError, match='input was "y" and is "x" now'):
+        second.finish({"a.jsonl": [0]})
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_disk_that_is_full_when_it_is_synced_is_one_line(tmp_path, monkeypatch, capsys):
+    write_requests(tmp_path / "a.jsonl", 3)
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
+    syncs = told = 0
+    sync = os.fsync
+
+    def full(file):
+        nonlocal syncs
+        syncs += 1
+        if syncs == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr("bicache_jax.journal.os.fsync", full)
+    for failing in range(1, 20):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        syncs = 0
+        status = batch_inference.main(command)
+        if syncs < failing:
+            break
+        said = capsys.readouterr().err
+        if status or said:  # else the fault came when the output was there already
+            assert (status, said.count("\n")) == (2, 1) and said.endswith(": No space left on device\n"), said
+            assert batch_inference.main([*command, "--resume"]) == 0
+            told += 1
+        assert len((tmp_path / "out" / "a.jsonl").read_bytes().splitlines()) == 3
+    assert status == 0 and told >= 4

@@ -3,7 +3,7 @@
     OUTPUT/requests.jsonl                                   results of requests.jsonl in input order, once complete
     OUTPUT/_state/run.json                                  what determines results; a restart must agree
     OUTPUT/_state/requests.jsonl/000003.00001-of-00002.journal    window 3's results of worker 1 of 2, as they came
-    OUTPUT/_state/00001-of-00002.done                       worker 1 has finished, and how many windows there are
+    OUTPUT/_state/00001-of-00002.done                       worker 1 has finished
 
 Workers share nothing else. Whoever finds that all have finished puts the outputs together and removes the state; should
 two find it at once, they write the same bytes. A slice (`--shard 1/4`) has `-00001-of-00004` behind every name.
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, path_of, write_whole
+from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, listed, path_of, upload, write_whole
 from bicache_jax.journal import Journal, Key, Record, check_same_run, dump, header_of, read_journal
 from bicache_jax.types import BicacheError
 
@@ -84,7 +84,7 @@ class State:
             if not resume:
                 self._refuse_earlier()
             self._done(worker.number).unlink(missing_ok=True)  # a run that was killed while it put outputs together
-        self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
+            self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
 
     def _faults(self) -> contextlib.AbstractContextManager[None]:
         return faults(f"cannot write --output {self.output}")
@@ -95,13 +95,11 @@ class State:
         for name in self._files:
             if exists(self.final(name)):
                 raise BicacheError(f"{self.final(name)} exists already: {hint}")
-        for path in (path for folder in (self._folder, *self._journal_folders()) for path in folder.glob("*-of-*")):
+        folders = (self._folder, *(self._folder / name for name in self._files))
+        for path in (path for folder in folders for path in listed(folder, "*-of-*")):
             found = _OWN.fullmatch(path.name)
             if found and (int(found[2]) != self.worker.count or int(found[1]) == self.worker.number):
                 raise BicacheError(f"{self._folder} holds results of an earlier run: {hint}")
-
-    def _journal_folders(self) -> list[AnyPath]:
-        return [folder for name in self._files if exists(folder := self._folder / name)]
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Checks that what is there belongs to this run, or says what run this is.
@@ -168,14 +166,16 @@ class State:
             journal.begin(header)
             yield journal
         finally:
-            journal.close()
+            with self._faults():
+                journal.close()
 
     def _open(self, name: str, number: int, header: Mapping[str, Any]) -> WindowJournal:
         folder = self._folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):
+            folder.mkdir(exist_ok=True)  # without parents: that the state is gone must not go unnoticed
         target = folder / f"{number:06d}.{self.worker.name}.journal"
         others = {}
-        for path in sorted(folder.glob(f"{number:06d}.*.journal"), key=str):
+        for path in listed(folder, f"{number:06d}.*.journal"):
             if path != target:
                 found, records = _read(path)
                 if records:
@@ -213,7 +213,7 @@ class State:
     def _put_together(self, windows: Mapping[str, Sequence[int]]) -> bool:
         if self.is_over():
             return True
-        write_whole(self._done(self.worker.number), [dump({"windows": {k: list(v) for k, v in windows.items()}})])
+        write_whole(self._done(self.worker.number), [b"done\n"])
         if not all(exists(self._done(number)) for number in range(self.worker.count)) and not self.is_over():
             return False
         for name, numbers in windows.items():
@@ -240,10 +240,14 @@ class State:
         folder = self._folder / name
         for number in windows:
             requests = 0
+            first: Record = {}
             found: dict[int, dict[int, Record]] = {}
-            for path in sorted(folder.glob(f"{number:06d}.*.journal"), key=str):
+            for path in listed(folder, f"{number:06d}.*.journal"):
                 header, records = _read(path)
-                requests = int(header["run"]["requests"]) if records else requests
+                if records:  # workers may have read files of one name that differ
+                    first = first or header
+                    check_same_run(path, header, first)
+                    requests = int(header["run"]["requests"])
                 for record in records:
                     samples = found.setdefault(record["index"], {})
                     if samples.get(record["sample"], _ERROR)["finish_reason"] == "error":
@@ -296,8 +300,8 @@ class WindowJournal:
     def _upload(self) -> None:
         assert self._target is not None
         if self._journal.path.exists():  # a journal without results removes itself
-            with self._journal.path.open("rb") as lines:
-                write_whole(self._target, lines)
+            with faults(f"cannot write {self._target}"):
+                upload(self._journal.path, self._target)
         self._uploaded = time.monotonic()
 
 

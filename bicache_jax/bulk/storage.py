@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,6 +61,34 @@ def exists(path: AnyPath) -> bool:
     return True
 
 
+def listed(folder: AnyPath, pattern: str) -> list[AnyPath]:
+    """What is in a folder, sorted by name; nothing where there is no such folder.
+
+    Args:
+        folder: its name is taken as it is.
+        pattern: of names, with wildcards.
+
+    Raises:
+        Exception: a bucket does not answer, for which `glob` of the libraries may say that the folder is empty.
+    """
+    if not is_remote(folder):
+        return sorted(folder.glob(pattern), key=str)
+    files, name = _file_system(folder)
+    try:
+        entries = {str(entry).rstrip("/") for entry in files.ls(name, detail=False)} - {name.rstrip("/")}
+    except FileNotFoundError:
+        return []
+    names = sorted(entry.rpartition("/")[2] for entry in entries)
+    return [folder / name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _file_system(path: AnyPath) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    files, name = url_to_fs(str(path))
+    return files, str(name)
+
+
 @contextlib.contextmanager
 def faults(what: str) -> Iterator[None]:
     """Says in one line what a file system or a bucket objects to.
@@ -91,13 +119,12 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
     found: dict[str, AnyPath] = {}
     for pattern in patterns:
         with faults(f"cannot read --input {pattern}"):
+            path = path_of(pattern)
             if is_remote(pattern):
-                path = path_of(pattern)
-                magic = any(letter in path.name for letter in "*?[")
-                matches = sorted(path.parent.glob(path.name), key=str) if magic else [path] * exists(path)
+                matches = [found for found in _matching(path) if found != path]
             else:
                 matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-                matches = matches or [Path(pattern)] * Path(pattern).exists()
+            matches = matches or [path] * exists(path)
             if not matches:
                 raise BicacheError(f"--input {pattern}: no such file")
             for path in matches:
@@ -110,6 +137,15 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
         if other is not path:
             raise BicacheError(f"--input names both {other} and {path}: results are named after files, rename one")
     return list(found.values())
+
+
+def _matching(path: AnyPath) -> list[AnyPath]:
+    """What matches a pattern, level by level; a path without wildcards is taken as it is."""
+    if not any(letter in str(path) for letter in "*?["):
+        return [path]
+    if path.name == "**":
+        raise BicacheError(f"--input {path}: ** does not work on buckets, name the folders")
+    return [found for folder in _matching(path.parent) for found in listed(folder, path.name)]
 
 
 def size_of(path: AnyPath) -> int:
@@ -137,10 +173,13 @@ def write_whole(path: AnyPath, lines: Iterable[bytes], temporary: AnyPath | None
     if not is_remote(path):
         write_atomic(path, lines, temporary)
         return
-    # An object appears when its upload is complete; it is put together here first, since an error on the way would
-    # complete it too.
-    with tempfile.TemporaryFile() as file:
+    with faults(f"cannot write {path}"), tempfile.NamedTemporaryFile() as file:
         file.writelines(lines)
-        file.seek(0)
-        with faults(f"cannot write {path}"), path.open("wb") as remote:
-            shutil.copyfileobj(file, remote, 1 << 20)
+        file.flush()
+        upload(Path(file.name), path)
+
+
+def upload(source: Path, target: AnyPath) -> None:
+    """Writes an object that appears when all of it is there; one that is opened appears torn where a part fails."""
+    files, name = _file_system(target)
+    files.put_file(str(source), name)
