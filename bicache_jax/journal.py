@@ -83,7 +83,8 @@ class Journal:
                     f"{self.path} holds {len(self.finished)} finished results of an earlier run: go on with it by"
                     " --resume, or delete it to begin again"
                 )
-            self._file.truncate(good)  # the next record must not run into a torn last line
+            with self._faults():
+                self._file.truncate(good)  # the next record must not run into a torn last line
         except BaseException:
             self._file.close()
             raise
@@ -137,7 +138,8 @@ class Journal:
     def remove(self) -> None:
         """Deletes the file: the output holds everything now."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        with self._faults():
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Journal:
         return self

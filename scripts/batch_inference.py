@@ -48,6 +48,7 @@ examples:
 
 POLL_SECONDS = 1.0  # between looks at whether the outputs are complete
 POLLS = 600  # until worker 0 looks whether it could complete them, and until failing looks end a worker
+TRIES = 3  # of worker 0 to complete them
 
 
 class Stopped(Exception):
@@ -63,7 +64,9 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     files = parser.add_argument_group("input and output")
-    files.add_argument("--input", required=True, nargs="+", metavar="FILE", help="paths or globs; gs:// and s3:// too")
+    files.add_argument(
+        "--input", required=True, nargs="+", metavar="FILE", help="paths or globs; gs://, s3:// too, without **"
+    )
     files.add_argument("--output", required=True, metavar="FOLDER", help="where results go; gs:// and s3:// too")
     files.add_argument("--resume", action="store_true", help="go on with what an earlier run left, if it left anything")
     files.add_argument(
@@ -347,7 +350,7 @@ def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
         Stopped: by SIGTERM.
         BicacheError: looks at the outputs fail for long.
     """
-    failed = 0
+    failed = tried = 0
     for poll in itertools.count(1):
         try:
             if state.is_over():
@@ -361,8 +364,14 @@ def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
             job.remains = "nothing of this worker's part remains, and something of others' does"
             raise Stopped
         # A network file system may have shown to none of them, when it was done, that all others were.
-        if worker.number == 0 and poll % POLLS == 0 and (written := job.finish()):
-            return written
+        if worker.number == 0 and poll % POLLS == 0:
+            try:
+                if written := job.finish():
+                    return written
+            except BicacheError:
+                tried += 1
+                if tried >= TRIES:
+                    raise
     return []
 
 

@@ -84,13 +84,14 @@ class Bucket(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol("memory://" + path.removeprefix("s3://").lstrip("/"))
+        return f"/{path.removeprefix('s3://').strip('/')}".rstrip("/")
 
 
 @pytest.fixture
 def bucket(monkeypatch) -> epath.Path:
     fsspec.register_implementation("s3", Bucket, clobber=True)
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
     return path_of("s3://bucket")
 
 
@@ -175,9 +176,15 @@ def test_workers_on_a_bucket_see_what_others_have_just_written(bucket):
 def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
     """As on a network file system that remembers what was not there."""
     write_requests(tmp_path / "a.jsonl", 3)
-    looks = [False, False, True]
+    looks = [False, False, None, None, True]
     put_together = state.State._put_together
-    monkeypatch.setattr(state.State, "_put_together", lambda *args: looks.pop(0) and put_together(*args))
+
+    def look(*args):
+        if (found := looks.pop(0)) is None:
+            raise BicacheError("busy")
+        return found and put_together(*args)
+
+    monkeypatch.setattr(state.State, "_put_together", look)
     monkeypatch.setattr(batch_inference, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(batch_inference, "POLLS", 5)
     overs = iter([True, False, True, True] * 10)  # a look that fails now and then
@@ -219,23 +226,57 @@ def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
     assert ids == ["r0", "r1"] and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_what_another_writes_and_removes_meanwhile_is_not_written_over(bucket, monkeypatch):
+    """An earlier run's error stands in one journal, and the answer in one that is removed while others are read."""
+    first, second = (
+        state.State("s3://bucket/out", [Path(n) for n in "ab"], state.Worker(i, 2), resume=True) for i in (0, 1)
+    )
+    first.begin(IDENTITY)
+    for name in "ab":
+        with first.window(name, 0, IDENTITY, 1) as journal:
+            journal.add({"id": "r0", "sample": 0, "finish_reason": "error"}, index=0, of=1)
+        with second.window(name, 0, IDENTITY, 1) as journal:
+            journal.add({"id": "r0", "sample": 0, "finish_reason": "eos"}, index=0, of=1)
+    state.write_whole(second._done(1), [b"done"])
+    results = state.State._results
+
+    def overtaken(self, name, numbers):
+        monkeypatch.setattr(state.State, "_results", results)
+        assert second.finish({"a": [0], "b": [0]}) == [bucket / "out" / name for name in "ab"]
+        for journal in ("a", "b"):  # all but one of them are gone
+            state.write_whole(bucket / "out" / "_state" / journal / "000000.00000-of-00002.journal", [error])
+        yield from results(self, name, numbers)
+
+    error = (bucket / "out" / "_state" / "a" / "000000.00000-of-00002.journal").read_bytes()
+    monkeypatch.setattr(state.State, "_results", overtaken)
+    assert len(first.finish({"a": [0], "b": [0]})) == 2
+    for name in "ab":
+        assert json.loads((bucket / "out" / name).read_bytes())["finish_reason"] == "eos"
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
 @pytest.mark.parametrize("method", ["_begin", "_open", "_results"])
-def test_outputs_that_another_completes_meanwhile(tmp_path, monkeypatch, method):
+def test_outputs_that_another_completes_meanwhile(tmp_path, bucket, monkeypatch, method, place):
     """What was done before a restart can be all that is needed, and whoever notices first removes the state."""
+    output = {"disk": tmp_path, "bucket": bucket}[place] / "out"
     write_requests(tmp_path / "a.jsonl", 3)
     original = getattr(state.State, method)
 
     def overtaken(self, *args):
-        (self.output / "a.jsonl").write_bytes(b"whole\n")
-        shutil.rmtree(self._folder)
+        (output / "a.jsonl").write_bytes(b"whole\n")
+        state.remove_folder(output / "_state")
         return original(self, *args)
 
     monkeypatch.setattr(backend, "Run", FakeRun)
     monkeypatch.setattr(state.State, method, overtaken)
-    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
+    command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(output), "--quiet"]
     assert batch_inference.main(command) == 0
-    assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"whole\n"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_stats", "a.jsonl"]
+    assert (output / "a.jsonl").read_bytes() == b"whole\n"
+    assert not (tmp_path / "out" / "_state").exists() and not [path for path in Bucket.store if "_state" in path]
+    stats = json.loads((output / "_stats" / "00000-of-00001.jsonl").read_bytes().splitlines()[-1])
+    assert stats["results"] == (3 if method == "_results" else 0)  # what is done is not begun again
 
 
 def test_statistics_that_cannot_be_written_cost_no_result(tmp_path, monkeypatch, capsys):
@@ -292,16 +333,34 @@ def test_names_with_wildcards_in_them_are_names(bucket, monkeypatch, tmp_path, c
         (bucket / "in[1]" / folder / f"{folder}[0].jsonl").write_bytes(source.read_bytes())
     names = ["s3://bucket/in[[]1]/day*/*.jsonl", "s3://bucket/in[1]/day1/day1[0].jsonl"]
     assert [path.name for path in inputs(names)] == ["day1[0].jsonl", "day2[0].jsonl"]
-    with pytest.raises(BicacheError, match="does not work on buckets"):
-        inputs(["s3://bucket/**/x.jsonl"])
+    for name in ("s3://bucket/**/x.jsonl", "s3://b*/x.jsonl"):
+        with pytest.raises(BicacheError, match="on buckets .* does not work"):
+            inputs([name])
+    (bucket / "out1" / "_state" / "00000-of-00001.done").write_bytes(b"another job's")
     monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--quiet", "--input", names[0], "--output", "s3://bucket/out[1]", "--resume"]
     assert batch_inference.main([*command, "--window", "2"]) == 0, capsys.readouterr().err
+    names = {path.removeprefix("/bucket/") for path in Bucket.store if path.startswith("/bucket/out")}
+    assert names - {"out[1]/_stats/00000-of-00001.jsonl"} == {
+        "out1/_state/00000-of-00001.done",
+        *(f"out[1]/{folder}[0].jsonl" for folder in ("day1", "day2")),
+    }
     assert len((bucket / "out[1]" / "day2[0].jsonl").read_bytes().splitlines()) == 3
+
+
+def test_colons_in_names_are_of_the_name(bucket, monkeypatch, tmp_path):
+    source = write_requests(tmp_path / "a.jsonl", 3)
+    (bucket / "in" / "a::b.jsonl").write_bytes(source.read_bytes())
+    monkeypatch.setattr(backend, "Run", FakeRun)
+    command = ["--model", "x", "--quiet", "--input", "s3://bucket/in/*", "--output", "s3://bucket/run::1"]
+    assert batch_inference.main(command) == 0
+    names = {path for path in Bucket.store if not path.startswith("/bucket/in/")}
+    assert names == {"/bucket/run::1/a::b.jsonl", "/bucket/run::1/_stats/00000-of-00001.jsonl"}
 
 
 def test_workers_whose_inputs_differ_are_told(tmp_path):
     first, second = (state.State(str(tmp_path), [Path("a.jsonl")], state.Worker(n, 2), resume=True) for n in range(2))
+    first.begin(IDENTITY)
     with (
         first.window("a.jsonl", 0, {"input": "x"}, 2) as here,
         second.window("a.jsonl", 0, {"input": "y"}, 2) as there,

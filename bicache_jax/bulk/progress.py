@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, write_whole
+from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, read_bytes, write_whole
 from bicache_jax.types import BicacheError
 
 STATISTICS = (
@@ -53,7 +53,7 @@ class Progress:
         self.place = 0.0
         self._lost = False
         with faults(f"cannot write --output {path}"):
-            self._kept = path.read_bytes() if is_remote(path) and exists(path) else b""
+            self._kept = read_bytes(path) if is_remote(path) and exists(path) else b""
 
     def skip(self, size: float, results: int = 0) -> None:
         """Bytes of the input, and results, that were there already."""

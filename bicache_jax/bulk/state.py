@@ -16,14 +16,25 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, listed, path_of, upload, write_whole
+from bicache_jax.bulk.storage import (
+    AnyPath,
+    exists,
+    faults,
+    is_remote,
+    listed,
+    path_of,
+    read_bytes,
+    remove,
+    remove_folder,
+    upload,
+    write_whole,
+)
 from bicache_jax.journal import Journal, Key, Record, check_same_run, dump, header_of, read_journal
 from bicache_jax.types import BicacheError
 
@@ -80,10 +91,11 @@ class State:
         self._folder = self.output / f"_state{worker.suffix}"
         self._files = {path.name: path for path in files}
         with self._faults():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not is_remote(output):
+                self._folder.mkdir(parents=True, exist_ok=True)
             if not resume:
                 self._refuse_earlier()
-            self._done(worker.number).unlink(missing_ok=True)  # a run that was killed while it put outputs together
+            remove(self._done(worker.number))  # a run that was killed while it put outputs together
             self._spool = tempfile.TemporaryDirectory(prefix="bicache-") if is_remote(output) else None
 
     def _faults(self) -> contextlib.AbstractContextManager[None]:
@@ -120,7 +132,7 @@ class State:
     def _begin(self, path: AnyPath, header: Record) -> None:
         if exists(path):
             try:
-                found = json.loads(path.read_bytes())
+                found = json.loads(read_bytes(path))
                 found = {"format": int(found["format"]), "run": dict(found["run"])}
             except (ValueError, KeyError, TypeError):
                 raise BicacheError(f"{path} is damaged: delete {self._folder} to begin again") from None
@@ -171,8 +183,10 @@ class State:
 
     def _open(self, name: str, number: int, header: Mapping[str, Any]) -> WindowJournal:
         folder = self._folder / name
+        if not exists(self._folder / "run.json"):  # to begin again would be all for nothing
+            raise BicacheError(f"{self._folder} has been removed: run again with --resume")
         if not is_remote(folder):
-            folder.mkdir(exist_ok=True)  # without parents: that the state is gone must not go unnoticed
+            folder.mkdir(exist_ok=True)
         target = folder / f"{number:06d}.{self.worker.name}.journal"
         others = {}
         for path in listed(folder, f"{number:06d}.*.journal"):
@@ -185,7 +199,7 @@ class State:
         if self._spool is not None:
             path = Path(self._spool.name) / f"{name}.{target.name}"
             if exists(target):
-                path.write_bytes(target.read_bytes())
+                path.write_bytes(read_bytes(target))
         return WindowJournal(Journal(path, resume=True), others, target if path != target else None)
 
     def finish(self, windows: Mapping[str, Sequence[int]]) -> list[AnyPath]:
@@ -205,9 +219,9 @@ class State:
                 if not self._put_together(windows):
                     return []
         except BicacheError:
-            if not self.is_over():  # else: another worker was faster, and has tidied up
+            if not self.is_over():  # else: another worker has tidied up
                 raise
-        _remove(self._folder)
+        remove_folder(self._folder)
         return [self.final(name) for name in self._files]
 
     def _put_together(self, windows: Mapping[str, Sequence[int]]) -> bool:
@@ -220,7 +234,11 @@ class State:
             if not self.is_complete(name):
                 # Others may be about the same, each in a file of its own.
                 temporary = self._folder / f"{name}.{self.worker.name}.tmp"
-                write_whole(self.final(name), self._results(name, numbers), temporary)
+                try:
+                    write_whole(self.final(name), self._results(name, numbers), temporary)
+                except BicacheError:
+                    if not self.is_complete(name):  # else: another worker was faster
+                        raise
         return True
 
     def is_over(self) -> bool:
@@ -256,6 +274,9 @@ class State:
                 raise BicacheError(f"{folder}: there is no journal of window {number}; run again with --resume")
             for index in range(requests):
                 yield from _in_order(found.get(index, {}), f"{folder}, window {number}, request {index}")
+        # State is removed when all outputs are there. If this one is not, nothing was missing in what was read here.
+        if self.is_complete(name):
+            raise BicacheError(f"another worker has written {self.final(name)}")
 
 
 class WindowJournal:
@@ -308,7 +329,7 @@ class WindowJournal:
 def _read(path: AnyPath) -> tuple[Record, list[Record]]:
     """Reads a journal that may be another worker's, which removes it when its window ends without a result in it."""
     try:
-        lines = path.read_bytes()
+        lines = read_bytes(path)
     except Exception:  # bucket libraries raise many kinds
         if exists(path):
             raise
@@ -329,12 +350,3 @@ def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[bytes]:
         raise BicacheError(f"{source}: results are missing; run again with --resume")
     for record in records:
         yield dump({name: value for name, value in record.items() if name not in ("index", "of")})
-
-
-def _remove(folder: AnyPath) -> None:
-    """Removes a folder that another worker may be removing, too."""
-    if is_remote(folder):
-        with contextlib.suppress(Exception):
-            folder.rmtree()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,15 @@ def reason(error: Exception) -> str:
     return str(text).splitlines()[0]
 
 
+def _file_system(path: AnyPath) -> tuple[Any, str]:
+    """The file system of a bucket and the name of an object in it, in which no letter has a meaning of its own."""
+    import fsspec
+
+    scheme = str(path).partition("://")[0]
+    files = fsspec.filesystem(scheme, **({"finalize_on_close": True} if scheme == "gs" else {}))
+    return files, str(files._strip_protocol(str(path)))
+
+
 def exists(path: AnyPath) -> bool:
     """Whether there is such a file.
 
@@ -54,8 +66,9 @@ def exists(path: AnyPath) -> bool:
     """
     if not is_remote(path):
         return bool(path.exists())
+    files, name = _file_system(path)
     try:
-        path.stat()
+        files.info(name)
     except FileNotFoundError:
         return False
     return True
@@ -69,24 +82,55 @@ def listed(folder: AnyPath, pattern: str) -> list[AnyPath]:
         pattern: of names, with wildcards.
 
     Raises:
-        Exception: a bucket does not answer, for which `glob` of the libraries may say that the folder is empty.
+        Exception: it cannot be listed, for which `glob` of the libraries may say that it is empty.
     """
-    if not is_remote(folder):
-        return sorted(folder.glob(pattern), key=str)
-    files, name = _file_system(folder)
     try:
-        entries = {str(entry).rstrip("/") for entry in files.ls(name, detail=False)} - {name.rstrip("/")}
+        if is_remote(folder):
+            files, name = _file_system(folder)
+            entries = {str(entry).rstrip("/") for entry in files.ls(name, detail=False)} - {name.rstrip("/")}
+            names = [entry.rpartition("/")[2] for entry in entries]
+        else:
+            names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    names = sorted(entry.rpartition("/")[2] for entry in entries)
-    return [folder / name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    return [folder / name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 
 
-def _file_system(path: AnyPath) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
+def read_bytes(path: AnyPath) -> bytes:
+    """What is in a file."""
+    with opened(path) as file:
+        return bytes(file.read())
 
-    files, name = url_to_fs(str(path))
-    return files, str(name)
+
+def opened(path: AnyPath) -> contextlib.AbstractContextManager[Any]:
+    """A file, to be read."""
+    if not is_remote(path):
+        file: contextlib.AbstractContextManager[Any] = path.open("rb")
+    else:
+        files, name = _file_system(path)
+        file = files.open(name, "rb")
+    return file
+
+
+def remove(path: AnyPath) -> None:
+    """Deletes a file, if it is there."""
+    if not is_remote(path):
+        path.unlink(missing_ok=True)
+        return
+    files, name = _file_system(path)
+    with contextlib.suppress(FileNotFoundError):
+        files.rm_file(name)
+
+
+def remove_folder(folder: AnyPath) -> None:
+    """Deletes a folder, which another worker may be deleting, too, as far as that goes."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(Exception), ThreadPoolExecutor(16) as pool:
+        files, name = _file_system(folder)
+        for _ in pool.map(files.rm_file, files.find(name)):  # `rm` would read wildcards in names
+            pass
 
 
 @contextlib.contextmanager
@@ -120,15 +164,15 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
     for pattern in patterns:
         with faults(f"cannot read --input {pattern}"):
             path = path_of(pattern)
-            if is_remote(pattern):
-                matches = [found for found in _matching(path) if found != path]
-            else:
+            if not is_remote(pattern):
                 matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+            else:
+                matches = _matching(path) if _is_pattern(pattern) else []
             matches = matches or [path] * exists(path)
             if not matches:
                 raise BicacheError(f"--input {pattern}: no such file")
             for path in matches:
-                if path.is_dir():
+                if _is_folder(path):
                     raise BicacheError(f"--input {path} is a folder: name its files, as in '{path}/*.jsonl'")
                 found[str(path)] = path
     names: dict[str, AnyPath] = {}
@@ -139,13 +183,24 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
     return list(found.values())
 
 
+def _is_pattern(name: str) -> bool:
+    return any(letter in name for letter in "*?[")
+
+
 def _matching(path: AnyPath) -> list[AnyPath]:
     """What matches a pattern, level by level; a path without wildcards is taken as it is."""
-    if not any(letter in str(path) for letter in "*?["):
+    if not _is_pattern(str(path)):
         return [path]
-    if path.name == "**":
-        raise BicacheError(f"--input {path}: ** does not work on buckets, name the folders")
+    if path.name == "**" or _is_pattern(str(path).split("/")[2]):
+        raise BicacheError(f"--input {path}: on buckets ** does not work, nor do wildcards in the name of the bucket")
     return [found for folder in _matching(path.parent) for found in listed(folder, path.name)]
+
+
+def _is_folder(path: AnyPath) -> bool:
+    if not is_remote(path):
+        return bool(path.is_dir())
+    files, name = _file_system(path)
+    return files.info(name)["type"] == "directory"
 
 
 def size_of(path: AnyPath) -> int:
@@ -155,8 +210,10 @@ def size_of(path: AnyPath) -> int:
         BicacheError: it cannot be read.
     """
     with faults(f"cannot read --input {path}"):
-        stat = path.stat()
-        return int(stat.length if is_remote(path) else stat.st_size)
+        if not is_remote(path):
+            return int(path.stat().st_size)
+        files, name = _file_system(path)
+        return int(files.info(name)["size"])
 
 
 def write_whole(path: AnyPath, lines: Iterable[bytes], temporary: AnyPath | None = None) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from bicache_jax.bulk.storage import AnyPath, faults
+from bicache_jax.bulk.storage import AnyPath, faults, opened
 from bicache_jax.cli.inputs import Requests
 from bicache_jax.types import Request, Result
 
@@ -48,7 +48,7 @@ class _Lines:
         self.bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        with faults(f"cannot read --input {self._path}"), self._path.open("rb") as stream:
+        with faults(f"cannot read --input {self._path}"), opened(self._path) as stream:
             for line in stream:
                 self._digest.update(line)
                 self.bytes += len(line)
