@@ -228,11 +228,8 @@ class Job:
             if self._state.is_complete(path.name):
                 self._progress.skip(size_of(path))
                 continue
-            try:
+            with self._state.unless_over():
                 self._windows[path.name] = self._work_on(path)
-            except BicacheError:
-                if not self._state.is_over():  # else: other workers found everything done, and have tidied up
-                    raise
         self._progress.report(finished=True)
         return self.finish()
 
@@ -329,8 +326,7 @@ def run(args: argparse.Namespace) -> int:
         before = signal.signal(signal.SIGTERM, lambda *_: job.stop.set())
         stack.callback(signal.signal, signal.SIGTERM, before)
         try:
-            written = job.work()
-            written = written or wait_for_others(job, state, worker)
+            written = job.work() or wait_for_others(job, state, worker)
         except Stopped:
             print(f"bicache: stopped by SIGTERM: {job.remains}; {kept}", file=sys.stderr, flush=True)
             leave(worker, args.leave_seconds)

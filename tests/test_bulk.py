@@ -95,8 +95,12 @@ def bucket(monkeypatch) -> epath.Path:
     return path_of("s3://bucket")
 
 
-def run(monkeypatch, model: str, *flags: str) -> int:
+@pytest.fixture(autouse=True)
+def fake_run(monkeypatch) -> None:
     monkeypatch.setattr(backend, "Run", FakeRun)
+
+
+def run(model: str, *flags: str) -> int:
     command = ["--model", model, "--input", "s3://bucket/in/*.jsonl", "--output", "s3://bucket/out", "--window", "7"]
     return batch_inference.main([*command, *flags])
 
@@ -109,12 +113,12 @@ def test_buckets_in_and_out_and_through_an_interruption(bucket, monkeypatch, tmp
         (bucket / "in" / file.name).write_bytes(file.read_bytes())
     assert [path.name for path in inputs(["s3://bucket/in/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
     log = tmp_path / "log"
-    assert run(monkeypatch, f"interrupt=r9,log={log}") == 130
+    assert run(f"interrupt=r9,log={log}") == 130
     kept = [path for path in Bucket.store if path.endswith(".journal")]
     assert len(kept) == 2  # a window that is done, and one that was under way
-    assert run(monkeypatch, f"log={log}") == 2
+    assert run(f"log={log}") == 2
     assert "--resume" in capsys.readouterr().err
-    assert run(monkeypatch, f"log={log}", "--resume") == 0
+    assert run(f"log={log}", "--resume") == 0
     capsys.readouterr()
     assert len(log.read_text().split()) == 17 * 2 + 8 + 10
     names = {path.removeprefix("/bucket/out/") for path in Bucket.store if path.startswith("/bucket/out/")}
@@ -127,8 +131,8 @@ def test_buckets_in_and_out_and_through_an_interruption(bucket, monkeypatch, tmp
     assert json.loads(stats[-1])["progress"] == 1.0
 
 
-def test_a_bucket_that_is_not_there_is_one_line(bucket, monkeypatch, capsys):
-    assert run(monkeypatch, "x") == 2
+def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
+    assert run("x") == 2
     assert capsys.readouterr().err == "bicache: error: --input s3://bucket/in/*.jsonl: no such file\n"
     with pytest.raises(BicacheError, match="s3://nowhere/x: no such file"):
         inputs(["s3://nowhere/x"])
@@ -196,7 +200,6 @@ def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
         raise BicacheError("busy")
 
     monkeypatch.setattr(state.State, "is_over", may_fail)
-    monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
     assert batch_inference.main(command) == 0
     assert not looks and len((tmp_path / "out" / "a.jsonl").read_bytes().splitlines()) == 3
@@ -269,7 +272,6 @@ def test_outputs_that_another_completes_meanwhile(tmp_path, bucket, monkeypatch,
         state.remove_folder(output / "_state")
         return original(self, *args)
 
-    monkeypatch.setattr(backend, "Run", FakeRun)
     monkeypatch.setattr(state.State, method, overtaken)
     command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(output), "--quiet"]
     assert batch_inference.main(command) == 0
@@ -279,11 +281,10 @@ def test_outputs_that_another_completes_meanwhile(tmp_path, bucket, monkeypatch,
     assert stats["results"] == (3 if method == "_results" else 0)  # what is done is not begun again
 
 
-def test_statistics_that_cannot_be_written_cost_no_result(tmp_path, monkeypatch, capsys):
+def test_statistics_that_cannot_be_written_cost_no_result(tmp_path, capsys):
     write_requests(tmp_path / "a.jsonl", 3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "_stats").write_text("a file")
-    monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--window", "1"]
     assert batch_inference.main([*command, "--quiet"]) == 0
     assert len((tmp_path / "out" / "a.jsonl").read_bytes().splitlines()) == 3
@@ -311,7 +312,7 @@ def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys, ki
         with monkeypatch.context() as patch:
             for name in ("_open", "info", "ls", "rm_file", "find", "glob", "put_file"):
                 patch.setattr(Bucket, name, may_fail(getattr(Bucket, name)))
-            return run(monkeypatch, "x", "--quiet", *flags), capsys.readouterr().err
+            return run("x", "--quiet", *flags), capsys.readouterr().err
 
     expected, status, said = b"", 2, ""
     while failing <= calls:  # the last turn is one in which nothing fails
@@ -327,7 +328,7 @@ def test_a_bucket_may_fail_at_any_call(bucket, monkeypatch, tmp_path, capsys, ki
     assert (status, said) == (0, "") and failing > 20 and len(expected.splitlines()) == 3
 
 
-def test_names_with_wildcards_in_them_are_names(bucket, monkeypatch, tmp_path, capsys):
+def test_names_with_wildcards_in_them_are_names(bucket, tmp_path, capsys):
     source = write_requests(tmp_path / "a.jsonl", 3)
     for folder in ("day1", "day2"):
         (bucket / "in[1]" / folder / f"{folder}[0].jsonl").write_bytes(source.read_bytes())
@@ -337,7 +338,6 @@ def test_names_with_wildcards_in_them_are_names(bucket, monkeypatch, tmp_path, c
         with pytest.raises(BicacheError, match="on buckets .* does not work"):
             inputs([name])
     (bucket / "out1" / "_state" / "00000-of-00001.done").write_bytes(b"another job's")
-    monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--quiet", "--input", names[0], "--output", "s3://bucket/out[1]", "--resume"]
     assert batch_inference.main([*command, "--window", "2"]) == 0, capsys.readouterr().err
     names = {path.removeprefix("/bucket/") for path in Bucket.store if path.startswith("/bucket/out")}
@@ -348,10 +348,9 @@ def test_names_with_wildcards_in_them_are_names(bucket, monkeypatch, tmp_path, c
     assert len((bucket / "out[1]" / "day2[0].jsonl").read_bytes().splitlines()) == 3
 
 
-def test_colons_in_names_are_of_the_name(bucket, monkeypatch, tmp_path):
+def test_colons_in_names_are_of_the_name(bucket, tmp_path):
     source = write_requests(tmp_path / "a.jsonl", 3)
     (bucket / "in" / "a::b.jsonl").write_bytes(source.read_bytes())
-    monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--quiet", "--input", "s3://bucket/in/*", "--output", "s3://bucket/run::1"]
     assert batch_inference.main(command) == 0
     names = {path for path in Bucket.store if not path.startswith("/bucket/in/")}
@@ -375,7 +374,6 @@ def test_workers_whose_inputs_differ_are_told(tmp_path):
 
 def test_a_disk_that_is_full_when_it_is_synced_is_one_line(tmp_path, monkeypatch, capsys):
     write_requests(tmp_path / "a.jsonl", 3)
-    monkeypatch.setattr(backend, "Run", FakeRun)
     command = ["--model", "x", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--quiet"]
     syncs = told = 0
     sync = os.fsync

@@ -122,12 +122,8 @@ class State:
         Raises:
             BicacheError: it is another run's.
         """
-        try:
-            with self._faults():
-                self._begin(self._folder / "run.json", header_of(run))
-        except BicacheError:
-            if not self.is_over():  # else: other workers found everything done, and have tidied up
-                raise
+        with self.unless_over(), self._faults():
+            self._begin(self._folder / "run.json", header_of(run))
 
     def _begin(self, path: AnyPath, header: Record) -> None:
         if exists(path):
@@ -137,12 +133,8 @@ class State:
             except (ValueError, KeyError, TypeError):
                 raise BicacheError(f"{path} is damaged: delete {self._folder} to begin again") from None
             check_same_run(path, found, header)
-        elif not is_remote(path):  # each worker by a temporary file of its own
-            temporary = path.with_name(f".run.{self.worker.name}")
-            temporary.write_bytes(dump(header))
-            temporary.replace(path)
         else:
-            write_whole(path, [dump(header)])
+            write_whole(path, [dump(header)], self._temporary("run.json"))
 
     def final(self, name: str) -> AnyPath:
         """The output of an input file."""
@@ -214,13 +206,9 @@ class State:
         Raises:
             BicacheError: they cannot be written, or results are missing.
         """
-        try:
-            with self._faults():
-                if not self._put_together(windows):
-                    return []
-        except BicacheError:
-            if not self.is_over():  # else: another worker has tidied up
-                raise
+        with self.unless_over(), self._faults():
+            if not self._put_together(windows):
+                return []
         remove_folder(self._folder)
         return [self.final(name) for name in self._files]
 
@@ -232,10 +220,8 @@ class State:
             return False
         for name, numbers in windows.items():
             if not self.is_complete(name):
-                # Others may be about the same, each in a file of its own.
-                temporary = self._folder / f"{name}.{self.worker.name}.tmp"
                 try:
-                    write_whole(self.final(name), self._results(name, numbers), temporary)
+                    write_whole(self.final(name), self._results(name, numbers), self._temporary(name))
                 except BicacheError:
                     if not self.is_complete(name):  # else: another worker was faster
                         raise
@@ -244,6 +230,19 @@ class State:
     def is_over(self) -> bool:
         """Whether all outputs are complete."""
         return all(map(self.is_complete, self._files))
+
+    @contextlib.contextmanager
+    def unless_over(self) -> Iterator[None]:
+        """Drops a fault where all outputs are complete: another worker has tidied up what this one looked for."""
+        try:
+            yield
+        except BicacheError:
+            if not self.is_over():
+                raise
+
+    def _temporary(self, name: str) -> AnyPath:
+        """Where this worker puts a file together that others may write at the same time."""
+        return self._folder / f"{name}.{self.worker.name}.tmp"
 
     def _done(self, number: int) -> AnyPath:
         return self._folder / f"{number:05d}-of-{self.worker.count:05d}.done"
