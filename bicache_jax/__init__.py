@@ -9,36 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bicache_jax.cache import PrefixCache as PrefixCache
-    from bicache_jax.config import CacheConfig as CacheConfig
-    from bicache_jax.config import ModelConfig as ModelConfig
-    from bicache_jax.config import SamplingConfig as SamplingConfig
-    from bicache_jax.engine import Engine as Engine
+    from bicache_jax.core.cache import PrefixCache as PrefixCache
+    from bicache_jax.core.config import CacheConfig as CacheConfig
+    from bicache_jax.core.config import ModelConfig as ModelConfig
+    from bicache_jax.core.config import SamplingConfig as SamplingConfig
+    from bicache_jax.core.types import BicacheError as BicacheError
+    from bicache_jax.core.types import Model as Model
+    from bicache_jax.core.types import Request as Request
+    from bicache_jax.core.types import Result as Result
     from bicache_jax.functional import Denoised as Denoised
     from bicache_jax.functional import denoise as denoise
     from bicache_jax.functional import encode_prefix as encode_prefix
     from bicache_jax.functional import forward as forward
     from bicache_jax.loading import load_model as load_model
-    from bicache_jax.types import BicacheError as BicacheError
-    from bicache_jax.types import Model as Model
-    from bicache_jax.types import Request as Request
-    from bicache_jax.types import Result as Result
+    from bicache_jax.serving.engine import Engine as Engine
 
 _HOME = {
-    "PrefixCache": "bicache_jax.cache",
-    "CacheConfig": "bicache_jax.config",
-    "ModelConfig": "bicache_jax.config",
-    "SamplingConfig": "bicache_jax.config",
-    "Engine": "bicache_jax.engine",
+    "PrefixCache": "bicache_jax.core.cache",
+    "CacheConfig": "bicache_jax.core.config",
+    "ModelConfig": "bicache_jax.core.config",
+    "SamplingConfig": "bicache_jax.core.config",
+    "Engine": "bicache_jax.serving.engine",
     "Denoised": "bicache_jax.functional",
     "denoise": "bicache_jax.functional",
     "encode_prefix": "bicache_jax.functional",
     "forward": "bicache_jax.functional",
     "load_model": "bicache_jax.loading",
-    "BicacheError": "bicache_jax.types",
-    "Model": "bicache_jax.types",
-    "Request": "bicache_jax.types",
-    "Result": "bicache_jax.types",
+    "BicacheError": "bicache_jax.core.types",
+    "Model": "bicache_jax.core.types",
+    "Request": "bicache_jax.core.types",
+    "Result": "bicache_jax.core.types",
 }
 __all__ = list(_HOME)
 

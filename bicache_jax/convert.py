@@ -13,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from bicache_jax.checkpoint import TensorMap, is_stacked, paths, stored_names
+from bicache_jax.checkpoints.fields import TensorMap
+from bicache_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder, write_params
+from bicache_jax.checkpoints.safetensors_folder import is_stacked, stored_names
+from bicache_jax.checkpoints.tree import paths
+from bicache_jax.core.types import BicacheError
 from bicache_jax.loading import find_folder, load_model, open_checkpoint, tensor_map
-from bicache_jax.orbax_folder import MANIFEST, OrbaxFolder, write_params
-from bicache_jax.types import BicacheError
 
 Layout = Literal["orbax", "safetensors"]
 LAYOUTS: tuple[Layout, ...] = ("orbax", "safetensors")

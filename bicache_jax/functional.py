@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bicache_jax.backbone import Backbone, Params, layer_params
-from bicache_jax.cache import PrefixCache, Rows
-from bicache_jax.config import ATTENTION, BlockCache, ModelConfig, SamplingConfig
-from bicache_jax.configs import topology_of
-from bicache_jax.encode import encode
-from bicache_jax.interval import empty_suffix, intervals
-from bicache_jax.kernels import PrefixAttention, elsewhere
-from bicache_jax.memory import Room
-from bicache_jax.models import Transformer
-from bicache_jax.numerics import precision
-from bicache_jax.schedule import make_decoding, most_steps, stages
-from bicache_jax.types import BicacheError
+from bicache_jax.core.backbone import Backbone, Params, layer_params
+from bicache_jax.core.cache import PrefixCache, Rows
+from bicache_jax.core.config import BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.core.numerics import precision
+from bicache_jax.decoding.encode import encode
+from bicache_jax.decoding.interval import empty_suffix, intervals
+from bicache_jax.decoding.schedule import make_decoding, most_steps, stages
+from bicache_jax.wiring import backbone_for
 
 
 @jax.tree_util.register_dataclass
@@ -42,30 +37,6 @@ class Denoised:
     tokens: Int[Array, "B R"]
     steps: Int[Array, " B"]
     forward_passes: Int[Array, " B"]
-
-
-def backbone_for(config: ModelConfig, attention: str = "auto", *, axis: str | None = None) -> Backbone:
-    """The model's pieces.
-
-    Args:
-        config: the architecture, or a shard's part of it.
-        attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
-        axis: mesh axis over which the parts are summed; None: `config` is whole.
-    """
-    return Transformer(config, PrefixAttention(attention), axis)
-
-
-def backbone_here(config: ModelConfig, attention: str, *, axis: str | None = None) -> Backbone:
-    """`backbone_for` this process's devices.
-
-    Raises:
-        BicacheError: there is no such implementation of attention, or it does not run here.
-    """
-    if attention not in ATTENTION:
-        raise BicacheError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
-    if why := elsewhere(attention, jax.default_backend()):
-        raise BicacheError(f"attention: {why}")
-    return backbone_for(config, attention, axis=axis)
 
 
 def encode_prefix(
@@ -280,13 +251,3 @@ def forward(
     head_vd, bias_v = backbone.head(params)
     logits = jnp.einsum("bsd,vd->bsv", x, head_vd, precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return logits if bias_v is None else logits + bias_v.astype(jnp.float32)
-
-
-def room_of(devices: Sequence[Any]) -> Room | None:
-    """The least that some devices of this process offer to a plan; None where the platform does not say, as on CPUs."""
-    mine = [device for device in devices if device.process_index == jax.process_index()]
-    nbytes = min(((device.memory_stats() or {}).get("bytes_limit", 0) for device in mine), default=0)
-    if not nbytes:
-        return None
-    known = topology_of(mine[0].device_kind)
-    return Room(nbytes) if known is None else Room(nbytes, known.copies)

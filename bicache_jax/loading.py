@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bicache_jax.boundary import load_table
-from bicache_jax.checkpoint import SafetensorsFolder, TensorMap, paths, read_ids, read_json, tree_of
-from bicache_jax.config import ModelConfig
+from bicache_jax.checkpoints.fields import TensorMap, read_ids, read_json
+from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
+from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
+from bicache_jax.checkpoints.targets import Target, targets
+from bicache_jax.checkpoints.tokenizer import load_tokenizer
+from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.configs import model_shape, names, published_table
+from bicache_jax.core.boundary import load_table
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.models import AXES, FAMILIES, abstract, init
-from bicache_jax.orbax_folder import OrbaxFolder, is_orbax
-from bicache_jax.sharding import MODEL, Layout, check_mesh, param_shardings
-from bicache_jax.targets import Target, targets
-from bicache_jax.tokenizer import load_tokenizer
-from bicache_jax.types import BicacheError, Model
+from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
 
 DTYPES = ("auto", "float32", "bfloat16")
 EXAMPLE = "example"
@@ -96,7 +98,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         dtype: `auto`, `float32` or `bfloat16`.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
-            hold, and `params` has the sizes of `bicache_jax.sharding.Layout`. None: the default device.
+            hold, and `params` has the sizes of `bicache_jax.sharding.Partition`. None: the default device.
 
     Returns:
         The model.
@@ -135,7 +137,7 @@ def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[s
     shapes = abstract(config, dtype)
     if mesh is None:
         return targets(shapes)
-    layout = Layout(config, check_mesh(mesh).shape[MODEL])
+    layout = Partition(config, check_mesh(mesh).shape[MODEL])
     shardings = dict(paths(param_shardings(AXES, abstract(layout.config, dtype), mesh)))
     return tree_of(
         (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(layout.source, AXES[path]))))

@@ -8,10 +8,10 @@ import importlib.resources
 import json
 from typing import Any
 
-from bicache_jax.boundary import BoundaryTable, table_from_json
-from bicache_jax.config import ModelConfig
-from bicache_jax.memory import Copies
-from bicache_jax.types import BicacheError
+from bicache_jax.core.boundary import BoundaryTable, table_from_json
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.device import Copies
+from bicache_jax.core.types import BicacheError
 
 
 def _read(folder: str, name: str) -> Any:

@@ -18,8 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float, Int
 
-from bicache_jax import attention
-from bicache_jax.config import ATTENTION as IMPLEMENTATIONS
+from bicache_jax.core import attention
+from bicache_jax.core.config import ATTENTION as IMPLEMENTATIONS
 from bicache_jax.kernels import gpu, tpu
 from bicache_jax.kernels.axes import spread
 from bicache_jax.kernels.support import PLATFORM, check, elsewhere, refusal
@@ -48,7 +48,7 @@ def prefix_attention(
     implementation: str = "auto",
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
-    """Prefix attention; `bicache_jax.attention.prefix_attention` is its specification.
+    """Prefix attention; `bicache_jax.core.attention.prefix_attention` is its specification.
 
     Works under `jit` and `shard_map` and in loops with a traced `layer`. Against the specification in float64 on the
     concatenated keys and values, for normal inputs, results are off by at most 2e-6 in float32 and 2e-2 in bfloat16,

@@ -30,8 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
-from bicache_jax.numerics import precision
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 SMALLEST = 16  # Triton's smallest side of a matrix product
@@ -260,7 +260,7 @@ def prefix_attention(
     form: Form | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
-    """`bicache_jax.attention.prefix_attention` on NVIDIA GPUs; arguments and result are described there.
+    """`bicache_jax.core.attention.prefix_attention` on NVIDIA GPUs; arguments and result are described there.
 
     Args:
         q: queries.

@@ -38,8 +38,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
-from bicache_jax.numerics import precision
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 LANES = 128
@@ -263,7 +263,7 @@ def prefix_attention(
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B N T H"]:
-    """`bicache_jax.attention.prefix_attention` as a Mosaic kernel; arguments and result are described there.
+    """`bicache_jax.core.attention.prefix_attention` as a Mosaic kernel; arguments and result are described there.
 
     Args:
         q: queries.

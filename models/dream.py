@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoint import TensorMap, read_field, read_ids
-from bicache_jax.config import ModelConfig
-from bicache_jax.types import BicacheError
+from bicache_jax.checkpoints.fields import TensorMap, read_field, read_ids
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.types import BicacheError
 
 MODEL_TYPES = ("dream",)
 PUBLISHED_MASK_ID = 151666

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoint import TensorMap, read_field, read_ids
-from bicache_jax.config import ModelConfig
+from bicache_jax.checkpoints.fields import TensorMap, read_field, read_ids
+from bicache_jax.core.config import ModelConfig
 
 MODEL_TYPES = ("llada",)
 PUBLISHED_MASK_ID = 126336

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bicache_jax.attention import Attention
-from bicache_jax.config import ModelConfig
+from bicache_jax.core.attention import Attention
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.numerics import precision, psum
 from bicache_jax.models.rope import rotate
-from bicache_jax.numerics import precision
-from bicache_jax.sharding import psum
 
 Params = Any
 LayerParams = Any
@@ -167,10 +166,10 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """`bicache_jax.backbone.Backbone` for the LLaDA and Dream block; static and hashable, parameters are arguments.
+    """`bicache_jax.core.backbone.Backbone` for the LLaDA and Dream block; static and hashable, parameters apart.
 
     Attributes:
-        config: the architecture, or a shard's part of it (`bicache_jax.sharding.Layout.local`).
+        config: the architecture, or a shard's part of it (`bicache_jax.sharding.Partition.local`).
         attention: prefix attention to use.
         axis: mesh axis over which heads, MLP and vocabulary are split; None: they are whole.
     """

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bicache_jax import BicacheError, load_model
-from bicache_jax import example_task as task
-from bicache_jax.cli.inputs import read_requests
 from bicache_jax.cli.options import integer
-from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.evaluation import evaluate, items_of
+from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.example import task
+from bicache_jax.measure.evaluate import evaluate, items_of
+from bicache_jax.serving.inputs import read_requests
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

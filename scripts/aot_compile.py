@@ -20,23 +20,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bicache_jax.boundary import boundary_at
-from bicache_jax.buckets import count_bucket, length_bucket
 from bicache_jax.cli.options import Parser, integer
-from bicache_jax.config import BLOCK_CACHES, CacheConfig, SamplingConfig
 from bicache_jax.configs import model_shape, names, published_table, topology
-from bicache_jax.functional import backbone_for
-from bicache_jax.grouping import Batch, Row, prefix_ratio
-from bicache_jax.hlo import Collective, collectives, crossing
-from bicache_jax.libtpu import expect_no_tpu
-from bicache_jax.memory import Buffers, Footprint, params_bytes
+from bicache_jax.core.boundary import boundary_at
+from bicache_jax.core.buckets import count_bucket, length_bucket
+from bicache_jax.core.config import BLOCK_CACHES, CacheConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError, Request
+from bicache_jax.measure.hlo import Collective, collectives, crossing
 from bicache_jax.models import AXES, abstract
-from bicache_jax.placement import Placement
-from bicache_jax.plan import Plan, jobs
-from bicache_jax.program import lower_decode, lower_encode
+from bicache_jax.serving.flops import row_flops
+from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
+from bicache_jax.serving.memory import Buffers, Footprint, params_bytes
+from bicache_jax.serving.placement import Placement
+from bicache_jax.serving.plan import Plan, jobs
+from bicache_jax.serving.programs import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
-from bicache_jax.types import BicacheError, Request
-from bicache_jax.work import row_flops
+from bicache_jax.sharding.topologies import expect_no_tpu
+from bicache_jax.wiring import backbone_for
 
 EXIT_NO_FIT, EXIT_FAULT = 1, 2
 GIB = 2**30
@@ -158,8 +158,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     config, chip = model_shape(args.config), topology(args.topology)
     mesh = make_mesh(args.mesh, tpu_devices(args.topology))
     place = Placement(config, mesh)
-    backbone = backbone_for(place.layout.local, axis=place.axis)
-    shapes = abstract(place.layout.config, jnp.dtype(args.dtype))
+    backbone = backbone_for(place.partition.local, axis=place.axis)
+    shapes = abstract(place.partition.config, jnp.dtype(args.dtype))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -173,7 +173,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         boundary = boundary_at(table.table, prefix_ratio(args.prefix, args.prefix + args.suffix))
     buffers = Buffers.between(min(boundary, config.num_layers - 1), boundary, config.num_layers)
     dtype, block_cache = jnp.dtype(args.dtype), args.block_cache != "off"
-    footprint = Footprint(place.layout.local, params_bytes(params), buffers, dtype, block_cache, chip.copies)
+    footprint = Footprint(place.partition.local, params_bytes(params), buffers, dtype, block_cache, chip.copies)
     most = footprint.most_rows(
         chip.hbm_gib * GIB,
         prefix=length_bucket(args.prefix),

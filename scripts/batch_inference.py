@@ -28,10 +28,10 @@ from bicache_jax.bulk.storage import AnyPath, inputs, size_of
 from bicache_jax.bulk.windows import Window, ahead, windows
 from bicache_jax.cli import EXIT_FAULT, backend
 from bicache_jax.cli.generate import EXIT_ERRORS, add_running_arguments, configurations
-from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, ends_at_once, say_interrupted
 from bicache_jax.cli.options import Parser, integer
-from bicache_jax.types import BicacheError, Request, Result
+from bicache_jax.core.types import BicacheError, Request, Result
+from bicache_jax.serving.inputs import Requests
 
 EPILOG = """\
 Results of requests.jsonl are in OUTPUT/requests.jsonl, in input order, as `bicache generate` writes them. They appear

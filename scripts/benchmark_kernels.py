@@ -26,10 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bicache_jax.benchmark import matmul_peak, memory_bandwidth
-from bicache_jax.config import ATTENTION
+from bicache_jax.core.config import ATTENTION
+from bicache_jax.core.numerics import precision
 from bicache_jax.kernels import prefix_attention
-from bicache_jax.numerics import precision
+from bicache_jax.measure.benchmark import matmul_peak, memory_bandwidth
 
 Inputs = tuple[jax.Array, ...]
 

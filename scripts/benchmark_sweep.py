@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 
-from bicache_jax import benchmark
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import Parser, boundary, integer, integers, listed
-from bicache_jax.config import SamplingConfig
-from bicache_jax.plots import growth
-from bicache_jax.types import BicacheError
+from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.types import BicacheError
+from bicache_jax.measure import benchmark
+from bicache_jax.measure.plots import growth
 
 AXES = ("prefix", "rows", "prefixes", "refresh_interval")
 

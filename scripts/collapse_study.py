@@ -25,13 +25,13 @@ import optax
 from small_llada import CONFIG, EOS, MASK, PAD, drawn_ahead, export, loss_of, make_optimizer, with_kept_buffers
 from trips import KINDS, TOKEN_ID, Question, draw_document, draw_requests, draw_rule, trips_start
 
-from bicache_jax import example_task as task
 from bicache_jax.cli.options import integer
-from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.evaluation import Item, evaluate, items_of
+from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.types import Model
+from bicache_jax.example import task
 from bicache_jax.loading import load_model
-from bicache_jax.profiling import THRESHOLD, Sample, measure, shallow_layers
-from bicache_jax.types import Model
+from bicache_jax.measure.evaluate import Item, evaluate, items_of
+from bicache_jax.measure.profile import THRESHOLD, Sample, measure, shallow_layers
 
 SHAPE = dataclasses.replace(CONFIG, vocab_size=len(TOKEN_ID), num_layers=6)
 RESPONSE, LENGTH, ROWS, QUESTIONS = 8, 176, 16, 6

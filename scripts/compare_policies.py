@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
-from bicache_jax.evaluation import exact_match, measure_speed, parse_policy
-from bicache_jax.requests import accepted, is_blank, parse_requests
+from bicache_jax.measure.evaluate import exact_match, measure_speed, parse_policy
+from bicache_jax.serving.requests import accepted, is_blank, parse_requests
 
 HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward passes", "prefixes encoded", "boundary")
 

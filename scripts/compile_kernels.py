@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.config import BlockCache
-from bicache_jax.libtpu import expect_no_tpu
+from bicache_jax.core.config import BlockCache
+from bicache_jax.sharding.topologies import expect_no_tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KERNEL_SHAPES = [
@@ -101,12 +101,12 @@ def lower_program(
 
     from bicache_jax import CacheConfig, Request, SamplingConfig
     from bicache_jax.configs import model_shape
-    from bicache_jax.functional import backbone_for
-    from bicache_jax.grouping import Row, plan_batches
-    from bicache_jax.memory import Buffers
     from bicache_jax.models import abstract
-    from bicache_jax.plan import Plan
-    from bicache_jax.program import lower_decode
+    from bicache_jax.serving.grouping import Row, plan_batches
+    from bicache_jax.serving.memory import Buffers
+    from bicache_jax.serving.plan import Plan
+    from bicache_jax.serving.programs import lower_decode
+    from bicache_jax.wiring import backbone_for
 
     config = dataclasses.replace(model_shape(shape), num_layers=layers)
     gen_length = suffix // 2

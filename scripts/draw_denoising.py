@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from bicache_jax import CacheConfig, Engine, Result, SamplingConfig, load_model
-from bicache_jax import example_task as task
 from bicache_jax.cli.options import integer
+from bicache_jax.example import task
 
 GEN_LENGTH = 8
 FILL = {"masked": "#e4e4e7", "new": "#fdba74", "known": "#dbeafe"}

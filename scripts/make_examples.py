@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bicache_jax import example_task as task
+from bicache_jax.example import task
 
 GEN_LENGTH = 16
 # Persons and facts of each document: r grows with the document's length.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bicache_jax import example_task as task
+from bicache_jax.example import task
 
 DOCUMENTS, QUESTIONS, SHOTS, SAMPLES = 4, 16, 5, 16
 PEOPLE, FACTS = 12, 4

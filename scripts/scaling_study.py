@@ -10,13 +10,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from bicache_jax.boundary import boundary_at
-from bicache_jax.config import ModelConfig
 from bicache_jax.configs import model_shape, published_table, topology
-from bicache_jax.grouping import prefix_ratio
-from bicache_jax.memory import RESERVE, Buffers, Footprint
-from bicache_jax.sharding import Layout
-from bicache_jax.work import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
+from bicache_jax.core.boundary import boundary_at
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.serving.flops import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
+from bicache_jax.serving.grouping import prefix_ratio
+from bicache_jax.serving.memory import RESERVE, Buffers, Footprint
+from bicache_jax.sharding import Partition
 
 GIB = 2**30
 PREFIX, SUFFIX, RESPONSE, STEPS, BLOCK, PER_PREFIX = 1024, 512, 256, 256, 32, 16
@@ -39,7 +39,7 @@ def footprint(config: ModelConfig, generation: str, model: int) -> Footprint:
     boundary = boundary_for(config)
     buffers = Buffers.between(boundary, boundary, config.num_layers)
     weights, copies = parameters(config) // model, topology(generation).copies
-    return Footprint(Layout(config, model).local, weights, buffers, jnp.dtype(jnp.bfloat16), copies=copies)
+    return Footprint(Partition(config, model).local, weights, buffers, jnp.dtype(jnp.bfloat16), copies=copies)
 
 
 def largest(config: ModelConfig, generation: str, model: int) -> int:

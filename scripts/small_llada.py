@@ -17,10 +17,10 @@ import optax
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from bicache_jax import example_task as task
-from bicache_jax.config import ModelConfig
-from bicache_jax.functional import backbone_for
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.example import task
 from bicache_jax.models import llada
+from bicache_jax.wiring import backbone_for
 
 EOS, MASK, PAD = (task.TOKEN_ID[word] for word in (task.EOS, task.MASK, task.PAD))
 CONFIG = ModelConfig(
@@ -125,7 +125,7 @@ def export(
     dtype: Any = np.float32,
 ) -> None:
     """Writes a checkpoint in LLaDA's layout, with its tokenizer."""
-    from bicache_jax.example_tokenizer import write_tokenizer
+    from bicache_jax.example.tokenizer import write_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}

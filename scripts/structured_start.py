@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bicache_jax import example_task as task
-from bicache_jax.config import ModelConfig
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.example import task
 from bicache_jax.models import init
 
 # Of the heads of layers 0 and 1: offset, which quarter of the content they keep, and how much of it.

@@ -28,8 +28,8 @@ from safetensors.numpy import load_file, save_file
 from small_llada import CONFIG, EOS, MASK, drawn_ahead, export, logits_of, loss_of, make_optimizer, with_kept_buffers
 from structured_start import structured_start
 
-from bicache_jax import example_task as task
 from bicache_jax.cli.options import integer
+from bicache_jax.example import task
 
 
 @dataclasses.dataclass(frozen=True)

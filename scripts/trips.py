@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from structured_start import at_offset, slow_dimensions
 
-from bicache_jax import example_task as task
-from bicache_jax.config import ModelConfig
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.example import task
 from bicache_jax.models import init
 
 KINDS = ("towns", "regions", "within")

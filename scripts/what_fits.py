@@ -20,12 +20,12 @@ from typing import Any
 import jax.numpy as jnp
 from aot_compile import EXIT_FAULT, GIB, build_parser, check
 
-from bicache_jax.buckets import count_bucket
 from bicache_jax.configs import model_shape, topology
-from bicache_jax.memory import Buffers, Footprint, params_bytes
+from bicache_jax.core.buckets import count_bucket
+from bicache_jax.core.types import BicacheError
 from bicache_jax.models import abstract
-from bicache_jax.sharding import Layout
-from bicache_jax.types import BicacheError
+from bicache_jax.serving.memory import Buffers, Footprint, params_bytes
+from bicache_jax.sharding import Partition
 
 MODELS = ("llada_8b", "dream_7b")
 MESHES = {
@@ -51,11 +51,12 @@ def peak(found: dict[str, Any]) -> int | None:
 def planned(found: dict[str, Any]) -> int:
     """Bytes that the planner says today for a line."""
     config, shards = model_shape(found["config"]), found["mesh"]["model"]
-    layout, buffers = Layout(config, shards), Buffers.between(found["boundary"], found["boundary"], config.num_layers)
-    weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // shards
+    partition = Partition(config, shards)
+    buffers = Buffers.between(found["boundary"], found["boundary"], config.num_layers)
+    weights = params_bytes(abstract(partition.config, jnp.bfloat16)) // shards
     size = {"groups": found["prefixes"], **{key: found[key] for key in ("rows", "prefix", "suffix")}}
     dtype, copies = jnp.dtype(jnp.bfloat16), topology(found["topology"]).copies
-    return Footprint(layout.local, weights, buffers, dtype, copies=copies).memory(**size).total
+    return Footprint(partition.local, weights, buffers, dtype, copies=copies).memory(**size).total
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

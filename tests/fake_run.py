@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 
 from bicache_jax.cli import backend, entry
-from bicache_jax.types import BicacheError, Request, Result
+from bicache_jax.core.types import BicacheError, Request, Result
 
 
 class FakeRun(backend.Run):

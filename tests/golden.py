@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bicache_jax.checkpoint import SafetensorsFolder, load_params, read_json
-from bicache_jax.config import ModelConfig, SamplingConfig
+from bicache_jax.checkpoints.fields import read_json
+from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder, load_params
+from bicache_jax.checkpoints.targets import targets
+from bicache_jax.core.config import ModelConfig, SamplingConfig
 from bicache_jax.models import FAMILIES, abstract
-from bicache_jax.targets import targets
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = {"llada": DATA / "llada-mha", "dream": DATA / "dream-gqa"}

@@ -16,11 +16,12 @@ import numpy as np
 from golden import FOLDERS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bicache_jax.checkpoint import paths, read_json, tree_of
+from bicache_jax.checkpoints.fields import read_json
+from bicache_jax.checkpoints.orbax_folder import checksum
+from bicache_jax.checkpoints.targets import Target
+from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.loading import load_model, open_checkpoint
 from bicache_jax.models import FAMILIES, abstract
-from bicache_jax.orbax_folder import checksum
-from bicache_jax.targets import Target
 
 
 def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, dict]:

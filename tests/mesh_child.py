@@ -15,7 +15,7 @@ from golden import FOLDERS  # noqa: E402
 from bicache_jax import CacheConfig, Engine, SamplingConfig, load_model  # noqa: E402
 from bicache_jax.convert import convert  # noqa: E402
 from bicache_jax.models import AXES  # noqa: E402
-from bicache_jax.sharding import MODEL, Layout, make_mesh, shard_params  # noqa: E402
+from bicache_jax.sharding import MODEL, Partition, make_mesh, shard_params  # noqa: E402
 
 REQUESTS = [{"prompt_ids": [*range(10, 30), 40 + i]} for i in range(4)]
 
@@ -31,7 +31,7 @@ for family, folder in FOLDERS.items():
     whole = load_model(folder)
     for spec in ("data=2,model=4", "model=8", "model=3"):
         mesh = make_mesh(spec)
-        expected = shard_params(whole.params, AXES, Layout(whole.config, mesh.shape[MODEL]), mesh)
+        expected = shard_params(whole.params, AXES, Partition(whole.config, mesh.shape[MODEL]), mesh)
         for source in (folder, orbax):
             jax.tree.map(same, load_model(source, mesh=mesh).params, expected)
         print(family, spec, flush=True)

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bicache_jax import head
-from bicache_jax.batch import noise_words
-from bicache_jax.config import ModelConfig, SamplingConfig
+from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.layout import noise_words
+from bicache_jax.decoding import head
 
 OWN_RULE = {"llada": "low_confidence", "dream": "entropy"}
 

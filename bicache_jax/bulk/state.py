@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bicache_jax.bulk.journal import Journal, check_same_run, dump, header_of, read_journal
 from bicache_jax.bulk.storage import (
     AnyPath,
     exists,
@@ -35,8 +36,7 @@ from bicache_jax.bulk.storage import (
     upload,
     write_whole,
 )
-from bicache_jax.journal import Journal, Key, Record, check_same_run, dump, header_of, read_journal
-from bicache_jax.types import BicacheError
+from bicache_jax.core.types import BicacheError, Key, Record
 
 UPLOAD_SECONDS = 30.0
 """Objects in buckets cannot be appended to: journals are uploaded anew, at most this often."""

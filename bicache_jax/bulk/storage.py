@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.journal import write_atomic
-from bicache_jax.types import BicacheError
+from bicache_jax.bulk.journal import write_atomic
+from bicache_jax.core.types import BicacheError
 
 AnyPath = Any
 """A `pathlib.Path` or an `etils.epath.Path`; they share their methods."""

@@ -10,8 +10,8 @@ from itertools import islice
 from typing import TypeVar
 
 from bicache_jax.bulk.storage import AnyPath, faults, opened
-from bicache_jax.cli.inputs import Requests
-from bicache_jax.types import Request, Result
+from bicache_jax.core.types import Request, Result
+from bicache_jax.serving.inputs import Requests
 
 T = TypeVar("T")
 Parse = Callable[[Iterable[bytes], str], Iterable[Request | Result]]

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.cli.inputs import Requests
 from bicache_jax.cli.options import version, warn
-from bicache_jax.config import ATTENTION, CACHED_BLOCK, CacheConfig, SamplingConfig
-from bicache_jax.journal import Key, Record
-from bicache_jax.types import BicacheError, Model, Request, Result
+from bicache_jax.core.config import ATTENTION, CACHED_BLOCK, CacheConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
+from bicache_jax.serving.inputs import Requests
 
 
 class Run:
@@ -37,8 +36,8 @@ class Run:
         """
         import jax
 
-        from bicache_jax.boundary import load_table
-        from bicache_jax.engine import Engine
+        from bicache_jax.core.boundary import load_table
+        from bicache_jax.serving.engine import Engine
         from bicache_jax.sharding import make_mesh
 
         table = load_table(args.boundary_table) if args.boundary_table is not None else None
@@ -71,7 +70,7 @@ class Run:
 
     def parse(self, requests: Requests) -> list[Request | Result]:
         """Tokenises requests; a bad line becomes the result that says so."""
-        from bicache_jax.requests import parse_requests
+        from bicache_jax.serving.requests import parse_requests
 
         model = self._model
         return parse_requests(
@@ -85,7 +84,7 @@ class Run:
 
     def iterate(self, lines: Iterable[bytes], source: str) -> Iterator[Request | Result]:
         """Tokenises lines one by one."""
-        from bicache_jax.requests import iter_requests
+        from bicache_jax.serving.requests import iter_requests
 
         model = self._model
         return iter_requests(
@@ -99,9 +98,9 @@ class Run:
 
     def divide(self, requests: Sequence[Request], parts: int) -> list[int]:
         """Divides settled requests by prefix into parts of equal work; returns the part of each."""
-        from bicache_jax.packing import Group, pack
-        from bicache_jax.rounds import row_costs
-        from bicache_jax.work import encode_flops
+        from bicache_jax.serving.balance import Group, pack
+        from bicache_jax.serving.flops import encode_flops
+        from bicache_jax.serving.rounds import row_costs
 
         config = self._model.config
         rows = self._engine.plan(requests).rows
@@ -267,7 +266,7 @@ def start_compilation_cache(args: argparse.Namespace) -> None:
     Raises:
         BicacheError: the folder that the flags name cannot be written.
     """
-    from bicache_jax.compilation import use_persistent_cache
+    from bicache_jax.serving.compilation import use_persistent_cache
 
     folder = args.compilation_cache
     if args.no_compilation_cache or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):

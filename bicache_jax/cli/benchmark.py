@@ -12,8 +12,8 @@ from typing import Any
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.options import boundary, from_flags, integer, integers, listed
-from bicache_jax.config import SamplingConfig
-from bicache_jax.types import BicacheError
+from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"
 DESCRIPTION = """\
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
     from tqdm import tqdm
 
-    from bicache_jax import benchmark
+    from bicache_jax.measure import benchmark
 
     if args.restart and args.model is None:
         raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         "results": results,
     }
     if args.restart:
-        from bicache_jax.restart import measure_restart
+        from bicache_jax.measure.restart import measure_restart
 
         flags = ["--model", args.model, "--dtype", args.dtype]
         flags += [] if args.mask_id is None else ["--mask-id", f"{args.mask_id}"]
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
             if case.policy not in args.baseline:
                 result.update(measure_restart(model.config, case, flags))
     if args.plot:
-        from bicache_jax.plots import speed_over_settings
+        from bicache_jax.measure.plots import speed_over_settings
 
         speed_over_settings(record, args.plot)
     print(json.dumps(record) if args.json else table(record))
@@ -162,9 +162,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _cases(args: argparse.Namespace) -> list[Any]:
     """The grid, policies innermost."""
-    from bicache_jax.benchmark import Case
-    from bicache_jax.config import CacheConfig
-    from bicache_jax.evaluation import parse_policy
+    from bicache_jax.core.config import CacheConfig
+    from bicache_jax.measure.benchmark import Case
+    from bicache_jax.measure.evaluate import parse_policy
 
     for name in args.baseline:
         if name != "torch":
@@ -208,7 +208,7 @@ def _sampling(args: argparse.Namespace, suffix: int, block_cache: bool) -> Sampl
 
 
 def _baseline(name: str, model: Any, case: Any) -> Any:
-    from bicache_jax.torch_baseline import TorchRunner
+    from bicache_jax.measure.torch_baseline import TorchRunner
 
     return TorchRunner(model, case)
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from bicache_jax.journal import Key, Record
+from bicache_jax.core.types import Key, Record
 
 HOLE = "\u2591"
 """Stands for a position that is still masked; the library's text has the same."""

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from bicache_jax.cli.options import fraction, from_flags, integer
-from bicache_jax.config import CACHED_BLOCK, REMASKING, BlockCache, SamplingConfig
+from bicache_jax.core.config import CACHED_BLOCK, REMASKING, BlockCache, SamplingConfig
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.inputs import read_requests
 from bicache_jax.cli.options import boundary, from_flags, integer, warn
-from bicache_jax.config import CacheConfig, SamplingConfig
-from bicache_jax.types import BicacheError
+from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError
+from bicache_jax.serving.inputs import read_requests
 
 HELP = "compare the accuracy of policies on the same questions"
 DESCRIPTION = """\
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `bicache evaluate`; returns the exit status."""
     from tqdm import tqdm
 
-    from bicache_jax.boundary import load_table
-    from bicache_jax.evaluation import TURNS, evaluate, find_scorer, items_of
+    from bicache_jax.core.boundary import load_table
+    from bicache_jax.measure.evaluate import TURNS, evaluate, find_scorer, items_of
 
     if ":" in args.scorer:
         sys.path.append("")  # a scorer may lie in the current folder
@@ -174,6 +174,6 @@ def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:
     if args.task != "example":
         data = read_requests(args.task, flag="--task")
         return list(data.lines), data.source
-    from bicache_jax import example_task
+    from bicache_jax.example import task as example_task
 
     return list(example_task.draw_requests(example_task.FIRST_HELD_OUT + args.seed, args.samples)), "example"

@@ -10,15 +10,14 @@ from contextlib import ExitStack
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
-from bicache_jax.cli.inputs import Requests, read_requests
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import preset_flags, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.config import BLOCK_CACHES, POLICIES, CacheConfig, SamplingConfig
-from bicache_jax.journal import Record
-from bicache_jax.types import BicacheError, Result
+from bicache_jax.core.config import BLOCK_CACHES, POLICIES, CacheConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError, Record, Result
+from bicache_jax.serving.inputs import Requests, read_requests
 
 HELP = "answer a file of requests"
 DESCRIPTION = """\

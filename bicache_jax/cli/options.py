@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from bicache_jax.types import BicacheError
+from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
 

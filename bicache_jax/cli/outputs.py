@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bicache_jax.cli.inputs import STANDARD, Requests
-from bicache_jax.journal import Journal, Key, Record, dump, journal_path, write_atomic
-from bicache_jax.types import BicacheError
+from bicache_jax.bulk.journal import Journal, dump, journal_path, write_atomic
+from bicache_jax.core.types import BicacheError, Key, Record
+from bicache_jax.serving.inputs import STANDARD, Requests
 
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Other names of standard output: where it is redirected to a file, that file must not be replaced by a rename."""

@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.inputs import read_requests
 from bicache_jax.cli.options import fraction, integer, version
-from bicache_jax.config import SamplingConfig
-from bicache_jax.journal import Journal, journal_path, write_atomic
-from bicache_jax.types import BicacheError, Model, Request
+from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.types import BicacheError, Model, Request
+from bicache_jax.serving.inputs import read_requests
 
 HELP = "measure how deep a model's prefixes stay valid, and write its boundary table"
 DESCRIPTION = """\
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs `bicache profile`; returns the exit status."""
     from tqdm import tqdm
 
-    from bicache_jax.profiling import make_table, measure
+    from bicache_jax.measure.profile import make_table, measure
 
     data = read_requests(args.data, flag="--data")
     plot = None if args.no_plot else Path(args.plot or Path(args.output).with_suffix(".png"))
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         table = make_table(model, measured, threshold=args.threshold)
         write_atomic(args.output, [json.dumps(table.to_json(), indent=2).encode() + b"\n"])
         if plot is not None and _has_matplotlib():
-            from bicache_jax.plots import similarity_heat_map
+            from bicache_jax.measure.plots import similarity_heat_map
 
             similarity_heat_map(table, plot)
         journal.remove()
@@ -127,8 +127,8 @@ _DETERMINING = ("synthetic", "samples", "ratio_step", "with_response", "gen_leng
 
 
 def _samples(args: argparse.Namespace, model: Model, lines: list[bytes], source: str) -> list[Any]:
-    from bicache_jax.profiling import samples_of_requests, synthetic_samples
-    from bicache_jax.requests import parse_requests
+    from bicache_jax.measure.profile import samples_of_requests, synthetic_samples
+    from bicache_jax.serving.requests import parse_requests
 
     sampling = SamplingConfig(gen_length=args.gen_length if args.with_response else 1)
     parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)

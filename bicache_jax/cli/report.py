@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bicache_jax.cli.inputs import Requests
-from bicache_jax.journal import Record
-from bicache_jax.types import Request
+from bicache_jax.core.types import Record, Request
+from bicache_jax.serving.inputs import Requests
 
 
 class Progress:
@@ -80,7 +79,7 @@ def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] |
     Returns:
         (right ones, responses with a known answer), or None where nothing can be compared.
     """
-    from bicache_jax.requests import exact_match  # which imports jax
+    from bicache_jax.serving.requests import exact_match  # which imports jax
 
     answers = {}
     for item, accepted in zip(requests.items, requests.answers(), strict=True):

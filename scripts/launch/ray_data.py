@@ -31,7 +31,7 @@ class Answer:
 
     def __call__(self, block: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Answers the lines in column `text`; one row a result, bad lines included."""
-        from bicache_jax.requests import parse_requests
+        from bicache_jax.serving.requests import parse_requests
 
         model = self._engine.model
         requests = parse_requests(

@@ -1,0 +1,227 @@
+"""Checkpoints as orbax folders: parameters as they run, stacked over layers, read by parts and checked by sums.
+
+FOLDER/bicache.json     format, fingerprint, tensor names of the source, and shape, dtype and checksum per parameter
+FOLDER/params/          the parameters (orbax, zarr3 in OCDBT), in chunks small enough to be read by shards
+FOLDER/config.json, tokenizer files, boundary_table.json    as they were
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+from bicache_jax.checkpoints.fields import TensorMap, read_json
+from bicache_jax.checkpoints.targets import Target
+from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.core.types import BicacheError
+
+FORMAT = 1
+MANIFEST = "bicache.json"
+PARAMS = "params"
+# A shard reads whole chunks. One chunk a parameter would make every process read everything.
+CHUNK_BYTES = 4 << 20
+
+
+@jax.jit
+def checksum(x: Array) -> UInt32[Array, ""]:
+    """A sum over an array's bits that does not depend on how it is sharded.
+
+    Each element's bits and its place are mixed into 32 bits, one to one in the bits, and added modulo 2**32: a change
+    of any one element always shows, and of several but for one case in about 2**32.
+
+    Args:
+        x: an array of 16- or 32-bit floats, on one device or many.
+
+    Returns:
+        The sum; equal on every process.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The finaliser of MurmurHash3, a bijection of 32-bit integers in which every bit of the input counts."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether `bicache convert` wrote the folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise BicacheError("orbax folders need the extra: pip install 'bicache-jax[convert]'") from None
+    return orbax.checkpoint
+
+
+def _handler(orbax: Any) -> Any:
+    return orbax.PyTreeCheckpointHandler(use_zarr3=True)
+
+
+def write_params(folder: Path, params: Any, *, fingerprint: str, names: frozenset[str]) -> None:
+    """Writes parameters and the manifest into a folder that holds `config.json` already.
+
+    Args:
+        folder: an existing folder; the manifest comes last, so that half a checkpoint is never taken for one.
+        params: the parameter tree, sharded or not.
+        fingerprint: of the checkpoint it came from.
+        names: tensor names of that checkpoint.
+    """
+    orbax = _orbax()
+    save_args = jax.tree.map(lambda leaf: orbax.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with orbax.Checkpointer(_handler(orbax)) as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), args=orbax.args.PyTreeSave(params, save_args=save_args))
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "params": {
+            ".".join(path): {"shape": leaf.shape, "dtype": leaf.dtype.name, "checksum": int(checksum(leaf))}
+            for path, leaf in paths(params)
+        },
+        "tensors": sorted(names),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+class OrbaxFolder:
+    """A checkpoint written by `bicache convert`.
+
+    Attributes:
+        folder: where it is.
+        names: tensor names of the checkpoint that it was made from; they tell which biases there are.
+        fingerprint: of that checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the manifest.
+
+        Raises:
+            BicacheError: it is not of this release, is damaged, or belongs to another `config.json`.
+        """
+        self.folder = folder
+        source = folder / MANIFEST
+        manifest = read_json(source)
+        if manifest.get("format") != FORMAT:
+            raise BicacheError(
+                f"{source}: format {manifest.get('format')!r} is not of this release, which reads {FORMAT}; convert the"
+                " model again"
+            )
+        try:
+            self.fingerprint = str(manifest["fingerprint"])
+            self.names = frozenset(map(str, manifest["tensors"]))
+            self._params = {
+                tuple(name.split(".")): (tuple(map(int, entry["shape"])), str(entry["dtype"]), int(entry["checksum"]))
+                for name, entry in manifest["params"].items()
+            }
+            config = str(manifest["config_sha256"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BicacheError(
+                f"{source}: damaged ({type(error).__name__}: {error}); convert the model again"
+            ) from None
+        try:
+            found = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        except OSError as error:
+            raise BicacheError(f"{folder / 'config.json'}: cannot be read ({error.strerror})") from None
+        if found != config:
+            raise BicacheError(f"{folder / 'config.json'}: not the file that was converted; convert the model again")
+
+    def __enter__(self) -> OrbaxFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def mark(self, fields: Mapping[str, Any]) -> str:
+        """The fingerprint of the checkpoint that the folder was made from."""
+        return self.fingerprint
+
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads and verifies the parameters.
+
+        Args:
+            mapping: not needed: the parameters have their own names.
+            wanted: a tree of `Target`.
+
+        Returns:
+            The parameter tree.
+
+        Raises:
+            BicacheError: parameters are missing, extra, misshaped or damaged.
+        """
+        leaves = dict(paths(wanted))
+        faults = [f"missing {'.'.join(path)}" for path in leaves if path not in self._params]
+        faults += [f"extra {'.'.join(path)}" for path in self._params if path not in leaves]
+        faults += [
+            f"misshaped {'.'.join(path)}: {list(self._params[path][0])}, expected {list(leaf.shape)}"
+            for path, leaf in leaves.items()
+            if path in self._params and self._params[path][0] != leaf.shape
+        ]
+        if faults:
+            raise BicacheError(f"{self.folder}: parameters do not fit config.json: " + "; ".join(faults))
+        return tree_of(
+            (path, leaves[path].expand(array.astype(leaves[path].dtype))) for path, array in self._read(leaves)
+        )
+
+    def verify(self) -> None:
+        """Reads everything once, one parameter at a time.
+
+        Raises:
+            BicacheError: a parameter is damaged.
+        """
+        for _ in self._read({path: Target(shape, dtype) for path, (shape, dtype, _) in self._params.items()}):
+            pass
+
+    def _read(self, leaves: Mapping[tuple[str, ...], Target]) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+        """Yields parameters as stored, verified; one by one, so that a change of dtype never doubles the model."""
+        orbax = _orbax()
+        from etils import epath
+
+        handler = _handler(orbax)
+        place = epath.Path((self.folder / PARAMS).absolute())
+        try:
+            for path, leaf in leaves.items():
+                shape, dtype, expected = self._params[path]
+                here = leaf.sharding or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+                if leaf.is_padded and isinstance(here, jax.sharding.NamedSharding):  # cut when it has its final size
+                    here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
+                arguments = orbax.ArrayRestoreArgs(sharding=here, global_shape=shape, dtype=jnp.dtype(dtype))
+                try:
+                    tree = handler.restore(
+                        place,
+                        args=orbax.args.PyTreeRestore(
+                            item=tree_of([(path, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))]),
+                            restore_args=tree_of([(path, arguments)]),
+                            partial_restore=True,
+                        ),
+                    )
+                    [(_, array)] = paths(tree)
+                    found = int(checksum(array))
+                except Exception as error:  # orbax and tensorstore raise many kinds; each is a reason in its first line
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise BicacheError(
+                        f"{place}: parameter {'.'.join(path)} cannot be read ({reason}); convert the model again"
+                    ) from None
+                if found != expected:
+                    raise BicacheError(
+                        f"{place}: parameter {'.'.join(path)} is damaged: checksum {found}, written with {expected};"
+                        " convert the model again"
+                    )
+                yield path, array
+        finally:
+            handler.close()

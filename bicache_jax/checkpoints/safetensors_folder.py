@@ -1,0 +1,181 @@
+"""Reading a Hugging Face checkpoint folder: `config.json` and safetensors, streamed into stacked arrays.
+
+One part of one stacked parameter is assembled at a time and handed to its devices before the next begins, and only the
+bytes that this process's devices need are read: host memory never holds a second copy of the model, nor a whole one
+where the model is sharded over processes. Nothing is ever unpickled, and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from bicache_jax.checkpoints.fields import TensorMap, read_json
+from bicache_jax.checkpoints.fingerprint import fingerprint
+from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.core.types import BicacheError
+
+# Weights of other types are quantised, and mean nothing without their scales.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class SafetensorsFolder:
+    """Tensors of a checkpoint folder by name, single or sharded file; files are opened once and read lazily.
+
+    Attributes:
+        folder: where it is.
+        bytes_read: bytes of tensors read so far.
+    """
+
+    def __init__(self, folder: Path):
+        """Reads headers only.
+
+        Raises:
+            BicacheError: no safetensors file, a file that cannot be read, or an index that names a missing file.
+        """
+        self.folder = folder
+        self.bytes_read = 0
+        index, single = folder / "model.safetensors.index.json", "model.safetensors"
+        if (folder / single).is_file():  # as the Hub's libraries have it; other files beside it are not the model
+            files = [single]
+        elif index.exists():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict):
+                raise BicacheError(f"{index}: no object 'weight_map'; download the index file again")
+            files = sorted({str(name) for name in listed.values()})
+            absent = [name for name in files if not (folder / name).is_file()]
+            if absent:
+                raise BicacheError(f"{folder}: shards named in {index.name} are missing: {', '.join(absent)}")
+        else:
+            files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            raise BicacheError(f"{folder}: no *.safetensors file; pickled checkpoints are not read, convert them first")
+        self._stack = contextlib.ExitStack()
+        self._where: dict[str, Any] = {}
+        for name in files:
+            try:
+                handle = self._stack.enter_context(safe_open(folder / name, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise BicacheError(f"{folder / name}: not a readable safetensors file ({error})") from None
+            for tensor in handle.keys():
+                if tensor in self._where:
+                    raise BicacheError(f"{folder / name}: tensor {tensor!r} stands in another file of the folder too")
+                self._where[tensor] = handle
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._where)
+
+    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype name and shape, nothing read."""
+        view = self._where[name].get_slice(name)
+        return str(view.get_dtype()), tuple(view.get_shape())
+
+    def mark(self, fields: Mapping[str, Any]) -> str:
+        """The checkpoint's fingerprint, `fields` being those of its `config.json`."""
+        headers = {name: self.header(name) for name in sorted(self.names)}
+        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+        return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
+
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """`load_params` of this folder."""
+        return load_params(self, mapping, wanted)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of a tensor, copied from the file; other parts are not touched.
+
+        Args:
+            name: the tensor.
+            index: a slice per axis; none: all of it.
+        """
+        view = self._where[name].get_slice(name)
+        part = view[index or tuple(slice(0, size) for size in view.get_shape())]
+        self.bytes_read += part.nbytes
+        return part
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Whether a parameter has a leading axis of layers."""
+    return path[0] == "layers"
+
+
+def stored_names(mapping: TensorMap, path: tuple[str, ...], leaf: Any) -> list[str]:
+    """Checkpoint names of the tensors that a parameter is made of, one a layer where it is stacked."""
+    count = leaf.shape[0] if is_stacked(path) else 1
+    return [mapping.names[path].format(layer=layer) for layer in range(count)]
+
+
+def load_params(tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Streams a checkpoint into stacked arrays.
+
+    Args:
+        tensors: the folder.
+        mapping: checkpoint names of the parameters.
+        wanted: a tree of `Target`.
+
+    Returns:
+        The parameter tree.
+
+    Raises:
+        BicacheError: tensors are missing, extra, misshaped or no floating-point numbers; all of them are named.
+    """
+    leaves = dict(paths(wanted))
+    layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
+    if layers > len(tensors.names):  # a wrong number, not a list of what is missing
+        raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
+    plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
+    faults: list[str] = []
+    for path, leaf in leaves.items():
+        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        expected = shape[::-1] if path[-1] == "kernel" else shape
+        for name in plan[path]:
+            if name not in tensors.names:
+                faults.append(f"missing {name}")
+                continue
+            dtype, found = tensors.header(name)
+            if found != expected:
+                faults.append(f"misshaped {name}: {list(found)}, expected {list(expected)}")
+            if dtype not in _WEIGHT_DTYPES:
+                faults.append(f"unsupported {name}: {dtype}, expected one of {', '.join(_WEIGHT_DTYPES)}")
+    known = {name for names in plan.values() for name in names}
+    faults += [f"extra {name}" for name in sorted(tensors.names - known) if not name.endswith(mapping.ignored)]
+    if faults:
+        raise BicacheError(f"{tensors.folder}: tensors do not fit config.json: " + "; ".join(faults))
+    return tree_of(
+        (path, leaf.place(functools.partial(read_part, tensors, plan[path], path, leaf.dtype)))
+        for path, leaf in leaves.items()
+    )
+
+
+def read_part(
+    tensors: SafetensorsFolder, names: Sequence[str], path: tuple[str, ...], dtype: Any, index: tuple[slice, ...]
+) -> np.ndarray:
+    """A part of a parameter, from the same part of each tensor that is in it.
+
+    Args:
+        tensors: the folder.
+        names: the parameter's tensors, as `stored_names` gives them.
+        path: the parameter.
+        dtype: wanted.
+        index: a slice per axis, start and stop given.
+    """
+    stacked, transposed = is_stacked(path), path[-1] == "kernel"
+    array = np.empty([part.stop - part.start for part in index], dtype)
+    inner = index[1:] if stacked else index
+    for place, name in enumerate(names[index[0]] if stacked else names):
+        part = tensors.read(name, inner[::-1] if transposed else inner)
+        (array[place] if stacked else array)[...] = part.T if transposed else part
+    return array

@@ -1,0 +1,102 @@
+"""Where parameters go: onto one device, or in parts onto the devices of a mesh, padded on the way where need be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+Index = tuple[slice, ...]
+Read = Callable[[Index], np.ndarray]
+"""Reads the part of a parameter that an index names: a slice per axis, start and stop given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where one parameter goes.
+
+    Attributes:
+        shape: its shape in the checkpoint, layers stacked.
+        dtype: wanted.
+        sharding: how it lies on devices; None: the default device.
+        sources: for each axis, where each index on the devices comes from, an index in the checkpoint or -1 for zeros
+            (`bicache_jax.sharding.Partition.source`); None: the axis is as the checkpoint has it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: Sharding | None = None
+    sources: tuple[np.ndarray | None, ...] = ()
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether an axis differs from the checkpoint's."""
+        return any(source is not None for source in self.sources)
+
+    @property
+    def final_shape(self) -> tuple[int, ...]:
+        """Its shape on the devices."""
+        if not self.sources:
+            return self.shape
+        pairs = zip(self.shape, self.sources, strict=True)
+        return tuple(size if source is None else len(source) for size, source in pairs)
+
+    def place(self, read: Read) -> jax.Array:
+        """The parameter on its devices.
+
+        Args:
+            read: reads parts of it, indices being the checkpoint's.
+
+        Returns:
+            The array. A part that several devices of this process hold is read once, and one part is in host memory at
+            a time; parts of other processes' devices are not read.
+        """
+        shape = self.final_shape
+        if self.sharding is None:
+            return jnp.asarray(self.gather(read, tuple(slice(0, size) for size in shape)))
+        holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in self.sharding.addressable_devices_indices_map(shape).items():
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            holders.setdefault(bounds, []).append(device)
+        parts: list[jax.Array] = []
+        for bounds, devices in holders.items():
+            block = self.gather(read, tuple(slice(*pair) for pair in bounds))
+            parts += jax.block_until_ready([jax.device_put(block, device) for device in devices])
+        return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
+
+    def expand(self, array: jax.Array) -> jax.Array:
+        """A parameter as the checkpoint has it, on any devices, padded and cut."""
+        for axis, source in enumerate(self.sources):
+            if source is not None:
+                there = np.expand_dims(source >= 0, tuple(range(1, array.ndim - axis)))
+                array = jnp.where(there, jnp.take(array, np.maximum(source, 0), axis=axis), 0)
+        return array if self.sharding is None else jax.device_put(array, self.sharding)
+
+    def gather(self, read: Read, index: Index) -> np.ndarray:
+        """Reads the part of the padded parameter that an index names."""
+        if not self.is_padded:
+            return read(index)
+        inner = list(index)
+        held = [np.arange(part.stop - part.start) for part in index]  # what is not zeros, along each axis
+        taken = list(held)  # and which of what is read stands there
+        for axis, source in enumerate(self.sources):
+            if source is not None:
+                wanted = source[index[axis]]
+                held[axis] = np.flatnonzero(wanted >= 0)
+                there = wanted[held[axis]]
+                low, high = (int(there.min()), int(there.max()) + 1) if len(there) else (0, 0)
+                inner[axis], taken[axis] = slice(low, high), there - low
+        found = np.zeros([part.stop - part.start for part in index], self.dtype)
+        if all(part.stop > part.start for part in inner):
+            found[np.ix_(*held)] = read(tuple(inner))[np.ix_(*taken)]
+        return found
+
+
+def targets(abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Targets on the default device for a tree of shapes and dtypes (`models.abstract`)."""
+    return jax.tree.map(lambda leaf: Target(leaf.shape, leaf.dtype, leaf.sharding), dict(abstract))

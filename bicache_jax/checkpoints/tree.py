@@ -1,0 +1,26 @@
+"""Trees of parameters as paths and leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the leaves of a tree of dictionaries, each with the names that lead to it."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from paths(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def tree_of(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """The tree that has these leaves; the inverse of `paths`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree

@@ -1,0 +1,1 @@
+"""Vocabulary: configuration, requests and results, cache pytrees, attention's signature, suffix layout, numerics."""

@@ -1,0 +1,83 @@
+"""What the cache and the denoiser ask of a model: five pieces of a layer, none of which knows about caches.
+
+The core never imports a model. A backbone is a static argument (frozen, hashable) of the jitted programs; parameters
+travel beside it as a pytree whose `layers` leaves are stacked `[L, ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from bicache_jax.core.attention import Attention
+from bicache_jax.core.config import ModelConfig
+
+Params = Any
+LayerParams = Any
+Path = tuple[str, ...]
+"""Names that lead to a parameter in its tree."""
+Table = Mapping[Path, tuple[str, ...]]
+"""Logical axes of every parameter, by path."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """The pieces of a transformer; shapes in the alphabet of `bicache_jax`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    @property
+    def attention(self) -> Attention:
+        """Prefix attention to use."""
+        ...
+
+    @property
+    def axis(self) -> str | None:
+        """Mesh axis over which heads, MLP and vocabulary are split; None: they are whole."""
+        ...
+
+    @property
+    def axes(self) -> Table:
+        """Logical axes of every parameter, by path."""
+        ...
+
+    def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Token embeddings."""
+        ...
+
+    def query(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
+    ) -> Float[Array, "B N T H"]:
+        """Rotated queries of a layer."""
+        ...
+
+    def key_value(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Rotated keys, and values, of a layer."""
+        ...
+
+    def finish(
+        self, layer: LayerParams, x_btd: Float[Array, "B T D"], attended_bnth: Float[Array, "B N T H"]
+    ) -> Float[Array, "B T D"]:
+        """Output projection, residuals and MLP of a layer."""
+        ...
+
+    def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The norm in front of the head."""
+        ...
+
+    def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
+        """Rows of the LM head, and its bias where there is one."""
+        ...
+
+
+def layer_params(params: Params, layer: Int[Array, ""] | int) -> LayerParams:
+    """Parameters of one layer; `layer` may be traced."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), params["layers"])

@@ -1,0 +1,125 @@
+"""Boundary tables: how deep a prefix's KV may be reused, by the prefix's share of the sequence.
+
+A table is made by `bicache profile` for one model, which it names by a fingerprint; see BiCache, arXiv 2606.07571,
+section 4.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bicache_jax.core.types import BicacheError
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundaryTable:
+    """A boundary table and where it comes from.
+
+    Attributes:
+        model: name of the model it was made for.
+        fingerprint: that model's fingerprint; empty in published tables.
+        num_layers: L of that model.
+        threshold: mean cosine similarity from which a layer counts as shallow.
+        samples_per_ratio: sequences measured at each ratio.
+        table: b by r in percent, non-decreasing.
+        similarity: mean similarity of each layer by r, where it is known.
+        source: where a published table was published.
+    """
+
+    model: str
+    fingerprint: str
+    num_layers: int
+    threshold: float
+    samples_per_ratio: int
+    table: Mapping[int, int]
+    similarity: Mapping[int, tuple[float, ...]] | None = None
+    source: str | None = None
+
+    def boundary(self, ratio: int) -> int:
+        """The boundary at the largest listed ratio that is not above `ratio`; 0 if there is none."""
+        return boundary_at(self.table, ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as it stands in a file."""
+        record = dataclasses.asdict(self)
+        record["table"] = {str(ratio): b for ratio, b in sorted(self.table.items())}
+        if self.similarity is not None:
+            record["similarity"] = {str(ratio): list(values) for ratio, values in sorted(self.similarity.items())}
+        if self.source is None:
+            del record["source"]
+        return record
+
+
+def boundary_at(table: Mapping[int, int], ratio: int) -> int:
+    """The boundary at the largest listed ratio that is not above `ratio`; 0 if there is none."""
+    listed = [key for key in table if key <= ratio]
+    return table[max(listed)] if listed else 0
+
+
+def table_from_json(record: Any, source: str) -> BoundaryTable:
+    """Checks a table as it stands in a file.
+
+    Raises:
+        BicacheError: it is not a boundary table; the message names `source` and the field.
+    """
+
+    def fault(what: str) -> BicacheError:
+        return BicacheError(f"{source}: not a boundary table: {what}; make one with 'bicache profile'")
+
+    if not isinstance(record, dict):
+        raise fault("must be a JSON object")
+    num_layers, entries, similarity = record.get("num_layers"), record.get("table"), record.get("similarity")
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+        raise fault(f"'num_layers' must be a positive integer, got {num_layers!r}")
+    if not isinstance(entries, dict) or not entries:
+        raise fault("'table' must be an object {\"<r>\": b}")
+    table: dict[int, int] = {}
+    for key, value in entries.items():
+        if not (key.isascii() and key.isdigit() and int(key) <= 100):
+            raise fault(f"ratio {key!r} must be a whole percentage from 0 to 100")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= num_layers:
+            raise fault(f"boundary at {key} must be an integer from 0 to {num_layers}, got {value!r}")
+        if int(key) in table:
+            raise fault(f"ratio {key!r} is listed twice")
+        table[int(key)] = value
+    ordered = [table[ratio] for ratio in sorted(table)]
+    if ordered != sorted(ordered):
+        raise fault("boundaries must not decrease with the ratio")
+    if similarity is not None:
+        try:
+            similarity = {int(ratio): tuple(float(value) for value in values) for ratio, values in similarity.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise fault("'similarity' must be null or an object {\"<r>\": [one number a layer]}") from None
+    threshold, samples = record.get("threshold", 0.0), record.get("samples_per_ratio", 0)
+    for name, value in (("threshold", threshold), ("samples_per_ratio", samples)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise fault(f"{name!r} must be a number, got {value!r}")
+    return BoundaryTable(
+        model=str(record.get("model", "")),
+        fingerprint=str(record.get("fingerprint") or ""),
+        num_layers=num_layers,
+        threshold=float(threshold),
+        samples_per_ratio=int(samples),
+        table=dict(sorted(table.items())),
+        similarity=similarity,
+        source=record.get("source"),
+    )
+
+
+def load_table(path: str | Path) -> BoundaryTable:
+    """Reads a boundary table.
+
+    Raises:
+        BicacheError: the file cannot be read or is not a boundary table.
+    """
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise BicacheError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BicacheError(f"{path}: not valid JSON ({error})") from None
+    return table_from_json(record, str(path))

@@ -1,0 +1,219 @@
+"""The vocabulary of the library: frozen configuration types, all hashable and safe as static arguments of `jax.jit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+Policy = Literal["none", "naive", "bicache"]
+BlockCache = Literal["off", "prefix", "dual"]
+Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
+BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
+ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
+"""Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
+POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
+CACHED_BLOCK = 32
+"""Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
+REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a diffusion LM, whatever its family.
+
+    Attributes:
+        family: `llada` or `dream`; picks the checkpoint map.
+        vocab_size: V, rows of the embedding and of the head (padding rows of the checkpoint included).
+        d_model: D, width of the residual stream.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; divides N.
+        head_dim: H.
+        d_mlp: F, width of the SwiGLU MLP.
+        rope_theta: base of the rotary embedding.
+        norm_eps: epsilon of every RMSNorm.
+        max_length: longest sequence (prompt + response) the checkpoint was made for.
+        mask_id: id of the mask token.
+        eos_ids: ids that end a response.
+        eot_ids: those of `eos_ids` that end a turn of a chat rather than the text.
+        qkv_bias: whether query, key and value projections have a bias.
+        bias: whether the attention output and the MLP projections have a bias.
+        norm_bias: whether the norms have a bias.
+        head_bias: whether the head has a bias.
+        tied: whether the head is the embedding.
+        shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
+    """
+
+    family: str
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_mlp: int
+    rope_theta: float
+    norm_eps: float
+    max_length: int
+    mask_id: int
+    eos_ids: tuple[int, ...] = ()
+    eot_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    bias: bool = False
+    norm_bias: bool = False
+    head_bias: bool = False
+    tied: bool = False
+    shift_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads=} and {self.num_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head size, got {self.head_dim=}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id must be a token of the vocabulary, got {self.mask_id=} and {self.vocab_size=}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How the KV of a shared prefix are reused.
+
+    Attributes:
+        policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`.
+        boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
+        table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
+        refresh_interval: N, denoising steps between two recomputations of the deep prefix KV.
+        block_cache: `dual` freezes everything outside the current block until the block is done, `prefix` everything
+            before it (Fast-dLLM, arXiv 2505.22618); `off` freezes nothing.
+        batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
+        min_prefix: shortest automatically detected prefix (tokens) that is worth a cache of its own.
+    """
+
+    policy: Policy = "bicache"
+    boundary: int | Literal["auto"] = "auto"
+    table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
+    refresh_interval: int = 16
+    block_cache: BlockCache = "off"
+    batch_boundary: Literal["own", "min"] = "own"
+    min_prefix: int = 16
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.boundary != "auto" and (not isinstance(self.boundary, int) or self.boundary < 0):
+            raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
+        if self.policy == "none" and self.boundary != "auto":
+            raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
+        if self.refresh_interval < 1:
+            raise ValueError(f"refresh_interval must be >= 1, got {self.refresh_interval}")
+        if self.block_cache not in BLOCK_CACHES:
+            raise ValueError(f"block_cache must be one of {', '.join(BLOCK_CACHES)}, got {self.block_cache!r}")
+        if self.batch_boundary not in ("own", "min"):
+            raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
+        if self.min_prefix < 1:
+            raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a canvas is denoised (LLaDA, arXiv 2502.09992, section 2.4 and appendix A).
+
+    Attributes:
+        gen_length: response tokens.
+        steps: denoising steps over the whole response; None: one token a step.
+        block_length: tokens of a semi-autoregressive block; None: the whole response.
+        temperature: 0 takes the argmax; above, tokens are drawn from the softmax at this temperature. Confidence is
+            the probability at temperature 1 for LLaDA, and at this temperature for Dream, as their loops have it.
+        remasking: which masked tokens are unmasked first (`bicache_jax.decoding.rules`); None: the family's,
+            `low_confidence` for LLaDA and `entropy` for Dream.
+        seed: seed of the noise; a request's own seed replaces it.
+        threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
+            unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
+        factor: f, in place of a threshold: the n most probable tokens are unmasked for the largest n with
+            `(n + 1) * (1 - p_n) <= f` (Fast-dLLM, section 3.3); at least one is, and `steps` mean nothing.
+        alg_temperature: 0 unmasks by rank; above, positions are drawn without replacement with odds
+            `exp(confidence / alg_temperature)` (Dream's `alg_temp`).
+        top_p: keep the smallest set of most probable tokens that holds more than this share of the probability
+            (nucleus sampling, arXiv 1904.09751). The others are gone before tokens are drawn and confidence is taken.
+        top_k: keep the k most probable tokens, likewise.
+        cfg_scale: w of classifier-free guidance: logits become `u + (w + 1) * (c - u)`, u those with the prompt masked
+            (LLaDA's loop); a pass runs both. 0: no guidance.
+        logits_eos_inf: never choose an end-of-text token (LLaDA, appendix B.4).
+        confidence_eos_eot_inf: unmask end-of-text and end-of-turn tokens after all others (LLaDA, appendix B.4).
+        early_stop: a row ends with the first finished block that holds an end-of-text token, and the rest is filled
+            with that token. What stands before it is what it would be anyway.
+    """
+
+    gen_length: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    remasking: Remasking | None = None
+    seed: int = 0
+    threshold: float | None = None
+    factor: float | None = None
+    alg_temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    early_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gen_length < 1:
+            raise ValueError(f"gen_length must be >= 1, got {self.gen_length}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"block_length must be >= 1, got {self.block_length}")
+        if self.gen_length % self.block_size:
+            raise ValueError(
+                f"gen_length must be a multiple of block_length, got {self.gen_length} and {self.block_length}"
+            )
+        if self.num_steps % self.num_blocks:
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for "
+                f"{self.num_blocks} blocks of {self.block_size} tokens"
+            )
+        for name in ("temperature", "alg_temperature", "cfg_scale"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+        if self.factor is not None and not 0.0 < self.factor < float("inf"):
+            raise ValueError(f"factor must be finite and > 0, got {self.factor}")
+        if self.factor is not None and self.threshold is not None:
+            raise ValueError("factor and threshold are two rules for the same thing: give one of them")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+        if self.remasking is not None and self.remasking not in REMASKING:
+            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.gen_length if self.block_length is None else self.block_length
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the response."""
+        return self.gen_length // self.block_size
+
+    @property
+    def by_confidence(self) -> bool:
+        """Whether confidence alone decides how many tokens a step unmasks."""
+        return self.threshold is not None or self.factor is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether rows run twice, with and without their prompt."""
+        return self.cfg_scale > 0
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps over the whole response."""
+        return self.gen_length if self.steps is None else self.steps

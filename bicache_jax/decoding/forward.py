@@ -1,0 +1,194 @@
+"""Forward passes over the suffixes of a batch, split at a dynamic layer boundary.
+
+Two kinds of step make an interval (BiCache, arXiv 2606.07571, section 4):
+
+* refresh: layers `< b` run on suffix tokens against the shared prefix-alone KV. In front of layer b the prefix-alone
+  hidden states join, and layers `>= b` run on the whole sequence; the prefix KV they make are kept per row.
+* reuse: suffix tokens only, against the shared KV in layers `<= b` and the row's own above.
+
+Three savings follow exactly, without changing a token. Layer b's prefix input is the prefix-alone hidden state, so its
+prefix KV (and queries) are shared as well. In layer L - 1 the prefix gives K and V alone. And so b = L - 1 equals
+b = L: nothing deep is left. No prefix cache at all is the same program with P = 0.
+
+A pass runs a *window* of each suffix. Without a block cache that is all of it. With one (Fast-dLLM, arXiv 2505.22618)
+the window is the current block, or all from it on, and the KV of everything else stand in a `SuffixCache`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bicache_jax.core.backbone import Backbone, Params, layer_params
+from bicache_jax.core.cache import DeepCache, PrefixCache, Rows, SuffixCache
+
+Carry = tuple[Array, SuffixCache]
+DeepCarry = tuple[Array, DeepCache, SuffixCache]
+
+
+@dataclasses.dataclass(frozen=True)
+class SuffixPass:
+    """One pass over a window of B suffixes; `reuse` and `refresh` are its two kinds.
+
+    Attributes:
+        backbone: the model (static).
+        params: its parameters.
+        cache: the G prefixes.
+        rows: the rows.
+        boundary: b, at most L - 1.
+        start: first suffix place of each row's window.
+        update: which KV of the window replace those of a suffix cache; the others were frozen earlier.
+    """
+
+    backbone: Backbone
+    params: Params
+    cache: PrefixCache
+    rows: Rows
+    boundary: Int[Array, ""]
+    start: Int[Array, " B"]
+    update: Bool[Array, "B T"]
+
+    @property
+    def _last(self) -> int:
+        return self.backbone.config.num_layers - 1
+
+    @property
+    def _whole(self) -> bool:
+        return self.update.shape[1] == self.rows.tokens.shape[1]
+
+    def _window(self, values: Array) -> Array:
+        """The window's part of per-row values [B, U]."""
+        if self._whole:
+            return values
+        size = self.update.shape[1]
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(values, self.start)
+
+    def _merge(self, index: Array, fresh: Array, cached: Array) -> tuple[Array, Array]:
+        """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the window is all."""
+        if not cached.shape[0]:
+            return fresh, cached
+
+        def write(row: Array, cached: Array) -> Array:
+            # Row by row into the stack: a batched update is a scatter, for which TPUs re-lay the whole cache.
+            at = (index, row, 0, self.start[row], 0)
+            old = jax.lax.dynamic_slice(cached, at, (1, 1, *fresh.shape[1:]))
+            return jax.lax.dynamic_update_slice(cached, jnp.where(self.update[row][:, None], fresh[row], old), at)
+
+        cached = jax.lax.fori_loop(0, fresh.shape[0], write, cached)
+        return jax.lax.dynamic_index_in_dim(cached, index, keepdims=False), cached
+
+    def _merge_both(self, index: Array, k: Array, v: Array, suffix: SuffixCache) -> tuple[Array, Array, SuffixCache]:
+        k, cached_k = self._merge(index, k, suffix.k)
+        v, cached_v = self._merge(index, v, suffix.v)
+        return k, v, SuffixCache(cached_k, cached_v)
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool
+    ) -> Float[Array, "B N T H"]:
+        index = self.rows.prefix_index
+        return self.backbone.attention(
+            q,
+            kv.k,
+            kv.v,
+            k,
+            v,
+            prefix_index=index if shared else None,
+            prefix_len=self.cache.length if shared else self.cache.length[index],
+            suffix_valid=self.rows.valid,
+            layer=slot,
+        )
+
+    def _layer(self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool) -> Carry:
+        """A layer for the window's tokens alone."""
+        x, suffix = carry
+        layer, positions = layer_params(self.params, index), self._window(self.rows.positions)
+        k, v = self.backbone.key_value(layer, x, positions)
+        k, v, suffix = self._merge_both(index, k, v, suffix)
+        q = self.backbone.query(layer, x, positions)
+        return self.backbone.finish(layer, x, self._attend(q, k, v, kv, slot, shared=shared)), suffix
+
+    def _shared_layer(self, index: Array, carry: Carry) -> Carry:
+        return self._layer(index, carry, self.cache, index, shared=True)
+
+    def _deep_layer(self, index: Array, carry: Carry, deep: DeepCache) -> Carry:
+        return self._layer(index, carry, deep, index - self.boundary - 1, shared=False)
+
+    def _embed(self) -> Float[Array, "B T D"]:
+        return self.backbone.embed(self.params, self._window(self.rows.tokens))
+
+    def reuse(self, deep: DeepCache, suffix: SuffixCache) -> Carry:
+        """Window tokens only, in all layers.
+
+        Returns:
+            Hidden states of the window [B, T, D], and the suffix cache.
+        """
+        carry = jax.lax.fori_loop(0, self.boundary + 1, self._shared_layer, (self._embed(), suffix))
+        if deep.k.shape[0]:
+            carry = jax.lax.fori_loop(
+                self.boundary + 1, self._last + 1, lambda index, carry: self._deep_layer(index, carry, deep), carry
+            )
+        return carry
+
+    def refresh(self, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
+        """The window below the boundary, prefix and window above it.
+
+        Returns:
+            Hidden states of the window [B, T, D], the fresh deep prefix KV, and the suffix cache.
+        """
+        if not deep.k.shape[0]:
+            x, suffix = self.reuse(deep, suffix)
+            return x, deep, suffix
+        split = self.boundary < self._last
+        x, suffix = jax.lax.fori_loop(
+            0, jnp.where(split, self.boundary, self._last + 1), self._shared_layer, (self._embed(), suffix)
+        )
+        # A loop of one turn or none rather than a conditional: its carry is updated in place.
+        return jax.lax.fori_loop(
+            0, split.astype(jnp.int32), lambda _, carry: self._deep_layers(*carry), (x, deep, suffix)
+        )
+
+    def _deep_layers(self, x_window: Array, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
+        num_rows, num_prefix = self.rows.tokens.shape[0], self.cache.k.shape[-2]
+        prefix_positions = jnp.broadcast_to(jnp.arange(num_prefix), (num_rows, num_prefix))
+        positions = jnp.concatenate([prefix_positions, self._window(self.rows.positions)], axis=1)
+
+        def whole_layer(index: Array, carry: DeepCarry) -> DeepCarry:
+            x, deep, suffix = carry
+            layer = layer_params(self.params, index)
+            k, v = self.backbone.key_value(layer, x, positions)
+            deep = self._write(deep, index, k[:, :, :num_prefix], v[:, :, :num_prefix])
+            k, v, suffix = self._merge_both(index, k[:, :, num_prefix:], v[:, :, num_prefix:], suffix)
+            q = self.backbone.query(layer, x, positions)
+            attended = self._attend(q, k, v, deep, index - self.boundary - 1, shared=False)
+            return self.backbone.finish(layer, x, attended), deep, suffix
+
+        x, suffix = self._boundary_layer(x_window, suffix)
+        x, deep, suffix = jax.lax.fori_loop(self.boundary + 1, self._last, whole_layer, (x, deep, suffix))
+        last = jnp.asarray(self._last)
+        k, v = self.backbone.key_value(layer_params(self.params, last), x[:, :num_prefix], prefix_positions)
+        deep = self._write(deep, last, k, v)
+        x, suffix = self._deep_layer(last, (x[:, num_prefix:], suffix), deep)
+        return x, deep, suffix
+
+    def _boundary_layer(self, x: Float[Array, "B T D"], suffix: SuffixCache) -> Carry:
+        """Layer b: prefix KV and prefix queries are still one per prefix; what comes out is one per row."""
+        rows, hidden = self.rows, self.cache.hidden_at(self.boundary)
+        # A layer that is the same in every refresh would be copied out of the stack in front of all loops.
+        x, boundary = jax.lax.optimization_barrier((x, self.boundary))
+        layer, positions = layer_params(self.params, boundary), self._window(rows.positions)
+        q_prefix = self.backbone.query(layer, hidden, jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]))
+        q = jnp.concatenate([q_prefix[rows.prefix_index], self.backbone.query(layer, x, positions)], axis=2)
+        k, v = self.backbone.key_value(layer, x, positions)
+        k, v, suffix = self._merge_both(self.boundary, k, v, suffix)
+        attended = self._attend(q, k, v, self.cache, self.boundary, shared=True)
+        return self.backbone.finish(layer, jnp.concatenate([hidden[rows.prefix_index], x], axis=1), attended), suffix
+
+    def _write(self, deep: DeepCache, index: Array, k: Array, v: Array) -> DeepCache:
+        slot = index - self.boundary - 1
+        return DeepCache(
+            k=jax.lax.dynamic_update_index_in_dim(deep.k, k, slot, 0),
+            v=jax.lax.dynamic_update_index_in_dim(deep.v, v, slot, 0),
+        )

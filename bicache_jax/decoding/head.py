@@ -1,0 +1,278 @@
+"""The LM head in vocabulary tiles: float32 logits of a whole vocabulary never exist for more than one tile.
+
+Each tile becomes a few running statistics and is forgotten; statistics of two sets of tokens merge with `|`. Confidence
+is ranked by the log-odds of the chosen token, `log p - log(1 - p)`: monotone in the softmax probability p, but it does
+not saturate where p rounds to 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from bicache_jax.core.cache import Draw
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.numerics import precision
+from bicache_jax.decoding.filters import floors, in_chunks
+
+TILE = 2048
+NOISE_BLOCK = 128
+"""Noise is drawn for this many tokens from one key, whatever tile or shard asks for it."""
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Choice(NamedTuple):
+    """The token chosen at each position.
+
+    Attributes:
+        token: argmax of the (noisy) logits, the mask token left out; the lowest id among equals.
+        log_odds: log-odds of its softmax probability without noise, the mask token kept in the sum.
+        margin: probability of the most probable token less that of the runner-up.
+        entropy: of the softmax, in nats.
+    """
+
+    token: Int[Array, "B W"]
+    log_odds: Float[Array, "B W"]
+    margin: Float[Array, "B W"]
+    entropy: Float[Array, "B W"]
+
+
+class _Mass(NamedTuple):
+    """Softmax statistics of some logits, relative to their highest, each [B, W].
+
+    The sums leave that one out: what is small beside it stays exact where it is all but certain.
+
+    Attributes:
+        peak: highest logit.
+        over: sum of `exp(logit - peak)` over the others.
+        weighted: sum of `exp(logit - peak) * (logit - peak)` over the others.
+    """
+
+    peak: Array
+    over: Array
+    weighted: Array
+
+    def __or__(self, other: _Mass) -> _Mass:
+        """Statistics of both sets of logits."""
+        peak = jnp.maximum(self.peak, other.peak)
+        over, weighted = jnp.zeros_like(peak), jnp.zeros_like(peak)
+        for part, is_top in ((self, self.peak >= other.peak), (other, self.peak < other.peak)):
+            empty = jnp.isneginf(part.peak)
+            shift = jnp.where(empty, 0, part.peak - peak)
+            factor = jnp.where(empty, 0, jnp.exp(shift))
+            count = part.over + ~is_top  # a peak that is overtaken becomes one of the others
+            over += factor * count
+            weighted += factor * (part.weighted + count * shift)
+        return _Mass(peak, over, weighted)
+
+
+class _Running(NamedTuple):
+    """Statistics of some of the tokens, each [B, W]; the mask token is left out of all but `mask`.
+
+    Attributes:
+        best: highest noisy logit.
+        token: its token.
+        raw: its logit without noise.
+        top: token of the highest logit.
+        second: highest of the other logits.
+        mass: softmax statistics.
+        mask: logit of the mask token, -inf where it is not among the tokens.
+    """
+
+    best: Array
+    token: Array
+    raw: Array
+    top: Array
+    second: Array
+    mass: _Mass
+    mask: Array
+
+    @classmethod
+    def of_nothing(cls, shape: tuple[int, ...]) -> _Running:
+        """Statistics of no token."""
+        unseen, zero, nothing = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
+        return cls(unseen, nothing, unseen, nothing, unseen, _Mass(unseen, zero, zero), unseen)
+
+    def __or__(self, other: _Running) -> _Running:
+        """Statistics of both sets of tokens; among equals those of `self` win, which must have the lower ids."""
+        wins = other.best > self.best
+        return _Running(
+            best=jnp.maximum(self.best, other.best),
+            token=jnp.where(wins, other.token, self.token),
+            raw=jnp.where(wins, other.raw, self.raw),
+            top=jnp.where(other.mass.peak > self.mass.peak, other.top, self.top),
+            second=jnp.maximum(jnp.minimum(self.mass.peak, other.mass.peak), jnp.maximum(self.second, other.second)),
+            mass=self.mass | other.mass,
+            mask=jnp.maximum(self.mask, other.mask),
+        )
+
+    def choice(self, deferred: Bool[Array, "B W"]) -> Choice:
+        """The choice that statistics of the whole vocabulary come to; `deferred` tokens get no confidence."""
+        zero = jnp.zeros_like(self.best)
+        mass = self.mass | _Mass(self.mask, zero, zero)
+        share = jnp.exp(self.raw - mass.peak)
+        certain = (self.token == self.top) & (self.raw >= mass.peak)
+        first, second = self.mass.peak, jnp.maximum(self.second, self.mask)
+        # The sum over the others is exact where the token is the peak, and no less than 1 where it is not.
+        log_odds = self.raw - mass.peak - jnp.log(jnp.where(certain, mass.over, 1 + mass.over - share))
+        margin = (jnp.exp(first - mass.peak) - jnp.exp(second - mass.peak)) / (1 + mass.over)
+        return Choice(
+            token=self.token,
+            log_odds=jnp.where(deferred, _LOWEST, log_odds),
+            margin=jnp.where(deferred, -1, margin),
+            entropy=jnp.where(deferred, -_LOWEST, jnp.log1p(mass.over) - mass.weighted / (1 + mass.over)),
+        )
+
+
+def _merge_shards(mine: _Running, axis: str | None) -> _Running:
+    """Statistics of the whole vocabulary from those of its shards: a few numbers a position travel, never logits."""
+    if axis is None:
+        return mine
+    everyone = jax.lax.all_gather(mine, axis)
+    parts = (jax.tree.map(lambda leaf, i=i: leaf[i], everyone) for i in range(jax.lax.axis_size(axis)))
+    return functools.reduce(operator.or_, parts)
+
+
+def guide(
+    with_bwd: Float[Array, "B W D"], without_bwd: Float[Array, "B W D"], guidance: Float[Array, ""]
+) -> Float[Array, "B W D"]:
+    """Classifier-free guidance on what the head reads.
+
+    The head is linear, so `u + (w + 1) * (c - u)` of normed hidden states gives that of their logits, biases included,
+    and the head runs once.
+
+    Args:
+        with_bwd: normed hidden states of the rows.
+        without_bwd: those of their twins, whose prompt is masked.
+        guidance: w + 1.
+
+    Returns:
+        Hidden states that give guided logits.
+    """
+    without = without_bwd.astype(jnp.float32)
+    return (without + guidance * (with_bwd.astype(jnp.float32) - without)).astype(with_bwd.dtype)
+
+
+def _among(ids: Int[Array, "..."], tokens: tuple[int, ...]) -> Bool[Array, "..."]:
+    found = jnp.zeros(ids.shape, bool)
+    for token in tokens:
+        found |= ids == token
+    return found
+
+
+def choose(
+    x_bwd: Float[Array, "B W D"],
+    head_vd: Float[Array, "V D"],
+    bias_v: Float[Array, " V"] | None = None,
+    *,
+    config: ModelConfig,
+    draw: Draw,
+    keys_bw: Key[Array, "B W"],
+    axis: str | None = None,
+) -> Choice:
+    """Chooses a token at each position.
+
+    Logits are multiplied by `draw.scale`; the choice is made after Gumbel noise times `draw.noise` is added, in log
+    space and float32. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1;
+    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. The
+    noise of a token depends on the position's key and the token alone, not on tiles or shards.
+
+    Tokens that a filter drops, and end-of-text tokens where they are banned, are gone from choice and confidence alike.
+    Where they have no confidence (`draw.defer_eos`) they can be chosen, and are left out of the others' sums.
+
+    Args:
+        x_bwd: normed hidden states of the block's positions.
+        head_vd: rows of the head; those beyond the vocabulary are padding.
+        bias_v: bias of the head, if it has one.
+        config: the architecture; its mask token is never chosen, its end tokens are those above (static).
+        draw: how tokens are drawn.
+        keys_bw: noise key of each position.
+        axis: mesh axis over which the vocabulary is split, V rows to a shard; None: it is whole.
+
+    Returns:
+        Token and confidence of each position.
+    """
+    num_rows, vocab_size, mask_id = head_vd.shape[0], config.vocab_size, config.mask_id
+    first = 0 if axis is None else jax.lax.axis_index(axis) * num_rows
+    tile, shape = min(TILE, num_rows), x_bwd.shape[:2]
+    ends = tuple(token for token in config.eos_ids if token not in config.eot_ids)
+
+    def scaled_logits(x: Float[Array, "*P D"], start: Array, size: int) -> Float[Array, "*P T"]:
+        rows_td = jax.lax.dynamic_slice_in_dim(head_vd, start, size)
+        logits = jnp.einsum(
+            "...d,td->...t", x, rows_td, precision=precision(x.dtype), preferred_element_type=jnp.float32
+        )
+        if bias_v is not None:
+            logits += jax.lax.dynamic_slice_in_dim(bias_v, start, size).astype(jnp.float32)
+        return logits * draw.scale
+
+    def may_be_chosen(ids: Int[Array, " T"]) -> Bool[Array, " T"]:
+        return (ids != mask_id) & (ids < vocab_size) & ~(draw.ban_eos & _among(ids, ends))
+
+    def floors_of(x_cd: Float[Array, "C D"]) -> Float[Array, " C"]:
+        logits = scaled_logits(x_cd, jnp.asarray(0), num_rows)
+        logits = jnp.where(may_be_chosen(first + jnp.arange(num_rows)), logits, -jnp.inf)
+        sharpness = 1 / jnp.where(draw.noise > 0, draw.noise, 1)
+        return floors(logits, sharpness=sharpness, top_p=draw.top_p, top_k=draw.top_k, axis=axis)
+
+    def gumbel(start: Array) -> Array:
+        block, skipped = jnp.divmod(start, NOISE_BLOCK)
+        blocks = block + jnp.arange(-(-tile // NOISE_BLOCK) + 1)
+
+        def one(key: Array) -> Array:
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(blocks)
+            drawn = jax.vmap(lambda key: jax.random.gumbel(key, (NOISE_BLOCK,), jnp.float32))(keys)
+            return jax.lax.dynamic_slice_in_dim(drawn.ravel(), skipped, tile)
+
+        return jax.vmap(jax.vmap(one))(keys_bw)
+
+    def first_at(values: Array, highest: Array, ids: Array) -> Array:
+        """Lowest token with that value; a minimum vectorizes on CPUs, where an argmax does not."""
+        return jnp.min(jnp.where(values == highest[..., None], ids, vocab_size), axis=-1)
+
+    def of_tile(index: Array, floor_bw: Array) -> _Running:
+        begin = index * tile
+        start = jnp.minimum(begin, num_rows - tile)  # the last tile overlaps the one before it
+        ids = first + start + jnp.arange(tile)
+        logits = scaled_logits(x_bwd, start, tile)
+        mask_place = mask_id - first - start
+        mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_place, 0, tile - 1), axis=-1, keepdims=False)
+        has_mask = (mask_place >= 0) & (mask_place < tile) & (mask >= floor_bw)
+        choosable = (ids >= first + begin) & may_be_chosen(ids) & (logits >= floor_bw[..., None])
+        allowed = jnp.where(choosable & ~(draw.defer_eos & _among(ids, config.eos_ids)), logits, -jnp.inf)
+
+        peak = jnp.max(allowed, axis=-1)
+        top = first_at(allowed, peak, ids)
+        others = jnp.where(ids == top[..., None], -jnp.inf, allowed)
+        second = jnp.max(others, axis=-1)
+        below = others - jnp.maximum(peak, _LOWEST)[..., None]  # finite bounds: 0 * -inf would be nan
+        weight, below = jnp.exp(below), jnp.maximum(below, _LOWEST)
+        mass = _Mass(peak, weight.sum(-1), (weight * below).sum(-1))
+
+        def drawn() -> tuple[Array, Array, Array]:
+            noisy = jnp.where(choosable, logits, -jnp.inf) + draw.noise * gumbel(first + start)
+            best = jnp.max(noisy, axis=-1)
+            token = first_at(noisy, best, ids)
+            place = jnp.clip(token - first - start, 0, tile - 1)
+            return best, token, jnp.take_along_axis(logits, place[..., None], -1)[..., 0]
+
+        best, token, raw = jax.lax.cond((draw.noise > 0) | draw.defer_eos, drawn, lambda: (peak, top, peak))
+        return _Running(best, token, raw, top, second, mass, jnp.where(has_mask, mask, -jnp.inf))
+
+    with jax.named_scope("filters"):
+        floor_bw = jax.lax.cond(
+            (draw.top_p < 1) | (draw.top_k < vocab_size),
+            lambda: in_chunks(floors_of, x_bwd, num_rows),
+            lambda: jnp.full(shape, -jnp.inf),
+        )
+    with jax.named_scope("head"):
+        mine = jax.lax.fori_loop(
+            0, -(-num_rows // tile), lambda index, was: was | of_tile(index, floor_bw), _Running.of_nothing(shape)
+        )
+        found = _merge_shards(mine, axis)
+        return found.choice(draw.defer_eos & _among(found.token, config.eos_ids))

@@ -1,0 +1,154 @@
+"""How many tokens each step unmasks, worked out on the host: the device program only reads the counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bicache_jax.core.cache import Decoding, Draw
+from bicache_jax.core.config import REMASKING, BlockCache, ModelConfig, Remasking, SamplingConfig
+
+TIME_EPS = 1e-3  # Dream's time of the last step
+_OWN_RULE: dict[str, Remasking] = {"llada": "low_confidence", "dream": "entropy"}
+
+
+def even_counts(masks: int, steps: int) -> np.ndarray:
+    """LLaDA's schedule (`get_num_transfer_tokens`): `masks // steps` a step, one more in the first `masks % steps`."""
+    return masks // steps + (np.arange(steps) < masks % steps)
+
+
+def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = TIME_EPS) -> np.ndarray:
+    """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`, at the last step all.
+
+    Args:
+        masks: masked tokens of the block.
+        steps: its denoising steps.
+        anchored: the first step fixes one token and the others go on from step 1 (Fast-dLLM's loop for Dream).
+        eps: time of the last step.
+
+    Returns:
+        Tokens that each step unmasks [steps].
+    """
+    times = np.linspace(1.0, eps, steps + 1)
+    counts = np.zeros(steps, np.int32)
+    left = masks
+    for step in range(steps):
+        share = 1.0 - times[step + 1] / times[step]
+        counts[step] = left if step == steps - 1 else 1 if anchored and step == 0 else int(left * share)
+        left -= counts[step]
+    return counts
+
+
+def chance_bars(steps: int, *, eps: float) -> np.ndarray:
+    """What standard Gumbel noise must exceed for a token to be unmasked, where chance alone decides (`origin`).
+
+    A step from time t to s unmasks each token with probability `1 - s / t`, at the last step all; times are
+    `linspace(1, eps, steps + 1)` (Dream; with `eps=0` LLaDA, arXiv 2502.09992, algorithm 4).
+
+    Args:
+        steps: denoising steps of the block.
+        eps: time of the last step.
+
+    Returns:
+        The bar of each step [steps].
+    """
+    times = np.linspace(1.0, eps, steps + 1)
+    kept = np.append(times[1:-1] / times[:-2], 0.0)  # P(noise <= bar) = exp(-exp(-bar))
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log(kept))
+
+
+def window_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
+    """Tokens that steps inside block number `block` run under a block cache; 0 without one."""
+    if block_cache == "off":
+        return 0
+    return sampling.block_size if block_cache == "dual" else sampling.gen_length - block * sampling.block_size
+
+
+def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[tuple[int, int]]:
+    """The dispatches of a run: (tokens that steps inside a block run, the block at which that number changes)."""
+    windows = [window_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
+    ends = {window: block + 1 for block, window in enumerate(windows)}
+    return list(ends.items())
+
+
+def most_steps(sampling: SamplingConfig) -> int:
+    """Most denoising steps a row can take."""
+    return sampling.gen_length if sampling.by_confidence else sampling.num_steps
+
+
+def make_decoding(
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    boundary: Any,
+    refresh_interval: Any,
+    *,
+    block_cache: BlockCache = "off",
+    room: int = 0,
+) -> Decoding:
+    """The traced values of a batch.
+
+    Args:
+        config: the architecture.
+        sampling: decoding settings.
+        boundary: b.
+        refresh_interval: N.
+        block_cache: the block cache in use.
+        room: least number of entries of `counts`; a bucket, so that other step counts need no other program.
+
+    Returns:
+        What the rows share.
+    """
+    block_steps = sampling.num_steps // sampling.num_blocks
+    anchored = config.shift_logits and block_cache != "off"
+    dream = config.family == "dream"
+    rule = sampling.remasking or _OWN_RULE[config.family]
+    counts, bars = np.zeros(block_steps, np.int32), np.full(block_steps, np.inf)
+    if rule == "origin":
+        bars = chance_bars(block_steps, eps=TIME_EPS if dream else 0.0)
+    elif dream:
+        counts = time_counts(sampling.block_size, block_steps, anchored=anchored)
+    else:
+        counts = even_counts(sampling.block_size, block_steps)
+    padding = (0, max(0, room - block_steps))
+    # LLaDA adds noise times the temperature and takes confidence from the logits as they are; Dream divides the logits.
+    sharpened = dream and sampling.temperature > 0
+    draw = Draw(
+        scale=jnp.asarray(1 / sampling.temperature if sharpened else 1.0, jnp.float32),
+        noise=jnp.asarray(1.0 if sharpened else sampling.temperature, jnp.float32),
+        top_p=jnp.asarray(sampling.top_p or 1.0, jnp.float32),
+        top_k=jnp.asarray(min(sampling.top_k or config.vocab_size, config.vocab_size), jnp.int32),
+        guidance=jnp.asarray(1.0 + sampling.cfg_scale, jnp.float32),
+        ban_eos=jnp.asarray(sampling.logits_eos_inf),
+        defer_eos=jnp.asarray(sampling.confidence_eos_eot_inf),
+    )
+    threshold = 1.0 if sampling.factor is not None else jnp.inf if sampling.threshold is None else sampling.threshold
+    return Decoding(
+        boundary=jnp.asarray(boundary, jnp.int32),
+        refresh_interval=jnp.asarray(refresh_interval, jnp.int32),
+        num_blocks=jnp.asarray(sampling.num_blocks, jnp.int32),
+        block_length=jnp.asarray(sampling.block_size, jnp.int32),
+        counts=jnp.asarray(np.pad(counts, padding), jnp.int32),
+        bars=jnp.asarray(np.pad(bars, padding), jnp.float32),
+        draw=draw,
+        remasking=jnp.asarray(REMASKING.index(rule), jnp.int32),
+        alg_temperature=jnp.asarray(sampling.alg_temperature, jnp.float32),
+        threshold=jnp.asarray(threshold, jnp.float32),
+        factor=jnp.asarray(sampling.factor or 0.0, jnp.float32),
+        early_stop=jnp.asarray(sampling.early_stop),
+        anchor=jnp.asarray(anchored),
+        dual=jnp.asarray(block_cache == "dual"),
+    )
+
+
+def passes_saved(sampling: SamplingConfig, blocks: np.ndarray) -> int:
+    """Forward passes that rows did not make since they stopped early; where confidence decides, at least as many.
+
+    Args:
+        sampling: settings of the rows.
+        blocks: blocks that each row finished [B].
+    """
+    skipped = int((sampling.num_blocks - blocks).sum())
+    return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)

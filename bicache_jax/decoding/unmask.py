@@ -1,0 +1,143 @@
+"""One denoising step: tokens chosen in each row's current block, and the row's counters moved on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from bicache_jax.core.backbone import Backbone, Params
+from bicache_jax.core.cache import Decoding, Rows
+from bicache_jax.decoding.head import choose, guide
+from bicache_jax.decoding.rules import by_confidence, order, ranks
+
+
+def idle(rows: Rows, decoding: Decoding, index: Int[Array, ""]) -> Bool[Array, " B"]:
+    """Rows that do nothing in step `index` of an interval.
+
+    Those are complete rows, and with a confidence threshold those that have finished their block: they wait for the
+    interval's end, since their refresh counter restarts with the next block.
+    """
+    return rows.done | (jnp.isfinite(decoding.threshold) & (index > 0) & (rows.block_step == 0))
+
+
+def unmask(
+    backbone: Backbone,
+    params: Params,
+    hidden_bwd: Float[Array, "B W D"],
+    rows: Rows,
+    decoding: Decoding,
+    index: Int[Array, ""],
+    *,
+    guided: bool = False,
+) -> Rows:
+    """Unmasks a step's tokens in each row's current block and moves the row's counters.
+
+    Args:
+        backbone: the model (static).
+        params: its parameters.
+        hidden_bwd: hidden states that predict the block's positions, in front of the final norm.
+        rows: the rows.
+        decoding: what they share.
+        index: step within the interval.
+        guided: whether the second half of the rows are twins, under classifier-free guidance (static).
+
+    Returns:
+        The rows after the step.
+    """
+    x = backbone.final_norm(params, hidden_bwd)
+    if not guided:
+        return _unmask(backbone, params, x, rows, decoding, index)
+    half = rows.tokens.shape[0] // 2
+    twins = jax.tree.map(lambda leaf: leaf[half:], rows)
+    rows = jax.tree.map(lambda leaf: leaf[:half], rows)
+    rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
+    place = jnp.arange(rows.tokens.shape[1]) - int(backbone.config.shift_logits)
+    response = (place >= 0) & (place < decoding.num_blocks * decoding.block_length)
+    twins = dataclasses.replace(
+        rows,
+        tokens=jnp.where(response, rows.tokens, twins.tokens),
+        positions=twins.positions,
+        valid=twins.valid,
+        prefix_index=twins.prefix_index,
+    )
+    return jax.tree.map(lambda first, second: jnp.concatenate([first, second]), rows, twins)
+
+
+def _unmask(
+    backbone: Backbone,
+    params: Params,
+    x_bwd: Float[Array, "B W D"],
+    rows: Rows,
+    decoding: Decoding,
+    index: Int[Array, ""],
+) -> Rows:
+    """`unmask` of rows without twins, from normed hidden states."""
+    config = backbone.config
+    (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
+    front = int(config.shift_logits)
+    active = ~idle(rows, decoding, index)
+    offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
+    place = jnp.minimum(offset + front, length - 1)
+    tokens = jnp.take_along_axis(rows.tokens, place, axis=1)
+    in_block = (jnp.arange(width) < decoding.block_length) & active[:, None]
+    candidate = (tokens == config.mask_id) & in_block
+
+    token_keys, order_keys = _keys(rows, offset)
+    choice = choose(
+        x_bwd,
+        *backbone.head(params),
+        config=config,
+        draw=decoding.draw,
+        keys_bw=token_keys,
+        axis=backbone.axis,
+    )
+    with jax.named_scope("unmask"):
+        noise = jax.vmap(jax.vmap(jax.random.gumbel))(order_keys)
+        step = jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)
+        by_chance = jnp.sum(candidate & (noise > decoding.bars[step][:, None]), axis=1)
+        rank = ranks(order(decoding.remasking, choice, noise, decoding.alg_temperature), candidate)
+        scheduled = candidate & (rank < (decoding.counts[step] + by_chance)[:, None])
+        sure = by_confidence(choice, candidate, decoding.threshold, decoding.factor)
+        chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
+        anchor = candidate & (jnp.arange(width) == 0)
+        chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)
+        updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(chosen, place, length)].set(
+            choice.token, mode="drop"
+        )
+
+        over = active & ~jnp.any(candidate & ~chosen, axis=1)
+        complete = over & (rows.block == decoding.num_blocks - 1)
+        ended = over & decoding.early_stop & ~complete
+        if config.eos_ids:
+            now = jnp.where(chosen, choice.token, tokens)
+            is_end = in_block & jnp.isin(now, jnp.asarray(config.eos_ids))
+            ended &= jnp.any(is_end, axis=1)
+            end = jnp.take_along_axis(now, jnp.argmax(is_end, axis=1)[:, None], axis=1)
+            behind = jnp.arange(length) - front
+            unused = (behind >= 0) & (behind < decoding.num_blocks * decoding.block_length)
+            updated = jnp.where(ended[:, None] & unused & (updated == config.mask_id), end, updated)
+        else:
+            ended &= False
+        return dataclasses.replace(
+            rows,
+            tokens=updated,
+            step=rows.step + active,
+            block=rows.block + over,
+            block_step=jnp.where(over, 0, rows.block_step + active),
+            done=rows.done | complete | ended,
+            forward_passes=rows.forward_passes + active,
+        )
+
+
+def _keys(rows: Rows, offset_bw: Int[Array, "B W"]) -> tuple[Key[Array, "B W"], Key[Array, "B W"]]:
+    """Keys of a step's positions, for tokens and for their order: made of request, step and position alone."""
+
+    def of_row(key: Array, step: Array, offsets: Array) -> Array:
+        keys = jax.vmap(lambda at: jax.random.fold_in(jax.random.fold_in(key, step), at))(offsets)
+        return jax.vmap(jax.random.split)(keys)
+
+    keys_bw2 = jax.vmap(of_row)(rows.key, rows.step, offset_bw)
+    return keys_bw2[..., 0], keys_bw2[..., 1]

@@ -1,0 +1,1 @@
+"""The bundled model's task and tokenizer."""

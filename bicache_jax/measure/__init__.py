@@ -1,0 +1,1 @@
+"""Measurements: similarity and boundary tables, accuracy, speed, compiled programs, pictures."""

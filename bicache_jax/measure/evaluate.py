@@ -1,0 +1,361 @@
+"""Accuracy of several policies on the same requests, and whether their difference means anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from bicache_jax.core.config import BLOCK_CACHES, POLICIES, BlockCache, CacheConfig, Policy, SamplingConfig
+from bicache_jax.core.types import BicacheError, Model, Request, Result
+from bicache_jax.serving.engine import Engine
+from bicache_jax.serving.requests import accepted, is_blank, parse_requests
+from bicache_jax.serving.requests import exact_match as exact_match
+
+Scorer = Callable[[str, Sequence[str]], bool]
+
+TURNS = 3
+"""Turns in which speed is measured, behind one that is not counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A question.
+
+    Attributes:
+        request: what is asked.
+        answers: answers that count as right.
+        kind: kind of question, for the breakdown.
+    """
+
+    request: Request
+    answers: tuple[str, ...]
+    kind: str = ""
+
+
+def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, source: str) -> list[Item]:
+    """Questions from the lines of a request file whose requests have an `answer`, and perhaps a `kind`.
+
+    Args:
+        lines: JSON, or records; blank lines are left out.
+        model: who is asked.
+        sampling: what requests do not set themselves.
+        source: what messages call the file.
+
+    Raises:
+        BicacheError: a request is bad or has no answer, or there are none.
+    """
+    records = []
+    for line in lines:
+        if is_blank(line):
+            continue
+        try:
+            records.append(line if isinstance(line, dict) else json.loads(line))
+        except (ValueError, RecursionError):
+            records.append({})
+    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
+    items = []
+    for entry, record in zip(parsed, records, strict=True):
+        if not isinstance(entry, Request):
+            raise BicacheError(entry.error)
+        answers = accepted(record.get("answer"))
+        if not answers:
+            raise BicacheError(f"{source}: request {entry.id!r} needs an 'answer', a string or a list of strings")
+        items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
+    if not items:
+        raise BicacheError(f"{source}: there are no requests in it")
+    return items
+
+
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"(?:(?<![\w.,])-)?\d[\d,]*(?:\.\d+)?", text)  # 3-5 are two numbers, neither negative
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def numeric_match(text: str, answers: Sequence[str]) -> bool:
+    """The last number of the response equals an answer (as GSM8K is scored; thousands separators allowed)."""
+    value = _last_number(text)
+    return value is not None and value in map(_last_number, answers)
+
+
+# In the order in which they are believed; "I think" and "A man" name no choice as long as another letter does.
+_CHOICES = (
+    r"(?i:answer)\W*(?:(?i:is)\b)?\W*([A-J])\b",
+    r"\(([A-J])\)",
+    r"^\W*([A-J])(?=\s*(?:[).:,]|$))",
+    r"\b([B-HJ])\b",
+    r"\b([AI])\b",
+)
+
+
+def choice_match(text: str, answers: Sequence[str]) -> bool:
+    """The letter from A to J that the response chooses is the answer's: "answer is B", "(B)", "B." or a lone B."""
+    found = next((match[1] for pattern in _CHOICES if (match := re.search(pattern, text))), None)
+    return found is not None and found in [answer.strip().strip("().").upper() for answer in answers]
+
+
+SCORERS: Mapping[str, Scorer] = {"exact": exact_match, "numeric": numeric_match, "choice": choice_match}
+
+
+def find_scorer(name: str) -> Scorer:
+    """A scorer by name, or by import path `package.module:function`.
+
+    Raises:
+        BicacheError: there is none of that name.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    module, _, function = name.partition(":")
+    try:
+        scorer = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module is the user's: it may fail in any way
+        known = ", ".join(SCORERS)
+        raise BicacheError(
+            f"scorer {name!r}: neither one of {known} nor importable as module:function"
+            f" ({type(error).__name__}: {error})"
+        ) from None
+    if not callable(scorer):
+        raise BicacheError(f"scorer {name!r}: not a function (text, answers) -> bool")
+    return scorer
+
+
+def parse_policy(name: str, cache: CacheConfig) -> CacheConfig:
+    """A policy as named on the command line: `none`, `naive`, `bicache`, each also with `+prefix` or `+dual`.
+
+    Raises:
+        BicacheError: the name is none of these.
+    """
+    policies: dict[str, Policy] = {policy: policy for policy in POLICIES}
+    caches: dict[str, BlockCache] = {cache: cache for cache in BLOCK_CACHES}
+    policy, _, block_cache = name.partition("+")
+    if policy not in policies or (block_cache or "off") not in caches:
+        raise BicacheError(f"policy {name!r}: must be one of {', '.join(POLICIES)}, each also with +prefix or +dual")
+    return dataclasses.replace(
+        cache,
+        policy=policies[policy],
+        block_cache=caches[block_cache or "off"],
+        boundary=cache.boundary if policy == "bicache" else "auto",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How a policy's accuracy differs from the reference's on the same questions.
+
+    Attributes:
+        difference: accuracy less the reference's.
+        interval: 95 % percentile bootstrap interval over questions, paired.
+        p_value: exact McNemar test of equal accuracy.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, resamples: int = 2000) -> Comparison:
+    """Compares two policies question by question.
+
+    Args:
+        right: whether the policy answered each question.
+        reference: whether the other did.
+        seed: seed of the bootstrap.
+        resamples: its resamples.
+
+    Returns:
+        Difference, interval and p-value.
+    """
+    difference = np.asarray(right, float) - np.asarray(reference, float)
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    means = np.random.default_rng(seed).choice(difference, (resamples, len(difference))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Comparison(float(difference.mean()), (float(low), float(high)), p_value)
+
+
+def _answer_tokens(model: Model, result: Result) -> tuple[int, ...]:
+    """Response tokens up to the first end of text: what is behind it is no part of an answer."""
+    end = next((place for place, token in enumerate(result.token_ids) if token in model.config.eos_ids), None)
+    return result.token_ids[:end]
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return round(float(np.mean(flags)), 6)
+
+
+def _breakdown(right: Sequence[bool], labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[bool]] = {}
+    for flag, label in zip(right, labels, strict=True):
+        groups.setdefault(label, []).append(flag)
+    return {label: {"exact_match": _share(flags), "samples": len(flags)} for label, flags in sorted(groups.items())}
+
+
+def reference_of(policies: Sequence[str]) -> int:
+    """Place of the policy that the others are compared with: `none` if it is named, else the first."""
+    return list(policies).index("none") if "none" in policies else 0
+
+
+def measure_speed(
+    engines: Sequence[Engine],
+    requests: Sequence[Request],
+    *,
+    turns: int = TURNS,
+    seconds: float = 60.0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Times engines on the same requests, in turns, so that a slow minute of the machine hits all alike.
+
+    Each engine answers the requests once before, so that nothing is traced or compiled while the clock runs; prefixes
+    are encoded anew in every turn.
+
+    Args:
+        engines: one for each policy.
+        requests: what they answer.
+        turns: most turns.
+        seconds: no turn begins after that, from the third on.
+        progress: called with the number of responses after each run.
+
+    Returns:
+        Wall seconds [turns, engines].
+    """
+    times: list[list[float]] = []
+    begun = 0.0
+    while len(times) <= min(2, turns) or (len(times) <= turns and time.perf_counter() - begun < seconds):
+        row = []
+        for engine in engines:
+            started = time.perf_counter()
+            engine.generate(requests)
+            row.append(time.perf_counter() - started)
+            progress(len(requests))
+        begun = begun or time.perf_counter()
+        times.append(row)
+    return np.asarray(times[1:])
+
+
+def _texts(model: Model, results: Sequence[Result]) -> list[str]:
+    """Responses as text; token ids in words where the model has no tokenizer."""
+    if model.tokenizer is not None:
+        return [result.text or "" for result in results]
+    return [" ".join(map(str, _answer_tokens(model, result))) for result in results]
+
+
+def evaluate(
+    model: Model,
+    items: Sequence[Item],
+    policies: Sequence[str],
+    *,
+    cache: CacheConfig,
+    sampling: SamplingConfig,
+    scorer: Scorer = exact_match,
+    batch_size: int | None = None,
+    attention: str = "auto",
+    timed: int = 100,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Runs the same questions under several policies.
+
+    Args:
+        model: the model.
+        items: the questions.
+        policies: names as `parse_policy` takes them; all are compared with `none` if it is among them, else with the
+            first.
+        cache: settings that policies share.
+        sampling: decoding settings.
+        scorer: decides whether a response is right.
+        batch_size: most rows of a batch.
+        attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
+        timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
+        progress: called with the number of responses that have been made since.
+
+    Returns:
+        For each policy its accuracy, agreement with `none`, speed and work; JSON values only, null what was not
+        measured.
+
+    Raises:
+        BicacheError: there are no questions, or the scorer fails.
+    """
+    if not items:
+        raise BicacheError("there are no questions to evaluate")
+    requests = [item.request for item in items]
+    engines = [
+        Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size, attention=attention)
+        for name in policies
+    ]
+    ratios = _ratios(model, requests, cache, sampling)
+    right: list[list[bool]] = []
+    tokens: list[list[tuple[int, ...]]] = []
+    boundaries: list[list[int]] = []
+    for engine in engines:
+        answered: dict[str, Result] = {}
+        for result in engine.stream(requests, partial=False):
+            answered[result.id] = result
+            progress(1)
+        found = [answered[request.id] for request in requests]
+        texts = _texts(model, found)
+        right.append([_score(scorer, text, item) for text, item in zip(texts, items, strict=True)])
+        tokens.append([_answer_tokens(model, result) for result in found])
+        boundaries.append(sorted({result.boundary for result in found}))
+    stats = [engine.stats for engine in engines]
+    place = reference_of(policies)
+    times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
+    made = sum(request.sampling.gen_length for request in requests[:timed])
+    results: list[dict[str, Any]] = []
+    for index, name in enumerate(policies):
+        comparison = compare(right[index], right[place])
+        ratio = None if times is None else times[:, place] / times[:, index]
+        agreement = [a == b for a, b in zip(tokens[index], tokens[place], strict=True)]
+        results.append(
+            {
+                "policy": name,
+                "samples": len(items),
+                "exact_match": _share(right[index]),
+                "agreement": _share(agreement) if "none" in policies else None,
+                "compared_with": policies[place],
+                "difference": round(comparison.difference, 6),
+                "difference_interval": [round(value, 6) for value in comparison.interval],
+                "mcnemar_p": comparison.p_value,
+                "tokens_per_s": None if times is None else round(made / float(np.median(times[:, index])), 2),
+                "ratio": None if ratio is None else round(float(np.median(ratio)), 3),
+                "ratio_spread": None if ratio is None else [round(float(ratio.min()), 3), round(float(ratio.max()), 3)],
+                "limit": _limit(engines[index], requests[:timed] if timed else requests),
+                "forward_passes": stats[index].forward_passes,
+                "prefixes_encoded": stats[index].prefixes_encoded,
+                "boundaries": boundaries[index],
+                "by_kind": _breakdown(right[index], [item.kind for item in items]),
+                "by_ratio": _breakdown(right[index], [_decade(ratio) for ratio in ratios]),
+            }
+        )
+    return results
+
+
+def _limit(engine: Engine, requests: Sequence[Request]) -> float | None:
+    """Ratio of operations; none can be counted before the run where confidence decides how many steps there are."""
+    if any(request.sampling.by_confidence for request in requests):
+        return None
+    return round(engine.plan(requests).gain, 3)
+
+
+def _score(scorer: Scorer, text: str, item: Item) -> bool:
+    try:
+        return bool(scorer(text, item.answers))
+    except Exception as error:  # the scorer may be the user's
+        raise BicacheError(f"scorer: failed on request {item.request.id!r} ({type(error).__name__}: {error})") from None
+
+
+def _decade(ratio: int) -> str:
+    low = min(ratio, 99) // 10 * 10
+    return f"{low}-{low + 9 if low < 90 else 100}"
+
+
+def _ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:
+    """Prefix ratio of each request, whatever a policy makes of it."""
+    engine = Engine(model, cache=parse_policy("naive", cache), sampling=sampling)
+    by_id = {row.request.id: row.ratio for row in engine.plan(requests).rows}
+    return [by_id[request.id] for request in requests]

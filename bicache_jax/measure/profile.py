@@ -1,0 +1,172 @@
+"""Making a boundary table: how similar a prefix's KV stay, layer by layer, at each prefix ratio.
+
+BiCache, arXiv 2606.07571, section 4.2: a layer counts as shallow while the mean cosine similarity of prefix-only and
+full-sequence KV stays above a threshold; b(r) is the number of leading shallow layers, made non-decreasing in r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from bicache_jax.core.boundary import BoundaryTable
+from bicache_jax.core.buckets import length_bucket
+from bicache_jax.core.types import Model, Request
+from bicache_jax.measure.similarity import layer_similarity
+from bicache_jax.serving.grouping import detect_prefixes
+from bicache_jax.wiring import backbone_here
+
+THRESHOLD = 0.97
+ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A sequence to measure.
+
+    Attributes:
+        ids: its tokens.
+        prefix_len: how many of them are the prefix.
+        ratio: r, in percent, down to a multiple of the step between ratios.
+    """
+
+    ids: tuple[int, ...]
+    prefix_len: int
+    ratio: int
+
+
+def _floor(prefix_len: int, total: int, step: int) -> int:
+    return round(100 * prefix_len / total) // step * step
+
+
+def samples_of_requests(
+    requests: Sequence[Request],
+    *,
+    ratio_step: int,
+    per_ratio: int,
+    mask_id: int,
+    with_response: bool,
+    min_prefix: int = 16,
+) -> list[Sample]:
+    """Calibration sequences from requests: prefix and rest of the prompt.
+
+    Args:
+        requests: requests; prefixes that are not given are detected.
+        ratio_step: step between ratios.
+        per_ratio: most samples of a ratio.
+        mask_id: the mask token.
+        with_response: put the masked response behind the prompt.
+        min_prefix: shortest prefix that is detected.
+
+    Returns:
+        Samples, in order; requests without a prefix are left out.
+    """
+    taken: dict[int, int] = {}
+    samples = []
+    for request, prefix_len in zip(
+        requests, detect_prefixes(requests, min_prefix=min_prefix, min_suffix=0), strict=True
+    ):
+        ids = request.prompt_ids + (mask_id,) * (request.sampling.gen_length if with_response else 0)
+        ratio = _floor(prefix_len, len(ids), ratio_step)
+        if 0 < prefix_len < len(ids) and taken.get(ratio, 0) < per_ratio:
+            taken[ratio] = taken.get(ratio, 0) + 1
+            samples.append(Sample(ids, prefix_len, ratio))
+    return samples
+
+
+def synthetic_samples(
+    texts: Sequence[Sequence[int]], *, ratio_step: int, per_ratio: int, seed: int, most_tokens: int
+) -> list[Sample]:
+    """Calibration sequences from any text: at every ratio, random texts split there.
+
+    Args:
+        texts: tokens of each text.
+        ratio_step: step between ratios.
+        per_ratio: samples of each ratio.
+        seed: seed of the draw.
+        most_tokens: longer texts are cut to a random stretch of this many.
+
+    Returns:
+        Samples by ratio; texts too short to be split at a ratio are not used there.
+    """
+    rng = np.random.default_rng(seed)
+    usable = [text for text in texts if len(text) >= 2]
+    samples = []
+    for ratio in range(ratio_step, 100, ratio_step):
+        for _ in range(per_ratio if usable else 0):
+            text = usable[rng.integers(len(usable))]
+            begin = int(rng.integers(0, max(1, len(text) - most_tokens + 1)))
+            ids = tuple(text[begin : begin + most_tokens])
+            prefix_len = min(len(ids) - 1, max(1, round(ratio / 100 * len(ids))))
+            samples.append(Sample(ids, prefix_len, ratio))
+    return samples
+
+
+def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto") -> Iterator[tuple[int, np.ndarray]]:
+    """Measures samples, those of one shape together.
+
+    Yields:
+        (place of the sample, mean similarity of each layer [L]).
+    """
+    backbone = backbone_here(model.config, attention)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for place, sample in enumerate(samples):
+        shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(place)
+    for (length, prefix), places in sorted(shapes.items()):
+        for begin in range(0, len(places), ROWS):
+            part = places[begin : begin + ROWS]
+            ids = np.zeros((ROWS, length), np.int32)
+            sizes = np.ones((2, ROWS), np.int32)  # rows of padding: one token, one of prefix
+            for row, place in enumerate(part):
+                sample = samples[place]
+                ids[row, : len(sample.ids)] = sample.ids
+                sizes[:, row] = len(sample.ids), sample.prefix_len
+            found = layer_similarity(
+                backbone,
+                model.params,
+                jnp.asarray(ids),
+                jnp.asarray(sizes[0]),
+                jnp.asarray(sizes[1]),
+                prefix_bucket=min(prefix, length),
+            )
+            yield from zip(part, np.asarray(found), strict=False)
+
+
+def shallow_layers(similarity: Sequence[float], threshold: float) -> int:
+    """Leading layers whose similarity is above the threshold."""
+    below = [layer for layer, value in enumerate(similarity) if not value > threshold]
+    return below[0] if below else len(similarity)
+
+
+def make_table(
+    model: Model, measured: Iterable[tuple[int, Sequence[float]]], *, threshold: float = THRESHOLD
+) -> BoundaryTable:
+    """A boundary table from measurements.
+
+    Args:
+        model: the model that was measured.
+        measured: (ratio, similarity of each layer) of each sample.
+        threshold: similarity from which a layer counts as shallow.
+
+    Returns:
+        The table; non-decreasing, since a boundary that holds at a ratio is taken to hold above it.
+    """
+    by_ratio: dict[int, list[Sequence[float]]] = {}
+    for ratio, similarity in measured:
+        by_ratio.setdefault(ratio, []).append(similarity)
+    means: Mapping[int, tuple[float, ...]] = {
+        ratio: tuple(float(value) for value in np.mean(by_ratio[ratio], axis=0)) for ratio in sorted(by_ratio)
+    }
+    chosen = np.maximum.accumulate([shallow_layers(values, threshold) for values in means.values()])
+    return BoundaryTable(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        num_layers=model.config.num_layers,
+        threshold=threshold,
+        samples_per_ratio=min(map(len, by_ratio.values())),
+        table={ratio: int(boundary) for ratio, boundary in zip(means, chosen, strict=True)},
+        similarity=means,
+    )

@@ -1,0 +1,184 @@
+"""Exact counts of floating-point operations, a multiply-add counted as two: what a policy costs before anything is run.
+
+Counted are matrix products (projections, MLP, attention, head); norms, rotary embedding and softmax are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+
+from bicache_jax.core.config import BlockCache, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row's run.
+
+    Attributes:
+        prefix: P; 0 for no prefix cache.
+        suffix: U.
+        steps: denoising steps.
+        block: positions that the head looks at in a step.
+        response: response tokens; 0: one block of them.
+        boundary: b.
+        refresh_interval: N.
+        block_cache: what is frozen inside a block.
+        rows_per_prefix: rows over which the encoding of the prefix is spread.
+    """
+
+    prefix: int
+    suffix: int
+    steps: int
+    block: int
+    response: int = 0
+    boundary: int = 0
+    refresh_interval: int = 1
+    block_cache: BlockCache = "off"
+    rows_per_prefix: float = 1.0
+
+    def without_prefix(self) -> Job:
+        """The same run with the whole prompt in the suffix, and nothing cached."""
+        return dataclasses.replace(self, prefix=0, suffix=self.prefix + self.suffix, block_cache="off")
+
+    def passes(self) -> Counter[tuple[bool, int]]:
+        """How often each kind of step is made: (refreshes the deep prefix KV, tokens of the suffix that it runs)."""
+        blocks = max(1, self.response // self.block)
+        found: Counter[tuple[bool, int]] = Counter()
+        for step in range(self.steps):
+            block, inside = divmod(step, max(1, self.steps // blocks))
+            window = self.suffix
+            if self.block_cache != "off" and inside:
+                behind = 0 if self.block_cache == "dual" else max(0, blocks - 1 - block)
+                window = self.block * (1 + behind)
+            found[bool(self.prefix) and step % self.refresh_interval == 0, window] += 1
+        return found
+
+
+def kv_flops(config: ModelConfig, tokens: int) -> int:
+    """Key and value projections of one layer."""
+    return 4 * tokens * config.d_model * config.num_kv_heads * config.head_dim
+
+
+def query_flops(config: ModelConfig, tokens: int) -> int:
+    """Query projection of one layer."""
+    return 2 * tokens * config.d_model * config.num_heads * config.head_dim
+
+
+def attention_flops(config: ModelConfig, queries: int, keys: int) -> int:
+    """Scores and weighted values of one layer."""
+    return 4 * queries * keys * config.num_heads * config.head_dim
+
+
+def finish_flops(config: ModelConfig, tokens: int) -> int:
+    """Output projection and MLP of one layer."""
+    return 2 * tokens * config.d_model * (config.num_heads * config.head_dim + 3 * config.d_mlp)
+
+
+def layer_flops(config: ModelConfig, tokens: int, keys: int) -> int:
+    """One whole layer for `tokens` tokens that attend to `keys`."""
+    return (
+        kv_flops(config, tokens)
+        + query_flops(config, tokens)
+        + attention_flops(config, tokens, keys)
+        + finish_flops(config, tokens)
+    )
+
+
+def head_flops(config: ModelConfig, positions: int) -> int:
+    """Logits of `positions` positions."""
+    return 2 * positions * config.d_model * config.vocab_size
+
+
+def encode_flops(config: ModelConfig, prefix: int, boundary: int) -> int:
+    """A prefix alone: layers below the boundary, and K and V of the layer at it."""
+    if not prefix:
+        return 0
+    boundary = min(boundary, config.num_layers - 1)
+    return boundary * layer_flops(config, prefix, prefix) + kv_flops(config, prefix)
+
+
+def pass_flops(config: ModelConfig, job: Job, window: int, *, refresh: bool, published: bool) -> float:
+    """A step that runs `window` suffix tokens, and the deep prefix KV if it refreshes them; without the head.
+
+    The published algorithm runs whole layers `b..L-1` over the prefix. Three parts of that change no token and are left
+    out here: K and V of layer b, its queries but for one row of each prefix, and in layer L - 1 all but K and V.
+    """
+    total, deep = job.prefix + job.suffix, config.num_layers - job.boundary
+    suffix = float(config.num_layers * layer_flops(config, window, total))
+    if not refresh or deep <= 0 or (deep == 1 and not published):
+        return suffix
+    whole = suffix + deep * layer_flops(config, job.prefix, total)
+    if published:
+        return whole
+    saved_at_boundary = kv_flops(config, job.prefix) + query_flops(config, job.prefix) * (1 - 1 / job.rows_per_prefix)
+    saved_at_top = layer_flops(config, job.prefix, total) - kv_flops(config, job.prefix)
+    return whole - saved_at_boundary - saved_at_top
+
+
+def _encoding(config: ModelConfig, job: Job, *, published: bool) -> float:
+    """A row's share of the encoding of its prefix."""
+    return encode_flops(config, job.prefix, config.num_layers if published else job.boundary) / job.rows_per_prefix
+
+
+def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> float:
+    """All of a row's run, its share of the prefix's encoding included.
+
+    Args:
+        config: the architecture.
+        job: the run.
+        published: count the algorithm as published rather than what this library executes.
+
+    Returns:
+        Floating-point operations.
+    """
+    steps = sum(
+        count * pass_flops(config, job, window, refresh=refresh, published=published)
+        for (refresh, window), count in job.passes().items()
+    )
+    return steps + job.steps * head_flops(config, job.block) + _encoding(config, job, published=published)
+
+
+def weight_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Parameters that a step reads: all layers and the head."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    layer = config.d_model * (heads + 3 * config.d_mlp)
+    return itemsize * (config.num_layers * layer + config.vocab_size * config.d_model)
+
+
+def batch_seconds(
+    config: ModelConfig, job: Job, rows: int, *, peak: float, bandwidth: float = math.inf, itemsize: int = 4
+) -> float:
+    """Least time of the published algorithm for a batch: in each step the larger of arithmetic and memory traffic.
+
+    Args:
+        config: the architecture.
+        job: the run of each row.
+        rows: rows of the batch.
+        peak: operations per second.
+        bandwidth: bytes per second; infinite: arithmetic alone.
+        itemsize: bytes of a number.
+
+    Returns:
+        Seconds.
+    """
+    kv = 2 * itemsize * config.num_kv_heads * config.head_dim * config.num_layers * (job.prefix + job.suffix)
+    traffic = (weight_bytes(config, itemsize) + rows * kv) / bandwidth
+    head = head_flops(config, job.block)
+    seconds = rows * _encoding(config, job, published=True) / peak
+    for (refresh, window), count in job.passes().items():
+        flops = pass_flops(config, job, window, refresh=refresh, published=True) + head
+        seconds += count * max(rows * flops / peak, traffic)
+    return seconds
+
+
+def gain_limit(
+    config: ModelConfig, job: Job, rows: int = 1, *, peak: float = 1.0, bandwidth: float = math.inf, itemsize: int = 4
+) -> float:
+    """How much more throughput than no cache the published algorithm can give for this job; see `batch_seconds`."""
+
+    def seconds(job: Job) -> float:
+        return batch_seconds(config, job, rows, peak=peak, bandwidth=bandwidth, itemsize=itemsize)
+
+    return seconds(job.without_prefix()) / seconds(job)

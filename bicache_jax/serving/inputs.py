@@ -1,0 +1,90 @@
+"""The input: requests as lines, and the order in which their results go out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bicache_jax.core.types import BicacheError, Key, Record, Request, Result
+
+STANDARD = "-"
+
+
+@dataclasses.dataclass
+class Requests:
+    """A file of requests.
+
+    Attributes:
+        source: its name in messages.
+        lines: its lines, as bytes: what is not UTF-8 spoils its own line only.
+        digest: hash of its bytes.
+        items: per request, in input order: what to run, or the result that says what is wrong with it.
+    """
+
+    source: str
+    lines: list[bytes]
+    digest: str
+    items: list[Request | Result] = dataclasses.field(default_factory=list)
+
+    @property
+    def valid(self) -> list[Request]:
+        """The requests that can run."""
+        return [item for item in self.items if isinstance(item, Request)]
+
+    def answers(self) -> list[tuple[str, ...]]:
+        """The answers that count as right per item; none where its line says none."""
+        from bicache_jax.serving.requests import accepted, is_blank  # which imports jax
+
+        found: list[tuple[str, ...]] = []
+        for line in self.lines:
+            if is_blank(line):
+                continue
+            try:
+                answer = json.loads(line)["answer"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                answer = None
+            found.append(accepted(answer))
+        return found
+
+    def follow(self, finished: Mapping[Key, Record]) -> Iterator[Record | None]:
+        """Yields results in input order, None as long as the next one is not in `finished` yet."""
+        for item in self.items:
+            if isinstance(item, Result):
+                yield item.to_json()
+                continue
+            sample = 0
+            while sample < item.n:
+                record = finished.get((item.id, sample))
+                yield record
+                if record is not None:
+                    # A request that turns out not to run has one result, however many samples it asked for.
+                    sample = item.n if record["finish_reason"] == "error" else sample + 1
+
+    def assemble(self, finished: Mapping[Key, Record]) -> Iterator[Record]:
+        """Yields all results in input order."""
+        for record in self.follow(finished):
+            if record is None:
+                raise RuntimeError("a request ended without a result")
+            yield record
+
+
+def read_requests(name: str, flag: str = "--input") -> Requests:
+    """Reads a file of requests.
+
+    Args:
+        name: the file; `-` is standard input.
+        flag: the flag that named it, for messages.
+
+    Raises:
+        BicacheError: it cannot be read.
+    """
+    source = "standard input" if name == STANDARD else name
+    try:
+        data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
+    except OSError as error:
+        raise BicacheError(f"cannot read {flag} {source}: {error.strerror}") from error
+    return Requests(source, data.split(b"\n"), hashlib.sha256(data).hexdigest())

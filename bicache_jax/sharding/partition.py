@@ -1,0 +1,171 @@
+"""How parameters are cut over the mesh axis `model`.
+
+Heads, MLP columns and vocabulary are split (tensor parallelism, Megatron-LM, arXiv 1909.08053), with one sum after
+attention's output projection, one after the MLP, and one for the embedding.
+
+A size that the shards do not divide is padded with zero weights, and key/value heads fewer than the shards are held by
+all shards whose query heads read them (`Partition`). Both leave results as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bicache_jax.core.backbone import Table
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.sharding.meshes import MODEL
+
+MESH_AXES: Mapping[str | None, str | None] = {
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "mlp": MODEL,
+    "vocab": MODEL,
+    "layer": None,
+    "width": None,
+}
+"""Mesh axis of each logical axis of a parameter; which logical axes a parameter has is its model's own table."""
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """How a model's sizes are cut into `shards` parts.
+
+    Attributes:
+        logical: the architecture as the checkpoint has it.
+        shards: size of the mesh axis `model`.
+    """
+
+    logical: ModelConfig
+    shards: int
+
+    @functools.cached_property
+    def _kv(self) -> tuple[int, int, int]:
+        """Key/value heads after padding, copies of each, and query heads that read one copy."""
+        config, shards = self.logical, self.shards
+        heads = next(
+            k
+            for k in range(config.num_kv_heads, 2 * max(shards, config.num_kv_heads))
+            if not (k % shards and shards % k)
+        )
+        copies = max(1, shards // heads)
+        return heads, copies, -(-(config.num_heads // config.num_kv_heads) // copies)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture whose parameters are cut: the logical one, padded."""
+        heads, copies, group = self._kv
+        return dataclasses.replace(
+            self.logical,
+            num_heads=heads * copies * group,
+            num_kv_heads=heads * copies,
+            d_mlp=_up(self.logical.d_mlp, self.shards),
+            vocab_size=_up(self.logical.vocab_size, self.shards),
+        )
+
+    @property
+    def local(self) -> ModelConfig:
+        """What one shard computes. Its vocabulary counts the tokens of the whole model."""
+        whole = self.config
+        return dataclasses.replace(
+            whole,
+            num_heads=whole.num_heads // self.shards,
+            num_kv_heads=whole.num_kv_heads // self.shards,
+            d_mlp=whole.d_mlp // self.shards,
+            vocab_size=self.logical.vocab_size,
+        )
+
+    def source(self, axis: str) -> np.ndarray | None:
+        """Where each index of a cut axis comes from: an index of the checkpoint's axis, or -1 for zeros.
+
+        Args:
+            axis: a logical axis.
+
+        Returns:
+            Indices; None where the axis is as the checkpoint has it.
+        """
+        logical, whole = self.logical, self.config
+        if axis in ("heads", "kv_heads"):
+            heads, copies, group = self._kv
+            kv = np.repeat(np.arange(heads), copies)
+            kv = np.where(kv < logical.num_kv_heads, kv, -1)
+            found, count = kv, logical.num_kv_heads
+            if axis == "heads":
+                count, per_kv = logical.num_heads, logical.num_heads // logical.num_kv_heads
+                within = np.arange(copies)[:, None] * group + np.arange(group)
+                within = np.tile(np.where(within < per_kv, within, -1), (heads, 1))
+                found = np.where((within < 0) | (kv < 0)[:, None], -1, kv[:, None] * per_kv + within).ravel()
+            if np.array_equal(found, np.arange(count)):
+                return None
+            dims = np.arange(logical.head_dim)
+            return np.where(found[:, None] < 0, -1, found[:, None] * logical.head_dim + dims).ravel()
+        size, padded = {
+            "mlp": (logical.d_mlp, whole.d_mlp),
+            "vocab": (logical.vocab_size, whole.vocab_size),
+        }.get(axis, (0, 0))
+        return None if size == padded else np.where(np.arange(padded) < size, np.arange(padded), -1)
+
+    def expand(self, leaf: Any, axes: Sequence[str]) -> Any:
+        """A checkpoint's parameter with the sizes of `config`; one that has them already stays as it is."""
+        for place, axis in enumerate(axes):
+            source = self.source(axis)
+            if source is not None and leaf.shape[place] != len(source):
+                shape = [1] * leaf.ndim
+                shape[place] = -1
+                taken = leaf.take(np.maximum(source, 0), axis=place)
+                leaf = taken * (source >= 0).reshape(shape).astype(leaf.dtype)
+        return leaf
+
+
+def param_specs(table: Table, params: Any) -> Any:
+    """How each parameter is cut.
+
+    Args:
+        table: logical axes of each parameter, by path (`bicache_jax.models.transformer.AXES`).
+        params: the parameters, or their shapes.
+
+    Returns:
+        A tree of `PartitionSpec` like `params`.
+
+    Raises:
+        ValueError: a parameter is not in the table, has another rank there, or would use a mesh axis twice.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        name = tuple(entry.key for entry in path)
+        if name not in table:
+            raise ValueError(f"parameter {'/'.join(name)} is not in the partition table")
+        axes = table[name]
+        if len(axes) != leaf.ndim:
+            raise ValueError(f"parameter {'/'.join(name)} has {leaf.ndim} axes, the partition table says {axes}")
+        cut = [MESH_AXES[axis] for axis in axes]
+        used = [axis for axis in cut if axis is not None]
+        if len(set(used)) < len(used):
+            raise ValueError(f"parameter {'/'.join(name)} would be cut along one mesh axis twice: {axes}")
+        return P(*cut)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def param_shardings(table: Table, params: Any, mesh: Mesh) -> Any:
+    """`param_specs` as shardings on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(table, params))
+
+
+def shard_params(params: Any, table: Table, partition: Partition, mesh: Mesh) -> Any:
+    """Cuts a model that lies on one device or on the host; one that was loaded onto the mesh stays as it is."""
+    padded = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: partition.expand(leaf, table[tuple(entry.key for entry in path)]), params
+    )
+    return jax.tree.map(jax.device_put, padded, param_shardings(table, padded, mesh))

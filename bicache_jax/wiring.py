@@ -1,0 +1,50 @@
+"""Where models, kernels and numbers meet: the rest of the library asks here and knows none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bicache_jax.configs import topology_of
+from bicache_jax.core.backbone import Backbone
+from bicache_jax.core.config import ATTENTION, ModelConfig
+from bicache_jax.core.device import DeviceMemory
+from bicache_jax.core.types import BicacheError
+from bicache_jax.kernels import PrefixAttention, elsewhere
+from bicache_jax.models import Transformer
+
+
+def backbone_for(config: ModelConfig, attention: str = "auto", *, axis: str | None = None) -> Backbone:
+    """The model's pieces.
+
+    Args:
+        config: the architecture, or a shard's part of it.
+        attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
+        axis: mesh axis over which the parts are summed; None: `config` is whole.
+    """
+    return Transformer(config, PrefixAttention(attention), axis)
+
+
+def backbone_here(config: ModelConfig, attention: str, *, axis: str | None = None) -> Backbone:
+    """`backbone_for` this process's devices.
+
+    Raises:
+        BicacheError: there is no such implementation of attention, or it does not run here.
+    """
+    if attention not in ATTENTION:
+        raise BicacheError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if why := elsewhere(attention, jax.default_backend()):
+        raise BicacheError(f"attention: {why}")
+    return backbone_for(config, attention, axis=axis)
+
+
+def device_memory(devices: Sequence[Any]) -> DeviceMemory | None:
+    """The least that some devices of this process offer to a plan; None where the platform does not say, as on CPUs."""
+    mine = [device for device in devices if device.process_index == jax.process_index()]
+    nbytes = min(((device.memory_stats() or {}).get("bytes_limit", 0) for device in mine), default=0)
+    if not nbytes:
+        return None
+    known = topology_of(mine[0].device_kind)
+    return DeviceMemory(nbytes) if known is None else DeviceMemory(nbytes, known.copies)
