@@ -100,12 +100,12 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
     sharded, alone = engine(model, "bicache", MESHES[1]), engine(model, "bicache", None)
     plan, single = sharded.plan(work), alone.plan(work)
     batches = plan.rounds[0]
-    cache = sharded._prefixes(batches, plan, PrefixStore(plan))
+    cache = sharded._executor._prefixes(batches, plan, PrefixStore(plan))
     assert cache.k.sharding.spec == P(None, "data", "model")
     everyone = {prefix for batch in batches for prefix in batch.prefixes if prefix}
     store = PrefixStore(single)
     length = plan.shape(*batches)[1]
-    keys = {prefix: np.asarray(alone._encode((prefix,), single, store, length).k) for prefix in everyone}
+    keys = {prefix: np.asarray(alone._executor._encode((prefix,), single, store, length).k) for prefix in everyone}
     own = strangers = 0
     for part in cache.k.addressable_shards:
         shard, place = divmod(part.device.id, 2)
@@ -119,9 +119,9 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
             ]
             own += any(same) and prefix in batches[shard].prefixes
             strangers += any(same) and prefix not in batches[shard].prefixes
-    lowered = lower_decode(sharded._backbone, sharded._params, plan, *batches, mesh=sharded._placement.mesh)
+    lowered = lower_decode(sharded._executor.backbone, sharded._executor.params, plan, *batches, mesh=sharded._executor.placement.mesh)
     talk = collectives(lowered.compile().as_text())
-    mesh = sharded._placement.mesh
+    mesh = sharded._executor.placement.mesh
     assert mesh is not None
     over_data = jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P())
     crossed = collectives(jax.jit(over_data).lower(jnp.zeros(4)).compile().as_text())

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bicache_jax import BicacheError, configs, load_model
+from bicache_jax.checkpoints.fingerprint import fingerprint
 from bicache_jax.cli import main
-from bicache_jax.core.boundary import BoundaryTable, boundary_at, fingerprint, load_table
+from bicache_jax.core.boundary import BoundaryTable, boundary_at, load_table
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import Request
 from bicache_jax.measure.profile import (
