@@ -119,7 +119,8 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
             ]
             own += any(same) and prefix in batches[shard].prefixes
             strangers += any(same) and prefix not in batches[shard].prefixes
-    lowered = lower_decode(sharded._executor.backbone, sharded._executor.params, plan, *batches, mesh=sharded._executor.placement.mesh)
+    executor = sharded._executor
+    lowered = lower_decode(executor.backbone, executor.params, plan, *batches, mesh=executor.placement.mesh)
     talk = collectives(lowered.compile().as_text())
     mesh = sharded._executor.placement.mesh
     assert mesh is not None
