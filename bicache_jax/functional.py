@@ -7,19 +7,26 @@ and adds files, grouping and buckets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from bicache_jax.core.axes import explicit_axis, on_auto_axes, vary_like, without_gradient
 from bicache_jax.core.backbone import Backbone, Params, layer_params
+from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.core.layout import lay_out_canvases
 from bicache_jax.core.numerics import precision
-from bicache_jax.decoding.encode import encode
-from bicache_jax.decoding.interval import empty_suffix, intervals
-from bicache_jax.decoding.schedule import make_decoding, most_steps, stages
+from bicache_jax.decoding.encode import encode_alone
+from bicache_jax.decoding.interval import NO_LIMIT, denoise_steps, initial_state
+from bicache_jax.decoding.schedule import make_decoding, stages
 from bicache_jax.wiring import backbone_for
 
 
@@ -32,11 +39,14 @@ class Denoised:
         tokens: the response of each row.
         steps: denoising steps made.
         forward_passes: forward passes made.
+        failed: rows without an answer, masks in place of tokens: their logits were not finite, or a traced boundary is
+            none that the prefixes were encoded for.
     """
 
     tokens: Int[Array, "B R"]
     steps: Int[Array, " B"]
     forward_passes: Int[Array, " B"]
+    failed: Bool[Array, " B"]
 
 
 def encode_prefix(
@@ -49,6 +59,9 @@ def encode_prefix(
     attention: str = "auto",
 ) -> PrefixCache:
     """Encodes prefixes alone.
+
+    Works under `jit`, `vmap` and `shard_map`, and on meshes with automatic or explicit axes: the result lies along the
+    axis of the prefixes, its heads along that of the key projection.
 
     Args:
         params: parameters of the model.
@@ -63,6 +76,7 @@ def encode_prefix(
 
     Raises:
         ValueError: a boundary is outside 0..L.
+        TypeError: it is differentiated.
     """
     prefix_ids = jnp.asarray(prefix_ids, jnp.int32)
     prefix_ids = prefix_ids[None] if prefix_ids.ndim == 1 else prefix_ids
@@ -70,17 +84,26 @@ def encode_prefix(
     wanted = range(num_layers) if boundaries is None else sorted(set(boundaries))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= num_layers:
         raise ValueError(f"boundaries must lie in 0..{num_layers}, got {list(wanted)}")
-    inputs = sorted({min(b, num_layers - 1) for b in wanted})
+    inputs = sorted({clamp_boundary(int(b), num_layers) for b in wanted})
     if prefix_len is None:
         prefix_len = jnp.full(prefix_ids.shape[:1], prefix_ids.shape[1], jnp.int32)
-    return encode(
-        backbone_for(config, attention),
-        params,
-        prefix_ids,
-        jnp.asarray(prefix_len, jnp.int32),
-        jnp.asarray(inputs, jnp.int32),
-        num_layers=inputs[-1] + 1,
-    )
+    along, heads = explicit_axis(prefix_ids, 0), _head_axis(params, config)
+    kv = P(None, along, heads)
+    out = PrefixCache(k=kv, v=kv, hidden=P(None, along), boundaries=P(), length=P(along))  # type: ignore[arg-type]
+    backbone = backbone_for(config, attention)
+    run = functools.partial(_encode, backbone, tuple(inputs))
+    return on_auto_axes(run, (params, prefix_ids, jnp.asarray(prefix_len, jnp.int32)), out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(backbone: Backbone, boundaries: tuple[int, ...], *arrays: Any) -> PrefixCache:
+    """`encode_prefix` on parameters, ids and lengths."""
+
+    def run(*arrays: Any) -> PrefixCache:
+        args = (*arrays, jnp.asarray(boundaries, jnp.int32))
+        return encode_alone(backbone, *vary_like(args, args), num_layers=boundaries[-1] + 1)
+
+    return without_gradient(run, "encode_prefix has no gradient: how far it goes is traced; see forward")(*arrays)
 
 
 def denoise(
@@ -90,7 +113,7 @@ def denoise(
     canvas: Int[Array, "B U"],
     boundary: Int[Array, ""] | int,
     sampling: SamplingConfig,
-    key: Key[Array, "*B"],
+    key: Key[Array, "*B"] | UInt32[Array, "*B 2"],
     *,
     refresh_interval: Int[Array, ""] | int = 16,
     block_cache: BlockCache = "off",
@@ -99,6 +122,13 @@ def denoise(
     attention: str = "auto",
 ) -> Denoised:
     """Denoises the responses of B rows over cached prefixes.
+
+    Works under `jit`, `vmap` and `shard_map`, and on meshes with automatic or explicit axes: the result lies along the
+    axis of the rows.
+
+    A boundary that is a number is checked here. A traced one cannot be: where it is none that `prefix` was made for,
+    rows come back as `failed`, with masks for tokens; under `jax.experimental.checkify.checkify` that is an error which
+    says so.
 
     Args:
         params: parameters of the model.
@@ -109,7 +139,8 @@ def denoise(
             Under guidance rows also run behind a prompt of masks, their prefix being encoded here.
         boundary: b, 0..L; layers below it reuse the prefix-alone KV. May be traced.
         sampling: decoding settings (static under `jit`).
-        key: one noise key per row [B], or one key that is folded with the row number.
+        key: one noise key per row [B], or one key that is folded with the row number; `jax.random.key` or the older
+            `jax.random.PRNGKey`.
         refresh_interval: N in denoising steps. May be traced.
         block_cache: block cache (static); see `CacheConfig`.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
@@ -120,81 +151,119 @@ def denoise(
         The responses [B, gen_length] and the work they took.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes do not fit each other, or `boundary` is none that `prefix` was made for.
+        TypeError: it is differentiated.
     """
     num_rows, length = canvas.shape
     num_prefixes = prefix.length.shape[0]
-    gen_length = sampling.gen_length
-    front = int(config.shift_logits)
-    if length < gen_length + front:
-        raise ValueError(f"canvas must hold gen_length={gen_length} response tokens (+{front}), got U={length}")
+    if length < sampling.gen_length + config.shifted:
+        raise ValueError(
+            f"canvas must hold gen_length={sampling.gen_length} response tokens (+{config.shifted}), got U={length}"
+        )
+    if prefix_index is None and num_prefixes not in (1, num_rows):
+        raise ValueError(f"prefix_index is needed for {num_rows} rows over {num_prefixes} prefixes")
     if prefix_index is None:
-        if num_prefixes not in (1, num_rows):
-            raise ValueError(f"prefix_index is needed for {num_rows} rows over {num_prefixes} prefixes")
         prefix_index = jnp.zeros(num_rows, jnp.int32) if num_prefixes == 1 else jnp.arange(num_rows)
     canvas_len = jnp.full((num_rows,), length) if canvas_len is None else jnp.asarray(canvas_len)
-    rows = _layout_rows(config, prefix, canvas, canvas_len, gen_length, jnp.asarray(prefix_index), key)
-    backbone = backbone_for(config, attention)
+    _check_boundary(config, prefix, boundary)
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    run = functools.partial(_denoise, backbone_for(config, attention), sampling, block_cache)
+    args = (
+        params,
+        prefix,
+        jnp.asarray(canvas),
+        canvas_len,
+        jnp.asarray(prefix_index, jnp.int32),
+        key,
+        jnp.asarray(boundary, jnp.int32),
+        jnp.asarray(refresh_interval, jnp.int32),
+    )
+    along = P(explicit_axis(args[2], 0))
+    return on_auto_axes(run, args, Denoised(along, along, along, along))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _denoise(backbone: Backbone, sampling: SamplingConfig, block_cache: BlockCache, *arrays: Any) -> Denoised:
+    """`denoise` on arguments that are arrays all."""
+    run = functools.partial(_denoise_all, backbone, sampling, block_cache)
+    return without_gradient(run, "denoise has no gradient: it chooses tokens; see forward")(*arrays)
+
+
+def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: BlockCache, *args: Any) -> Denoised:
+    params, prefix, canvas, canvas_len, prefix_index, key, boundary, refresh_interval = vary_like(args, args)
+    config, num_rows = backbone.config, canvas.shape[0]
+    known = jnp.any(prefix.boundaries == clamp_boundary(boundary, config.num_layers))
+    known = (known & (boundary <= config.num_layers)) | (prefix.k.shape[-2] == 0)
+    checkify.debug_check(known, "boundary {boundary} is none that the prefixes were encoded for", boundary=boundary)
+    rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling.gen_length, key)
+    rows = dataclasses.replace(rows, prefix_index=prefix_index, done=~known | rows.done, failed=~known | rows.failed)
     if sampling.guided:
         prefix, rows = _with_twins(backbone, params, prefix, rows)
-    state = (rows, empty_suffix(config, rows.tokens.shape, prefix.k.dtype, block_cache=block_cache != "off"))
+    state = initial_state(
+        config,
+        rows,
+        dtype=prefix.k.dtype,
+        prefix_len=prefix.k.shape[-2],
+        deep_layers=config.num_layers - 1,
+        block_cache=block_cache != "off",
+    )
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
-    for window, stop_block in stages(sampling, block_cache):
-        state = intervals(
+    for stage in stages(sampling, block_cache):
+        state = denoise_steps(
             backbone,
             params,
             prefix,
             state,
             decoding,
-            jnp.asarray(most_steps(sampling)),
-            jnp.asarray(stop_block),
+            jnp.asarray(NO_LIMIT),
+            jnp.asarray(stage.stop_block),
             block_width=sampling.block_size,
-            deep_layers=config.num_layers - 1,
-            window=window,
+            span=stage.span,
             guided=sampling.guided,
         )
-    finished = jax.tree.map(lambda leaf: leaf[:num_rows], state[0])
-    return Denoised(finished.tokens[:, front : front + gen_length], finished.step, finished.forward_passes)
+    finished = jax.tree.map(lambda leaf: leaf[:num_rows], state.rows)
+    response = finished.tokens[:, config.shifted : config.shifted + sampling.gen_length]
+    return Denoised(response, finished.step, finished.forward_passes, finished.failed)
 
 
-def _layout_rows(
-    config: ModelConfig,
-    prefix: PrefixCache,
-    canvas: Array,
-    canvas_len: Array,
-    gen_length: int,
-    prefix_index: Array,
-    key: Array,
-) -> Rows:
-    """Turns reading order into `[last prompt token? | response | rest | padding]`."""
-    num_rows, length = canvas.shape
-    front = int(config.shift_logits)
-    place = jnp.arange(length)
-    rest = (canvas_len - gen_length - front)[:, None]
-    source = jnp.where(place < front + gen_length, rest + place, place - front - gen_length)
-    source = jnp.where(place < canvas_len[:, None], source, place)
-    tokens = jnp.take_along_axis(canvas, source, axis=1)
-    response = (place >= front) & (place < front + gen_length)
-    counter = jnp.zeros(num_rows, jnp.int32)
-    return Rows(
-        tokens=jnp.where(response, config.mask_id, tokens).astype(jnp.int32),
-        positions=(prefix.length[prefix_index][:, None] + source).astype(jnp.int32),
-        valid=place < canvas_len[:, None],
-        prefix_index=prefix_index.astype(jnp.int32),
-        key=jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_rows)) if key.ndim == 0 else key,
-        step=counter,
-        block=counter,
-        block_step=counter,
-        done=jnp.zeros(num_rows, bool),
-        forward_passes=counter,
-    )
+def _head_axis(params: Params, config: ModelConfig) -> Any:
+    """The explicit mesh axis along which key heads lie; None where there is none, or it does not divide them."""
+    weight = params["layers"]["k"]["weight"]
+    axis = explicit_axis(weight, 1)
+    if axis is None or config.num_kv_heads % jax.typeof(weight).sharding.mesh.shape[axis]:
+        return None
+    return axis
+
+
+def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> None:
+    """Refuses a boundary that is known to be none of the prefix's.
+
+    Raises:
+        ValueError: it is outside 0..L, or the prefixes were not encoded for it.
+    """
+    if isinstance(boundary, jax.core.Tracer):
+        return
+    boundary = int(boundary)
+    if not 0 <= boundary <= config.num_layers:
+        raise ValueError(f"boundary must lie in 0..{config.num_layers}, got {boundary}")
+    if isinstance(prefix.boundaries, jax.core.Tracer) or not prefix.k.shape[-2]:
+        return
+    encoded = sorted(set(map(int, prefix.boundaries)))
+    if clamp_boundary(boundary, config.num_layers) not in encoded:
+        listed = ", ".join(str(b) for b in encoded if b < config.num_layers)
+        raise ValueError(
+            f"boundary {boundary} is none that the prefixes were encoded for ({listed}): "
+            f"encode_prefix(..., boundaries=[{boundary}])"
+        )
 
 
 def _with_twins(backbone: Backbone, params: Params, prefix: PrefixCache, rows: Rows) -> tuple[PrefixCache, Rows]:
     """Prefixes and rows, and behind them what guidance compares them with: as many masks for each prompt."""
     num_prefixes = prefix.length.shape[0]
-    masks = jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32)
-    other = encode(backbone, params, masks, prefix.length, prefix.boundaries, num_layers=prefix.k.shape[0])
+    masks = vary_like(jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32), rows)
+    other = encode_alone(backbone, params, masks, prefix.length, prefix.boundaries, num_layers=prefix.k.shape[0])
     both = PrefixCache(
         k=jnp.concatenate([prefix.k, other.k], axis=1),
         v=jnp.concatenate([prefix.v, other.v], axis=1),
@@ -233,9 +302,15 @@ def forward(
         Logits of every position.
     """
     backbone = backbone_for(config, attention)
-    num_rows, length = ids.shape
-    positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
+    out = P(explicit_axis(jnp.asarray(ids), 0))
+    return on_auto_axes(functools.partial(_forward, backbone), (params, ids, valid), out)
+
+
+def _forward(backbone: Backbone, params: Params, ids: Array, valid: Array) -> Array:
+    config, (num_rows, length) = backbone.config, ids.shape
+    params, ids, valid = vary_like((params, ids, valid), (params, ids, valid))
+    positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     x = backbone.embed(params, ids)
     empty = jnp.zeros((num_rows, config.num_kv_heads, 0, config.head_dim), x.dtype)
 

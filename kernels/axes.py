@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array
 
+from bicache_jax.core.axes import vary, varying_axes
+
 
 def spread(operands: Sequence[Array]) -> tuple[list[Array], jax.sharding.ManualAxisType]:
     """Lets all operands of a kernel vary over the axes that any of them varies over.
@@ -17,10 +19,5 @@ def spread(operands: Sequence[Array]) -> tuple[list[Array], jax.sharding.ManualA
     Returns:
         The operands, and the type of a result that is made from them.
     """
-    varying: frozenset = frozenset().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
-
-    def cast(operand: Array) -> Array:
-        missing = tuple(sorted(varying - jax.typeof(operand).manual_axis_type.varying))
-        return jax.lax.pcast(operand, missing, to="varying") if missing else operand
-
-    return [cast(operand) for operand in operands], jax.sharding.ManualAxisType(varying=varying)
+    axes = varying_axes(list(operands))
+    return vary(list(operands), axes), jax.sharding.ManualAxisType(varying=axes)

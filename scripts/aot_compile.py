@@ -25,6 +25,7 @@ from bicache_jax.configs import model_shape, names, published_table, topology
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.config import BLOCK_CACHES, CacheConfig, SamplingConfig
+from bicache_jax.core.libtpu import expect_no_tpu
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.hlo import Collective, collectives, crossing
 from bicache_jax.models import AXES, abstract
@@ -35,7 +36,6 @@ from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, jobs
 from bicache_jax.serving.programs import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
-from bicache_jax.sharding.topologies import expect_no_tpu
 from bicache_jax.wiring import backbone_for
 
 EXIT_NO_FIT, EXIT_FAULT = 1, 2

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bicache_jax.core.config import BlockCache
-from bicache_jax.sharding.topologies import expect_no_tpu
+from bicache_jax.core.libtpu import expect_no_tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KERNEL_SHAPES = [

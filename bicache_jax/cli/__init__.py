@@ -17,8 +17,8 @@ from bicache_jax.cli import benchmark, convert, evaluate, generate, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.cli.outputs import abandon
+from bicache_jax.core.libtpu import expect_no_tpu
 from bicache_jax.core.types import BicacheError
-from bicache_jax.sharding.topologies import expect_no_tpu
 
 COMMANDS = {
     "generate": generate,

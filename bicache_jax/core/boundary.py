@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from bicache_jax.core.types import BicacheError
 
 
@@ -52,6 +54,17 @@ class BoundaryTable:
         if self.source is None:
             del record["source"]
         return record
+
+
+def clamp_boundary(boundary: Any, num_layers: int) -> Any:
+    """The boundary as it is computed with: the top layer's prefix gives K and V alone, so b = L equals b = L - 1.
+
+    Args:
+        boundary: b, 0..L; a number or an array.
+        num_layers: L.
+    """
+    top = num_layers - 1
+    return min(boundary, top) if isinstance(boundary, int) else jnp.minimum(boundary, top)
 
 
 def boundary_at(table: Mapping[int, int], ratio: int) -> int:

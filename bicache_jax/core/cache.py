@@ -46,7 +46,7 @@ class PrefixCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeepCache:
-    """Prefix KV of layers `b + 1 .. L - 1` per row: born in a refresh step, dead at the end of its interval.
+    """Prefix KV of layers `b + 1 .. L - 1` per row: written by a refresh step, read until the end of its interval.
 
     Attributes:
         k: rotated keys; slot i holds layer `b + 1 + i`.
@@ -74,7 +74,7 @@ class SuffixCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The denoising state of B rows between two dispatches: tokens, counters and keys, no KV.
+    """The denoising state of B rows: tokens, counters and keys, no KV.
 
     A row's suffix lies as `[response | rest of the prompt | padding]` (families that shift logits:
     `[last prompt token | response | rest | padding]`). Attention sees positions only, so the order is free, and the
@@ -94,6 +94,7 @@ class Rows:
         block_step: denoising steps made in the current block.
         done: the response is complete, or the row is padding.
         forward_passes: forward passes made for the row.
+        failed: the row met logits that are not finite, and was ended.
     """
 
     tokens: Int[Array, "B U"]
@@ -106,6 +107,25 @@ class Rows:
     block_step: Int[Array, " B"]
     done: Bool[Array, " B"]
     forward_passes: Int[Array, " B"]
+    failed: Bool[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What travels from one dispatch of the decode program to the next, and is donated to it.
+
+    Attributes:
+        rows: the rows.
+        deep: the rows' deep prefix KV, of use while an interval goes on.
+        suffix: their suffix KV where there is a block cache.
+        index: the step of the refresh interval that comes next; 0 refreshes. One for each data shard.
+    """
+
+    rows: Rows
+    deep: DeepCache
+    suffix: SuffixCache
+    index: Int[Array, " S"]
 
 
 @jax.tree_util.register_dataclass

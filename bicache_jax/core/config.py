@@ -66,6 +66,11 @@ class ModelConfig:
     tied: bool = False
     shift_logits: bool = False
 
+    @property
+    def shifted(self) -> int:
+        """Prompt tokens that a suffix keeps in front of its response: 1 where logits are shifted, else 0."""
+        return int(self.shift_logits)
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads=} and {self.num_heads=}")

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt32
+from jaxtyping import Array, Int, Key, UInt32
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.cache import Rows
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.types import Request
@@ -39,6 +40,26 @@ def _keys(words_bw: UInt32[Array, "B 4"]) -> Key[Array, " B"]:
         return functools.reduce(jax.random.fold_in, list(words[1:]), jax.random.key(words[0]))
 
     return jax.vmap(fold)(words_bw)
+
+
+def reading_order(slot: Any, canvas_len: Any, gen_length: int, config: ModelConfig) -> Any:
+    """The suffix layout: which token of a canvas in reading order is at a slot of the suffix.
+
+    The response comes first, so that it is a static slice of every row; in families that shift logits, behind the last
+    prompt token. Attention sees positions only, so the order is free.
+
+    Args:
+        slot: places in the suffix, numpy or jax.
+        canvas_len: tokens of the canvas `[rest of the prompt | response]`.
+        gen_length: tokens of its response.
+        config: the architecture.
+
+    Returns:
+        Places in the canvas, for slots below `canvas_len`.
+    """
+    front = config.shifted + gen_length
+    in_front = slot < front
+    return slot + in_front * (canvas_len - front) + (in_front - 1) * front
 
 
 def build_rows(
@@ -83,22 +104,18 @@ def lay_out(
     Returns:
         The fields of the rows at step 0, their keys as words.
     """
-    front = int(config.shift_logits)
     tokens = np.full((num_rows, length), config.mask_id, np.int32)
     positions = np.zeros((num_rows, length), np.int32)
     valid = np.zeros((num_rows, length), bool)
     words = np.zeros((num_rows, 4), np.uint32)
-    for place, (request, sample, prefix_len) in enumerate(entries):
-        prompt, gen_length = request.prompt_ids, request.sampling.gen_length
-        split = len(prompt) - front  # families that shift logits keep the last prompt token before the response
-        rest = prompt[prefix_len:split]
-        size = front + gen_length + len(rest)
-        tokens[place, :front] = prompt[split:]
-        tokens[place, front + gen_length : size] = rest
-        positions[place, : front + gen_length] = split + np.arange(front + gen_length)
-        positions[place, front + gen_length : size] = prefix_len + np.arange(len(rest))
-        valid[place, :size] = True
-        words[place] = noise_words(request.id, request.sampling.seed + sample)
+    for row, (request, sample, prefix_len) in enumerate(entries):
+        gen_length, prompt = request.sampling.gen_length, np.asarray(request.prompt_ids[prefix_len:], np.int32)
+        canvas = np.concatenate([prompt, np.full(gen_length, config.mask_id, np.int32)])
+        order = reading_order(np.arange(len(canvas)), len(canvas), gen_length, config)
+        tokens[row, : len(canvas)] = canvas[order]
+        positions[row, : len(canvas)] = prefix_len + order
+        valid[row, : len(canvas)] = True
+        words[row] = noise_words(request.id, request.sampling.seed + sample)
     done = np.arange(num_rows) >= len(entries)
     index = np.zeros(num_rows, np.int32)
     index[: len(entries)] = prefix_index[: len(entries)]
@@ -116,4 +133,49 @@ def lay_out(
         "key": words,
         **{name: np.zeros(num_rows, np.int32) for name in ("step", "block", "block_step", "forward_passes")},
         "done": done,
+        "failed": np.zeros(num_rows, bool),
     }
+
+
+def lay_out_canvases(
+    config: ModelConfig,
+    prefix_len: Int[Array, " B"],
+    canvas: Int[Array, "B U"],
+    canvas_len: Int[Array, " B"],
+    gen_length: int,
+    key: Key[Array, "*B"],
+) -> Rows:
+    """Rows of canvases that are on a device already, as `lay_out` lays out requests.
+
+    Args:
+        config: the architecture.
+        prefix_len: tokens of each row's prefix.
+        canvas: `[rest of the prompt | response]`, then padding.
+        canvas_len: tokens of each canvas.
+        gen_length: tokens of the response.
+        key: a noise key for each row, or one that is folded with the row's number.
+
+    Returns:
+        The rows at step 0, all over prefix 0.
+    """
+    num_rows, length = canvas.shape
+    slot = jnp.arange(length)
+    order = reading_order(slot, canvas_len[:, None], gen_length, config)
+    valid = slot < canvas_len[:, None]
+    order = jnp.where(valid, order, slot)
+    response = (slot >= config.shifted) & (slot < config.shifted + gen_length)
+    counter = jnp.zeros(num_rows, jnp.int32)
+    rows = Rows(
+        tokens=jnp.where(response, config.mask_id, jnp.take_along_axis(canvas, order, axis=1)).astype(jnp.int32),
+        positions=(prefix_len[:, None] + order).astype(jnp.int32),
+        valid=valid,
+        prefix_index=counter,
+        key=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows)) if key.ndim == 0 else key,
+        step=counter,
+        block=counter,
+        block_step=counter,
+        done=jnp.zeros(num_rows, bool),
+        forward_passes=counter,
+        failed=jnp.zeros(num_rows, bool),
+    )
+    return vary_like(rows, canvas)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.cache import PrefixCache
 from bicache_jax.sharding import PER_SHARD, PREFIX, on_shards, param_specs
@@ -71,6 +72,7 @@ def encode_alone(
         boundaries=boundaries,
         length=prefix_len,
     )
+    cache = vary_like(cache, x)
 
     def write(cache: PrefixCache, index: Array, x: Float[Array, "G P D"], k: Array, v: Array) -> PrefixCache:
         slot = jnp.where(jnp.any(boundaries == index), jnp.argmax(boundaries == index), boundaries.shape[0])

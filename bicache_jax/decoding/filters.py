@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.numerics import psum
 
 LOGITS = 1 << 22  # float32 logits held at a time: 16 MiB
@@ -63,7 +64,7 @@ def floors(
     valid = total(jnp.sum(logits_cv > _LOWEST, axis=-1))
 
     # `low` is dropped or below everything, `high` is kept; done where no logit lies between them.
-    low, high = jnp.full(peak.shape, _order(jnp.float32(_LOWEST))), _order(peak)
+    low, high = vary_like(jnp.full(peak.shape, _order(jnp.float32(_LOWEST))), peak), _order(peak)
     from_high = total(jnp.sum(logits_cv >= peak[:, None], axis=-1))
 
     def halve(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:

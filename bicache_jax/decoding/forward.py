@@ -10,8 +10,8 @@ Three savings follow exactly, without changing a token. Layer b's prefix input i
 prefix KV (and queries) are shared as well. In layer L - 1 the prefix gives K and V alone. And so b = L - 1 equals
 b = L: nothing deep is left. No prefix cache at all is the same program with P = 0.
 
-A pass runs a *window* of each suffix. Without a block cache that is all of it. With one (Fast-dLLM, arXiv 2505.22618)
-the window is the current block, or all from it on, and the KV of everything else stand in a `SuffixCache`.
+A pass runs a *span* of each suffix. Without a block cache that is all of it. With one (Fast-dLLM, arXiv 2505.22618) the
+span is the current block, or all from it on, and the KV of everything else are in a `SuffixCache`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DeepCarry = tuple[Array, DeepCache, SuffixCache]
 
 
 @dataclasses.dataclass(frozen=True)
-class SuffixPass:
-    """One pass over a window of B suffixes; `reuse` and `refresh` are its two kinds.
+class SuffixForward:
+    """One pass over a span of B suffixes; `reuse` and `refresh` are its two kinds.
 
     Attributes:
         backbone: the model (static).
@@ -39,8 +39,8 @@ class SuffixPass:
         cache: the G prefixes.
         rows: the rows.
         boundary: b, at most L - 1.
-        start: first suffix place of each row's window.
-        update: which KV of the window replace those of a suffix cache; the others were frozen earlier.
+        start: first suffix place of each row's span.
+        update: which KV of the span replace those of a suffix cache; the others were frozen earlier.
     """
 
     backbone: Backbone
@@ -59,15 +59,15 @@ class SuffixPass:
     def _whole(self) -> bool:
         return self.update.shape[1] == self.rows.tokens.shape[1]
 
-    def _window(self, values: Array) -> Array:
-        """The window's part of per-row values [B, U]."""
+    def _span(self, values: Array) -> Array:
+        """The span's part of per-row values [B, U]."""
         if self._whole:
             return values
         size = self.update.shape[1]
         return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(values, self.start)
 
     def _merge(self, index: Array, fresh: Array, cached: Array) -> tuple[Array, Array]:
-        """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the window is all."""
+        """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the span is all."""
         if not cached.shape[0]:
             return fresh, cached
 
@@ -102,9 +102,9 @@ class SuffixPass:
         )
 
     def _layer(self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool) -> Carry:
-        """A layer for the window's tokens alone."""
+        """A layer for the span's tokens alone."""
         x, suffix = carry
-        layer, positions = layer_params(self.params, index), self._window(self.rows.positions)
+        layer, positions = layer_params(self.params, index), self._span(self.rows.positions)
         k, v = self.backbone.key_value(layer, x, positions)
         k, v, suffix = self._merge_both(index, k, v, suffix)
         q = self.backbone.query(layer, x, positions)
@@ -117,13 +117,13 @@ class SuffixPass:
         return self._layer(index, carry, deep, index - self.boundary - 1, shared=False)
 
     def _embed(self) -> Float[Array, "B T D"]:
-        return self.backbone.embed(self.params, self._window(self.rows.tokens))
+        return self.backbone.embed(self.params, self._span(self.rows.tokens))
 
     def reuse(self, deep: DeepCache, suffix: SuffixCache) -> Carry:
-        """Window tokens only, in all layers.
+        """Span tokens only, in all layers.
 
         Returns:
-            Hidden states of the window [B, T, D], and the suffix cache.
+            Hidden states of the span [B, T, D], and the suffix cache.
         """
         carry = jax.lax.fori_loop(0, self.boundary + 1, self._shared_layer, (self._embed(), suffix))
         if deep.k.shape[0]:
@@ -133,10 +133,10 @@ class SuffixPass:
         return carry
 
     def refresh(self, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
-        """The window below the boundary, prefix and window above it.
+        """The span below the boundary, prefix and span above it.
 
         Returns:
-            Hidden states of the window [B, T, D], the fresh deep prefix KV, and the suffix cache.
+            Hidden states of the span [B, T, D], the fresh deep prefix KV, and the suffix cache.
         """
         if not deep.k.shape[0]:
             x, suffix = self.reuse(deep, suffix)
@@ -150,10 +150,10 @@ class SuffixPass:
             0, split.astype(jnp.int32), lambda _, carry: self._deep_layers(*carry), (x, deep, suffix)
         )
 
-    def _deep_layers(self, x_window: Array, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
+    def _deep_layers(self, x_span: Array, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
         num_rows, num_prefix = self.rows.tokens.shape[0], self.cache.k.shape[-2]
         prefix_positions = jnp.broadcast_to(jnp.arange(num_prefix), (num_rows, num_prefix))
-        positions = jnp.concatenate([prefix_positions, self._window(self.rows.positions)], axis=1)
+        positions = jnp.concatenate([prefix_positions, self._span(self.rows.positions)], axis=1)
 
         def whole_layer(index: Array, carry: DeepCarry) -> DeepCarry:
             x, deep, suffix = carry
@@ -165,7 +165,7 @@ class SuffixPass:
             attended = self._attend(q, k, v, deep, index - self.boundary - 1, shared=False)
             return self.backbone.finish(layer, x, attended), deep, suffix
 
-        x, suffix = self._boundary_layer(x_window, suffix)
+        x, suffix = self._boundary_layer(x_span, suffix)
         x, deep, suffix = jax.lax.fori_loop(self.boundary + 1, self._last, whole_layer, (x, deep, suffix))
         last = jnp.asarray(self._last)
         k, v = self.backbone.key_value(layer_params(self.params, last), x[:, :num_prefix], prefix_positions)
@@ -178,7 +178,7 @@ class SuffixPass:
         rows, hidden = self.rows, self.cache.hidden_at(self.boundary)
         # A layer that is the same in every refresh would be copied out of the stack in front of all loops.
         x, boundary = jax.lax.optimization_barrier((x, self.boundary))
-        layer, positions = layer_params(self.params, boundary), self._window(rows.positions)
+        layer, positions = layer_params(self.params, boundary), self._span(rows.positions)
         q_prefix = self.backbone.query(layer, hidden, jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]))
         q = jnp.concatenate([q_prefix[rows.prefix_index], self.backbone.query(layer, x, positions)], axis=2)
         k, v = self.backbone.key_value(layer, x, positions)

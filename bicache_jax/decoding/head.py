@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.cache import Draw
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.numerics import precision
@@ -31,7 +32,8 @@ class Choice(NamedTuple):
 
     Attributes:
         token: argmax of the (noisy) logits, the mask token left out; the lowest id among equals.
-        log_odds: log-odds of its softmax probability without noise, the mask token kept in the sum.
+        log_odds: log-odds of its softmax probability without noise, the mask token kept in the sum; NaN where a logit
+            is not finite.
         margin: probability of the most probable token less that of the runner-up.
         entropy: of the softmax, in nats.
     """
@@ -216,7 +218,9 @@ def choose(
 
     def floors_of(x_cd: Float[Array, "C D"]) -> Float[Array, " C"]:
         logits = scaled_logits(x_cd, jnp.asarray(0), num_rows)
-        logits = jnp.where(may_be_chosen(first + jnp.arange(num_rows)), logits, -jnp.inf)
+        # A logit that is not finite ends its row, see below; here it must not keep the search from ending.
+        usable = may_be_chosen(first + jnp.arange(num_rows)) & jnp.isfinite(logits)
+        logits = jnp.where(usable, logits, -jnp.inf)
         sharpness = 1 / jnp.where(draw.noise > 0, draw.noise, 1)
         return floors(logits, sharpness=sharpness, top_p=draw.top_p, top_k=draw.top_k, axis=axis)
 
@@ -242,8 +246,9 @@ def choose(
         logits = scaled_logits(x_bwd, start, tile)
         mask_place = mask_id - first - start
         mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_place, 0, tile - 1), axis=-1, keepdims=False)
-        has_mask = (mask_place >= 0) & (mask_place < tile) & (mask >= floor_bw)
-        choosable = (ids >= first + begin) & may_be_chosen(ids) & (logits >= floor_bw[..., None])
+        # Written so that NaN is kept by the filters, and so reaches the statistics.
+        has_mask = (mask_place >= 0) & (mask_place < tile) & ~(mask < floor_bw)
+        choosable = (ids >= first + begin) & may_be_chosen(ids) & ~(logits < floor_bw[..., None])
         allowed = jnp.where(choosable & ~(draw.defer_eos & _among(ids, config.eos_ids)), logits, -jnp.inf)
 
         peak = jnp.max(allowed, axis=-1)
@@ -268,11 +273,14 @@ def choose(
         floor_bw = jax.lax.cond(
             (draw.top_p < 1) | (draw.top_k < vocab_size),
             lambda: in_chunks(floors_of, x_bwd, num_rows),
-            lambda: jnp.full(shape, -jnp.inf),
+            lambda: vary_like(jnp.full(shape, -jnp.inf), x_bwd),
         )
     with jax.named_scope("head"):
         mine = jax.lax.fori_loop(
-            0, -(-num_rows // tile), lambda index, was: was | of_tile(index, floor_bw), _Running.of_nothing(shape)
+            0,
+            -(-num_rows // tile),
+            lambda index, was: was | of_tile(index, floor_bw),
+            vary_like(_Running.of_nothing(shape), x_bwd),
         )
         found = _merge_shards(mine, axis)
         return found.choice(draw.defer_eos & _among(found.token, config.eos_ids))

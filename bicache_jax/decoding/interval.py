@@ -1,8 +1,8 @@
-"""The jitted program: k refresh intervals of a batch of rows.
+"""The jitted program: denoising steps of a batch of rows, in refresh intervals.
 
-An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.decoding.forward`). Deep prefix KV are born
-and die inside it; what travels from one dispatch to the next is tokens, counters and keys, and the suffix KV of a block
-cache.
+An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.decoding.forward`). A dispatch makes any
+number of steps and may end inside an interval: the deep prefix KV and the step of the interval travel in the state, so
+that how often a caller looks at the canvases never changes a token.
 """
 
 from __future__ import annotations
@@ -15,169 +15,191 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
-from bicache_jax.core.cache import Decoding, DeepCache, PrefixCache, Rows, SuffixCache
+from bicache_jax.core.boundary import clamp_boundary
+from bicache_jax.core.cache import DecodeState, Decoding, DeepCache, PrefixCache, Rows, SuffixCache
 from bicache_jax.core.config import ModelConfig
-from bicache_jax.decoding.forward import SuffixPass
+from bicache_jax.decoding.forward import SuffixForward
 from bicache_jax.decoding.unmask import idle, unmask
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE, on_shards, param_specs
 
-State = tuple[Rows, SuffixCache]
 Pass = tuple[Array, DeepCache, SuffixCache]
-Steps = tuple[Array, Array, Rows, Pass]
-Intervals = tuple[Array, Rows, DeepCache, SuffixCache]
+
+NO_LIMIT = 2**30
+"""Steps of a dispatch that is to run to the end."""
 
 
-def empty_suffix(config: ModelConfig, rows: tuple[int, ...], dtype: jnp.dtype, *, block_cache: bool) -> SuffixCache:
-    """Room for the KV of a block cache of rows of shape (B, U), or the empty one that means there is none."""
-    layers = config.num_layers if block_cache else 0
-    shape = (layers, rows[0], config.num_kv_heads, rows[1], config.head_dim)
-    return SuffixCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+def initial_state(
+    config: ModelConfig, rows: Rows, *, dtype: jnp.dtype, prefix_len: int, deep_layers: int, block_cache: bool
+) -> DecodeState:
+    """The state in front of the first step.
+
+    Args:
+        config: the architecture, or a shard's part of it.
+        rows: the B rows.
+        dtype: of the caches.
+        prefix_len: P, the prefix tokens of the cache that the rows run over.
+        deep_layers: layers of deep KV to make room for; at least `L - 1 - b`.
+        block_cache: whether suffix KV are kept.
+
+    Returns:
+        The state; its caches have no layers where there is nothing to keep.
+    """
+    num_rows, length = rows.tokens.shape
+    heads = (num_rows, config.num_kv_heads)
+    deep = (deep_layers if prefix_len else 0, *heads, prefix_len, config.head_dim)
+    suffix = (config.num_layers if block_cache else 0, *heads, length, config.head_dim)
+    state = DecodeState(
+        rows=rows,
+        deep=DeepCache(k=jnp.zeros(deep, dtype), v=jnp.zeros(deep, dtype)),
+        suffix=SuffixCache(k=jnp.zeros(suffix, dtype), v=jnp.zeros(suffix, dtype)),
+        index=jnp.zeros((1,), jnp.int32),
+    )
+    return vary_like(state, rows)
 
 
-def intervals(
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "dtype", "prefix_len", "deep_layers", "block_cache", "mesh"),
+    donate_argnames=("rows",),
+)
+def begin(rows: Rows, *, config: ModelConfig, mesh: Mesh | None = None, **sizes: Any) -> DecodeState:
+    """`initial_state` as a program: on one device, or with rows of its own on every data shard of a mesh."""
+    return on_shards(lambda rows: initial_state(config, rows, **sizes), mesh, (PER_SHARD,), STATE)(rows)
+
+
+def denoise_steps(
     backbone: Backbone,
     params: Params,
     cache: PrefixCache,
-    state: State,
+    state: DecodeState,
     decoding: Decoding,
-    num_intervals: Int[Array, ""],
+    num_steps: Int[Array, ""],
     stop_block: Int[Array, ""],
     *,
     block_width: int,
-    deep_layers: int,
-    window: int = 0,
+    span: int = 0,
     guided: bool = False,
-) -> State:
-    """Runs up to `num_intervals` intervals, fewer when all rows are complete.
+) -> DecodeState:
+    """Makes up to `num_steps` denoising steps, fewer when all rows are complete.
 
     Args:
         backbone: the model (static).
         params: its parameters.
         cache: the G prefixes of the batch, with `decoding.boundary` among their boundaries.
-        state: the B rows, and their block cache or an empty one.
+        state: where the rows are.
         decoding: what the rows share; nothing in it is static.
-        num_intervals: k, traced.
-        stop_block: return at the first interval edge where every row has reached this block.
+        num_steps: most steps, traced.
+        stop_block: return where every row has reached this block.
         block_width: W, positions that the head looks at; at least `decoding.block_length` (static).
-        deep_layers: layers of deep KV to make room for; at least `L - 1 - b` (static).
-        window: T, tokens that steps inside a block run: a block's, or with a prefix block cache all from the earliest
+        span: T, tokens that steps inside a block run: a block's, or with a prefix block cache all from the earliest
             row's block on; 0 without a block cache (static).
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
-        The state at the next interval edge.
+        The state behind the last step.
     """
     config = backbone.config
-    num_rows, length = state[0].tokens.shape
-    num_prefix = cache.k.shape[-2]
-    front = int(config.shift_logits)
-    shape = (deep_layers if num_prefix else 0, num_rows, config.num_kv_heads, num_prefix, config.head_dim)
-    deep = DeepCache(k=jnp.zeros(shape, cache.k.dtype), v=jnp.zeros(shape, cache.v.dtype))
-    unseen = jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype)
-    last = config.num_layers - 1
-    boundary = jnp.minimum(decoding.boundary, last) if shape[0] else jnp.asarray(last)
+    num_rows, length = state.rows.tokens.shape
+    front = config.shifted
+    unseen = vary_like(jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype), state)
+    boundary = clamp_boundary(decoding.boundary if state.deep.k.shape[0] else config.num_layers, config.num_layers)
 
-    def suffix_pass(rows: Rows, size: int) -> SuffixPass:
-        """A pass over all of the suffix, or over the window of a block cache."""
+    def suffix_forward(rows: Rows, size: int) -> SuffixForward:
+        """A pass over all of the suffix, or over the span of a block cache."""
         first = front + rows.block * decoding.block_length
         response_end = front + decoding.num_blocks * decoding.block_length
         behind = jnp.where(decoding.dual, first + decoding.block_length, response_end)
         start = jnp.zeros_like(first) if size == length else jnp.clip(first, 0, length - size)
-        place = start[:, None] + jnp.arange(size)
-        update = (place >= first[:, None]) & (place < behind[:, None])
+        position = start[:, None] + jnp.arange(size)
+        update = (position >= first[:, None]) & (position < behind[:, None])
         if size == length:  # where a block starts everything is written, also for rows that start theirs later
             update |= (rows.block_step == 0)[:, None]
-        return SuffixPass(backbone, params, cache, rows, boundary, start, update)
+        return SuffixForward(backbone, params, cache, rows, jnp.asarray(boundary), start, update)
 
     def block_hidden(rows: Rows, x: Float[Array, "B T D"], start: Array) -> Float[Array, "B W D"]:
         # Families that shift logits put the token before the response in front of it, so hidden states line up.
-        place = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
-        return jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
+        position = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
+        return jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
 
-    def run(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, *, refresh: bool) -> Pass:
-        this = suffix_pass(rows, size)
+    def forward(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, *, refresh: bool) -> Pass:
+        this = suffix_forward(rows, size)
         if refresh:
             x, deep, suffix = this.refresh(deep, suffix)
         else:
             x, suffix = this.reuse(deep, suffix)
         return block_hidden(rows, x, this.start), deep, suffix
 
-    def predict(index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache, *, refresh: bool) -> Pass:
-        """The pass of a step."""
-        if not window:
-            return run(rows, deep, suffix, length, refresh=refresh)
+    def kinds(index: Array, rows: Rows) -> list[tuple[int, bool, Array]]:
+        """The kinds of pass that a step may make: tokens that it runs, whether it refreshes, whether it is this one."""
+        refreshes = index == 0
+        if not span:
+            return [(length, True, refreshes), (length, False, ~refreshes)]
         starts = jnp.any(~idle(rows, decoding, index) & (rows.block_step == 0))
-        carry = (unseen, deep, suffix)
-        for size, turns in ((length, starts), (window, ~starts)):  # loops of one turn or none: see SuffixPass
-            carry = jax.lax.fori_loop(
-                0,
-                turns.astype(jnp.int32),
-                lambda _, carry, size=size: run(rows, carry[1], carry[2], size, refresh=refresh),
-                carry,
-            )
-        return carry
+        return [
+            (size, refresh, ours & theirs)
+            for refresh, ours in ((True, refreshes), (False, ~refreshes))
+            for size, theirs in ((length, starts), (span, ~starts))
+        ]
 
-    def step(carry: Steps) -> Steps:
-        """Unmasks by the last pass, and makes the next one if the interval has one: one copy of the head, not two."""
-        index, _, rows, passed = carry
-        with jax.named_scope("unmask"):
-            rows, index = unmask(backbone, params, passed[0], rows, decoding, index, guided=guided), index + 1
-        more = (index < decoding.refresh_interval) & ~jnp.all(idle(rows, decoding, index))
+    def predict(index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache) -> Pass:
+        """The pass of a step. Each kind is a loop of one turn or none, whose carry is updated in place."""
+        passed = (unseen, deep, suffix)
+        for size, refresh, wanted in kinds(index, rows):
 
-        def reuse(turn: Array, passed: Pass) -> Pass:
-            # Nothing here changes with the turn. Without the barrier the compiler would take the pass out of its loop,
-            # and make one behind the last step of every interval, too.
-            this, _ = jax.lax.optimization_barrier((rows, turn))
-            return predict(index, this, passed[1], passed[2], refresh=False)
+            def turn(turn: Array, passed: Pass, size: int = size, refresh: bool = refresh) -> Pass:
+                # Little here changes with the turn. Without the barrier the compiler would take the pass out of its
+                # loop, and make it in every step.
+                here, _ = jax.lax.optimization_barrier((rows, turn))
+                return forward(here, passed[1], passed[2], size, refresh=refresh)
 
-        with jax.named_scope("reuse"):
-            passed = jax.lax.fori_loop(0, more.astype(jnp.int32), reuse, passed)
-        return index, more, rows, passed
+            with jax.named_scope("refresh" if refresh else "reuse"):
+                passed = jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, passed)
+        return passed
 
-    def interval(carry: Intervals) -> Intervals:
-        index, rows, deep, suffix = carry
-        with jax.named_scope("refresh"):
-            passed = predict(jnp.asarray(0), rows, deep, suffix, refresh=True)
-        begin = (jnp.asarray(0), jnp.asarray(True), rows, passed)
-        _, _, rows, (_, deep, suffix) = jax.lax.while_loop(lambda carry: carry[1], step, begin)
-        return index + 1, rows, deep, suffix
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        count, state = carry
+        index, rows = state.index[0], state.rows
+        hidden, deep, suffix = predict(index, rows, state.deep, state.suffix)
+        rows = unmask(backbone, params, hidden, rows, decoding, index, guided=guided)
+        index += 1
+        over = (index >= decoding.refresh_interval) | jnp.all(idle(rows, decoding, index))
+        return count + 1, DecodeState(rows, deep, suffix, jnp.where(over, 0, index)[None])
 
-    def more_intervals(carry: Intervals) -> Array:
-        index, rows, *_ = carry
-        return (index < num_intervals) & jnp.any(~rows.done & (rows.block < stop_block))
+    def more(carry: tuple[Array, DecodeState]) -> Array:
+        count, state = carry
+        return (count < num_steps) & jnp.any(~state.rows.done & (state.rows.block < stop_block))
 
-    _, rows, _, suffix = jax.lax.while_loop(more_intervals, interval, (jnp.asarray(0), state[0], deep, state[1]))
-    return rows, suffix
+    count = vary_like(jnp.asarray(0), state)
+    return jax.lax.while_loop(more, step, (count, state))[1]
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("backbone", "block_width", "deep_layers", "window", "guided", "mesh"),
-    donate_argnames=("state",),
+    jax.jit, static_argnames=("backbone", "block_width", "span", "guided", "mesh"), donate_argnames=("state",)
 )
 def decode(
     backbone: Backbone,
     params: Params,
     cache: PrefixCache,
-    state: State,
+    state: DecodeState,
     decoding: Decoding,
-    num_intervals: Int[Array, ""],
+    num_steps: Int[Array, ""],
     stop_block: Int[Array, ""],
     *,
     mesh: Mesh | None = None,
     **sizes: Any,
-) -> State:
-    """`intervals` as a program: on one device, or a batch of its own on every data shard of a mesh.
+) -> DecodeState:
+    """`denoise_steps` as a program: on one device, or a batch of its own on every data shard of a mesh.
 
     On a mesh rows, prefixes and (with a leading axis) `decoding` are those of all data shards, one after the other, and
     `prefix_index` counts the prefixes of the row's own shard.
     """
 
-    def shard(params: Params, cache: PrefixCache, state: State, decoding: Decoding, *limits: Array) -> State:
+    def shard(params: Params, cache: PrefixCache, state: DecodeState, decoding: Decoding, *limits: Array) -> Any:
         if mesh is not None:
             decoding = jax.tree.map(lambda leaf: leaf[0], decoding)
-        return intervals(backbone, params, cache, state, decoding, *limits, **sizes)
+        return denoise_steps(backbone, params, cache, state, decoding, *limits, **sizes)
 
     specs = (param_specs(backbone.axes, params), PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED)
-    return on_shards(shard, mesh, specs, STATE)(params, cache, state, decoding, num_intervals, stop_block)
+    return on_shards(shard, mesh, specs, STATE)(params, cache, state, decoding, num_steps, stop_block)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.config import REMASKING
 from bicache_jax.decoding.head import Choice
 
@@ -45,7 +46,7 @@ def random(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
     Dream's `origin` and algorithm 4 of LLaDA (arXiv 2502.09992) are the same order; there chance also decides how many
     (`bicache_jax.decoding.schedule.chance_bars`).
     """
-    return Score(noise_bw, jnp.zeros_like(choice.log_odds))
+    return Score(noise_bw, vary_like(jnp.zeros_like(choice.log_odds), choice))
 
 
 def topk_margin(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,23 +61,31 @@ def chance_bars(steps: int, *, eps: float) -> np.ndarray:
         return -np.log(-np.log(kept))
 
 
-def window_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
+def span_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
     """Tokens that steps inside block number `block` run under a block cache; 0 without one."""
     if block_cache == "off":
         return 0
     return sampling.block_size if block_cache == "dual" else sampling.gen_length - block * sampling.block_size
 
 
-def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[tuple[int, int]]:
-    """The dispatches of a run: (tokens that steps inside a block run, the block at which that number changes)."""
-    windows = [window_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
-    ends = {window: block + 1 for block, window in enumerate(windows)}
-    return list(ends.items())
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps of a run that are one program: without a block cache of the prefix kind there is one stage.
+
+    Attributes:
+        span: tokens that steps inside a block run; 0 without a block cache.
+        stop_block: the block at which that number changes, or the run ends.
+    """
+
+    span: int
+    stop_block: int
 
 
-def most_steps(sampling: SamplingConfig) -> int:
-    """Most denoising steps a row can take."""
-    return sampling.gen_length if sampling.by_confidence else sampling.num_steps
+def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[Stage]:
+    """The stages of a run, in order."""
+    spans = [span_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
+    ends = {span: block + 1 for block, span in enumerate(spans)}
+    return [Stage(span, end) for span, end in ends.items()]
 
 
 def make_decoding(
@@ -86,7 +95,7 @@ def make_decoding(
     refresh_interval: Any,
     *,
     block_cache: BlockCache = "off",
-    room: int = 0,
+    num_counts: int = 0,
 ) -> Decoding:
     """The traced values of a batch.
 
@@ -96,7 +105,7 @@ def make_decoding(
         boundary: b.
         refresh_interval: N.
         block_cache: the block cache in use.
-        room: least number of entries of `counts`; a bucket, so that other step counts need no other program.
+        num_counts: least number of entries of `counts`; a bucket, so that other step counts need no other program.
 
     Returns:
         What the rows share.
@@ -112,7 +121,7 @@ def make_decoding(
         counts = time_counts(sampling.block_size, block_steps, anchored=anchored)
     else:
         counts = even_counts(sampling.block_size, block_steps)
-    padding = (0, max(0, room - block_steps))
+    padding = (0, max(0, num_counts - block_steps))
     # LLaDA adds noise times the temperature and takes confidence from the logits as they are; Dream divides the logits.
     sharpened = dream and sampling.temperature > 0
     draw = Draw(

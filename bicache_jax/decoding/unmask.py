@@ -35,6 +35,8 @@ def unmask(
 ) -> Rows:
     """Unmasks a step's tokens in each row's current block and moves the row's counters.
 
+    A row whose logits are not finite at a position that it could unmask ends there: no token would mean anything.
+
     Args:
         backbone: the model (static).
         params: its parameters.
@@ -54,7 +56,7 @@ def unmask(
     twins = jax.tree.map(lambda leaf: leaf[half:], rows)
     rows = jax.tree.map(lambda leaf: leaf[:half], rows)
     rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
-    place = jnp.arange(rows.tokens.shape[1]) - int(backbone.config.shift_logits)
+    place = jnp.arange(rows.tokens.shape[1]) - backbone.config.shifted
     response = (place >= 0) & (place < decoding.num_blocks * decoding.block_length)
     twins = dataclasses.replace(
         rows,
@@ -77,7 +79,7 @@ def _unmask(
     """`unmask` of rows without twins, from normed hidden states."""
     config = backbone.config
     (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
-    front = int(config.shift_logits)
+    front = config.shifted
     active = ~idle(rows, decoding, index)
     offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
     place = jnp.minimum(offset + front, length - 1)
@@ -108,7 +110,9 @@ def _unmask(
             choice.token, mode="drop"
         )
 
-        over = active & ~jnp.any(candidate & ~chosen, axis=1)
+        failed = jnp.any(candidate & jnp.isnan(choice.log_odds), axis=1)
+        updated = jnp.where(failed[:, None], rows.tokens, updated)
+        over = active & ~failed & ~jnp.any(candidate & ~chosen, axis=1)
         complete = over & (rows.block == decoding.num_blocks - 1)
         ended = over & decoding.early_stop & ~complete
         if config.eos_ids:
@@ -127,8 +131,9 @@ def _unmask(
             step=rows.step + active,
             block=rows.block + over,
             block_step=jnp.where(over, 0, rows.block_step + active),
-            done=rows.done | complete | ended,
+            done=rows.done | complete | ended | failed,
             forward_passes=rows.forward_passes + active,
+            failed=rows.failed | failed,
         )
 
 

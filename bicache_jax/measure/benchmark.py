@@ -88,7 +88,7 @@ def synthetic_requests(config: ModelConfig, case: Case, seed: int = 0) -> list[R
         BicacheError: the lengths leave no room.
     """
     rest = case.suffix - case.sampling.gen_length
-    least = int(config.shift_logits)
+    least = config.shifted
     if rest < least:
         raise BicacheError(
             f"--suffix {case.suffix} leaves no room for --gen-length {case.sampling.gen_length}"
@@ -139,10 +139,10 @@ class EngineRunner:
         return time.perf_counter() - started
 
     def first_token(self) -> float:
-        """An interval of one step (N is traced, so nothing compiles for it)."""
-        engine = self._engine(dataclasses.replace(self._cache, refresh_interval=1))
+        """A dispatch of one step (their number is traced, so nothing compiles for it)."""
+        engine = self._engine(self._cache)
         started = time.perf_counter()
-        next(engine.stream(self._requests))
+        next(engine.stream(self._requests, every=1))
         return time.perf_counter() - started
 
     def job(self) -> Job:

@@ -19,6 +19,7 @@ from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
 from bicache_jax.serving.executor import Executor
+from bicache_jax.serving.frames import SECONDS, Frames
 from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.serving.memory import Buffers, params_bytes
 from bicache_jax.serving.placement import Placement
@@ -91,23 +92,31 @@ class Engine:
         Returns:
             Results in the order of the requests, samples of a request in order.
         """
-        answers = sorted(self._answer(self._admit(requests), partial=False), key=lambda answer: answer[:2])
+        answers = sorted(self._answer(self._admit(requests)), key=lambda answer: answer[:2])
         return [result for _, _, result in answers]
 
     def stream(
-        self, requests: Iterable[Request | Result | Mapping[str, Any]], *, partial: bool = True
+        self,
+        requests: Iterable[Request | Result | Mapping[str, Any]],
+        *,
+        partial: bool = True,
+        every: int | None = None,
+        frame_seconds: float = SECONDS,
     ) -> Iterator[Result]:
         """Answers requests as they finish.
 
         Args:
             requests: as in `generate`.
-            partial: yield every row at each interval edge too, its canvas as it stands (mask tokens where it is
-                undecided) and `finish_reason` None.
+            partial: show every row while it is denoised too, its canvas as it is (mask tokens where it is undecided)
+                and `finish_reason` None. How often never changes a token.
+            every: denoising steps between two such looks; None: as many as take about `frame_seconds`.
+            frame_seconds: seconds between them.
 
         Yields:
             Results, errors first, then in the order of completion.
         """
-        for _, _, result in self._answer(self._admit(requests), partial=partial):
+        frames = Frames(every, seconds=frame_seconds) if partial else None
+        for _, _, result in self._answer(self._admit(requests), frames):
             yield result
 
     def plan(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> Plan:
@@ -166,7 +175,7 @@ class Engine:
         lengths: Sequence[int] = [0] * len(requests)
         if self.cache.policy != "none":
             lengths = detect_prefixes(
-                requests, min_prefix=self.cache.min_prefix, min_suffix=int(self.model.config.shift_logits)
+                requests, min_prefix=self.cache.min_prefix, min_suffix=self.model.config.shifted
             )
         rows = []
         for request, prefix_len in zip(requests, lengths, strict=True):
@@ -188,7 +197,9 @@ class Engine:
         buffers = Buffers.of(rounds, config.num_layers)
         return Plan(config, dtype, self.cache, tuple(rounds), buffers, part, weights, room)
 
-    def _answer(self, entries: Sequence[Request | Result], *, partial: bool) -> Iterator[tuple[int, int, Result]]:
+    def _answer(
+        self, entries: Sequence[Request | Result], frames: Frames | None = None
+    ) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""
         for place, entry in enumerate(entries):
             if isinstance(entry, Result):
@@ -197,5 +208,5 @@ class Engine:
         plan = self._plan([entry for entry in entries if isinstance(entry, Request)])
         store = PrefixStore(plan)
         for batches in plan.rounds:
-            for row, result in self._executor.run(batches, plan, store, partial=partial):
+            for row, result in self._executor.run(batches, plan, store, frames):
                 yield places[id(row.request)], row.sample, result

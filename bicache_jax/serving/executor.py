@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.core.backbone import Backbone
-from bicache_jax.core.buckets import length_bucket, width_bucket
+from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import CacheConfig
-from bicache_jax.core.layout import lay_out
 from bicache_jax.core.types import Model, Result
 from bicache_jax.decoding.encode import encode
-from bicache_jax.decoding.interval import decode
+from bicache_jax.decoding.interval import NO_LIMIT, decode
 from bicache_jax.decoding.join import join_prefixes
-from bicache_jax.decoding.schedule import make_decoding, most_steps, passes_saved, stages
+from bicache_jax.decoding.schedule import passes_saved
+from bicache_jax.serving.frames import Frames
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.programs import DecodeCall, EncodeCall
 from bicache_jax.serving.rounds import Round
 from bicache_jax.serving.stats import Counters
 from bicache_jax.serving.store import PrefixStore
@@ -48,44 +49,27 @@ class Executor:
     params: Any
     counters: Counters
 
-    def run(self, batches: Round, plan: Plan, store: PrefixStore, *, partial: bool) -> Iterator[tuple[Row, Result]]:
-        """Runs a batch on every data shard, to its end; between dispatches its state is tokens, counters and keys."""
+    def run(
+        self, batches: Round, plan: Plan, store: PrefixStore, frames: Frames | None = None
+    ) -> Iterator[tuple[Row, Result]]:
+        """Runs a batch on every data shard, to its end.
+
+        Args:
+            batches: the round.
+            plan: the run that it is of.
+            store: prefixes that are encoded already.
+            frames: how often to look at the canvases; None: at the end.
+
+        Yields:
+            Each row's result, after unfinished ones where there are frames.
+        """
         started = time.perf_counter()
-        placement, config, cache = self.placement, self.model.config, self.cache
-        *_, num_rows, length = plan.shape(*batches)
-        samplings = [batch.rows[0].request.sampling for batch in batches if batch.rows]
-        guided = samplings[0].guided
+        call, placement = DecodeCall(plan, batches), self.placement
         prefixes = self._prefixes(batches, plan, store)
-        rows = placement.rows(
-            [
-                lay_out(
-                    [(row.request, row.sample, row.prefix_len) for row in batch.rows],
-                    batch.prefix_index,
-                    config,
-                    num_rows=num_rows,
-                    length=length,
-                    guided=guided,
-                )
-                for batch in batches
-            ]
-        )
-        decoding = placement.decoding(
-            [
-                make_decoding(
-                    config,
-                    sampling := batch.rows[0].request.sampling if batch.rows else samplings[0],
-                    batch.boundary,
-                    cache.refresh_interval,
-                    block_cache=cache.block_cache,
-                    room=length_bucket(sampling.num_steps // sampling.num_blocks),
-                )
-                for batch in batches
-            ]
-        )
-        intervals = 1 if partial else max(map(most_steps, samplings))
-        state = placement.state(rows, plan.dtype, block_cache=cache.block_cache != "off")
-        for window, stop_block in stages(samplings[0], cache.block_cache):
-            stop = max(sampling.num_blocks for sampling in samplings) if not window else stop_block
+        rows = placement.rows([call.rows(batch) for batch in batches])
+        decoding = placement.decoding([call.decoding(batch) for batch in batches])
+        state = placement.state(rows, **call.state_sizes)
+        for stage in call.stages:
             while True:
                 state = decode(
                     self.backbone,
@@ -93,46 +77,45 @@ class Executor:
                     prefixes,
                     state,
                     decoding,
-                    jnp.asarray(intervals, jnp.int32),
-                    jnp.asarray(stop, jnp.int32),
-                    block_width=width_bucket(samplings[0].block_size),
-                    deep_layers=plan.buffers.deep,
-                    window=min(window and width_bucket(window), length),
-                    guided=guided,
+                    jnp.asarray(frames.steps if frames else NO_LIMIT, jnp.int32),
+                    jnp.asarray(stage.stop_block, jnp.int32),
                     mesh=placement.mesh,
+                    **call.sizes(stage),
                 )
                 self.counters.add(dispatches=1)
-                if not partial:
+                if frames is None:
                     break
-                seen = self._see(state[0])
+                seen = self._see(state.rows)
                 self.counters.add(seconds=time.perf_counter() - started)
-                if all(bool((done | (block >= stop)).all()) for *_, done, block in seen.values()):
+                if all((shard["done"] | (shard["block"] >= stage.stop_block)).all() for shard in seen.values()):
                     break
                 yield from self._results(batches, seen, finished=False)
+                frames.shown()
                 started = time.perf_counter()
-        seen = self._see(state[0])
+        seen = self._see(state.rows)
+        used = [(batches[i], {name: values[: len(batches[i].rows)] for name, values in seen[i].items()}) for i in seen]
         self.counters.add(
             seconds=time.perf_counter() - started,
             batches=sum(bool(batch.rows) for batch in batches),
             rows=sum(len(batch.rows) for batch in batches),
             tokens=sum(row.request.sampling.gen_length for batch in batches for row in batch.rows),
-            forward_passes=sum(int(seen[i][2][: len(batches[i].rows)].sum()) for i in seen),
+            forward_passes=sum(int(shard["forward_passes"].sum()) for _, shard in used),
             passes_saved=sum(
-                passes_saved(batches[i].rows[0].request.sampling, seen[i][4][: len(batches[i].rows)])
-                for i in seen
-                if batches[i].rows
+                passes_saved(batch.rows[0].request.sampling, shard["block"]) for batch, shard in used if batch.rows
             ),
         )
         yield from self._results(batches, seen, finished=True)
 
-    def _see(self, rows: Rows) -> dict[int, list[np.ndarray]]:
+    def _see(self, rows: Rows) -> dict[int, dict[str, np.ndarray]]:
         """Waits for a dispatch and fetches what results are made of, by data shard."""
-        return self.placement.read([rows.tokens, rows.step, rows.forward_passes, rows.done, rows.block])
+        names = ("tokens", "step", "forward_passes", "done", "block", "failed")
+        found = self.placement.read([getattr(rows, name) for name in names])
+        return {shard: dict(zip(names, values, strict=True)) for shard, values in found.items()}
 
     def _prefixes(self, batches: Round, plan: Plan, store: PrefixStore) -> PrefixCache:
         """The round's prefixes as one cache; each is encoded when it is first needed and kept for its last round."""
         groups, length, _, _ = plan.shape(*batches)
-        placement, last = self.placement, self.model.config.num_layers - 1
+        placement, num_layers = self.placement, self.model.config.num_layers
         for prefixes in store.missing(batches, length):
             pieces = placement.split(self._encode(prefixes, plan, store, length))
             for shard, prefix in enumerate(prefixes):
@@ -143,58 +126,67 @@ class Executor:
         self.counters.add(prefix_hits=sum(1 + batch.guided for batch in cached))
         caches = tuple(map(placement.assemble, store.columns(batches, length, groups)))
         store.release(batches, length)
-        boundary = placement.vector([min(batch.boundary, last) for batch in batches])
-        return join_prefixes(caches, boundary, mesh=placement.mesh)
+        boundary = [np.asarray([clamp_boundary(batch.boundary, num_layers)], np.int32) for batch in batches]
+        return join_prefixes(caches, placement.put(boundary), mesh=placement.mesh)
 
     def _encode(
         self, prefixes: Sequence[tuple[int, ...] | None], plan: Plan, store: PrefixStore, length: int
     ) -> PrefixCache:
         """Encodes a prefix on every data shard, `length` tokens long, for the boundaries that its rows use."""
-        ids = np.zeros((len(prefixes), 1, length), np.int32)
-        slots = np.full((len(prefixes), plan.buffers.slots), self.model.config.num_layers, np.int32)
-        for shard, prefix in enumerate(prefixes):
-            if prefix:
-                ids[shard, 0, : len(prefix)] = prefix
-                boundaries = store.boundaries(prefix)
-                slots[shard, : len(boundaries)] = boundaries
-        placement = self.placement
+        used = [store.boundaries(prefix) if prefix else () for prefix in prefixes]
+        call, placement = EncodeCall(plan, prefixes, used, length), self.placement
+        ids, lengths, slots = zip(*map(call.shard, range(len(prefixes))), strict=True)
         return encode(
             self.backbone,
             self.params,
-            placement.tokens(list(ids)),
-            placement.vector([len(prefix or ()) for prefix in prefixes]),
-            placement.tokens(list(slots)),
-            num_layers=plan.buffers.shallow,
+            placement.put(ids),
+            placement.put(lengths),
+            placement.put(slots),
             mesh=placement.mesh,
+            **call.sizes,
         )
 
     def _results(
-        self, batches: Round, seen: Mapping[int, Sequence[np.ndarray]], *, finished: bool
+        self, batches: Round, seen: Mapping[int, Mapping[str, np.ndarray]], *, finished: bool
     ) -> Iterator[tuple[Row, Result]]:
         """Results of the rows that this process can see."""
+        for shard, values in seen.items():
+            for number, row in enumerate(batches[shard].rows):
+                of_row = {name: array[number] for name, array in values.items()}
+                if not of_row["failed"]:
+                    yield row, self._result(row, batches[shard].boundary, of_row, finished=finished)
+                elif finished:
+                    yield row, self._failure(row, int(of_row["step"]))
+
+    def _result(self, row: Row, boundary: int, values: Mapping[str, np.ndarray], *, finished: bool) -> Result:
         config, tokenizer = self.model.config, self.model.tokenizer
-        front = int(config.shift_logits)
-        for shard, place, row in [(s, p, row) for s in seen for p, row in enumerate(batches[s].rows)]:
-            state, boundary = seen[shard], batches[shard].boundary
-            tokens = tuple(int(token) for token in state[0][place, front : front + row.request.sampling.gen_length])
-            ends = [at for at, token in enumerate(tokens) if token in config.eos_ids]
-            text = None
-            if tokenizer is not None:
-                text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
-            yield (
-                row,
-                Result(
-                    id=row.request.id,
-                    sample=row.sample,
-                    token_ids=tokens,
-                    text=text,
-                    finish_reason=("stop" if ends else "length") if finished else None,
-                    prefix_len=row.prefix_len,
-                    prefix_ratio=row.ratio,
-                    boundary=boundary,
-                    refresh_interval=self.cache.refresh_interval,
-                    steps=int(state[1][place]),
-                    forward_passes=int(state[2][place]),
-                    masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),
-                ),
-            )
+        response = values["tokens"][config.shifted :][: row.request.sampling.gen_length]
+        tokens = tuple(map(int, response))
+        ends = [at for at, token in enumerate(tokens) if token in config.eos_ids]
+        text = None
+        if tokenizer is not None:
+            text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
+        return Result(
+            id=row.request.id,
+            sample=row.sample,
+            token_ids=tokens,
+            text=text,
+            finish_reason=("stop" if ends else "length") if finished else None,
+            prefix_len=row.prefix_len,
+            prefix_ratio=row.ratio,
+            boundary=boundary,
+            refresh_interval=self.cache.refresh_interval,
+            steps=int(values["step"]),
+            forward_passes=int(values["forward_passes"]),
+            masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),
+        )
+
+    def _failure(self, row: Row, step: int) -> Result:
+        """What becomes of a row whose logits are not finite: no token of it would mean anything."""
+        return Result(
+            id=row.request.id,
+            sample=row.sample,
+            finish_reason="error",
+            error=f"request {row.request.id!r}: the model's logits are not finite at step {step}: its weights hold NaN"
+            " or infinity, or overflow in this dtype; load it with --check-weights (check_weights=True) to see which",
+        )

@@ -1,24 +1,152 @@
-"""The programs of a round from shapes alone: what the compiler is given before there is anything to run."""
+"""The arguments of the two programs, put together once: for the engine that calls them, and for what lowers them.
+
+A call is made of what each data shard brings, on the host, and of static sizes. `lower_encode` and `lower_decode` give
+the compiler the shapes of the very same arguments, before there is anything to run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bicache_jax.core.backbone import Backbone
+from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.buckets import length_bucket, width_bucket
-from bicache_jax.core.cache import PrefixCache
-from bicache_jax.core.layout import build_rows
+from bicache_jax.core.cache import DecodeState, Decoding, PrefixCache
+from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.layout import lay_out, put_rows
 from bicache_jax.decoding.encode import encode
-from bicache_jax.decoding.interval import decode, empty_suffix
-from bicache_jax.decoding.schedule import make_decoding, window_size
+from bicache_jax.decoding.interval import decode, initial_state
+from bicache_jax.decoding.schedule import Stage, make_decoding, stages
 from bicache_jax.serving.grouping import Batch
 from bicache_jax.serving.plan import Plan
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeCall:
+    """One prefix encoded on every data shard.
+
+    Attributes:
+        plan: the run.
+        prefixes: the prefix of each data shard; None where a shard has nothing to encode.
+        boundaries: boundaries in use of each of them.
+        length: P, to which all are padded.
+    """
+
+    plan: Plan
+    prefixes: Sequence[tuple[int, ...] | None]
+    boundaries: Sequence[Sequence[int]]
+    length: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Static arguments."""
+        return {"num_layers": self.plan.buffers.shallow}
+
+    def shard(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prefix ids [1, P], prefix length [1] and boundary slots [J] of a data shard."""
+        prefix, used = self.prefixes[number] or (), self.boundaries[number]
+        ids = np.zeros((1, self.length), np.int32)
+        ids[0, : len(prefix)] = prefix
+        slots = np.full(self.plan.buffers.slots, self.plan.config.num_layers, np.int32)
+        slots[: len(used)] = used
+        return ids, np.asarray([len(prefix)], np.int32), slots
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCall:
+    """A round of batches decoded, one on every data shard.
+
+    Attributes:
+        plan: the run.
+        batches: the round, or one of its batches.
+    """
+
+    plan: Plan
+    batches: Sequence[Batch]
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(G, P, B, U) in buckets."""
+        return self.plan.shape(*self.batches)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Settings that stand for the round's where its batches agree: lengths, blocks and steps by bucket."""
+        return next(batch for batch in self.batches if batch.rows).rows[0].request.sampling
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The dispatches of the round."""
+        found = stages(self.sampling, self.plan.cache.block_cache)
+        if found[0].span:
+            return found
+        last = max(row.request.sampling.num_blocks for batch in self.batches for row in batch.rows)
+        return [dataclasses.replace(found[0], stop_block=last)]
+
+    def sizes(self, stage: Stage) -> dict[str, Any]:
+        """Static arguments of a dispatch."""
+        *_, length = self.shape
+        return {
+            "block_width": width_bucket(self.sampling.block_size),
+            "span": min(stage.span and width_bucket(stage.span), length),
+            "guided": self.sampling.guided,
+        }
+
+    def rows(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The rows of a data shard."""
+        *_, num_rows, length = self.shape
+        entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
+        return lay_out(
+            entries,
+            batch.prefix_index,
+            self.plan.config,
+            num_rows=num_rows,
+            length=length,
+            guided=self.sampling.guided,
+        )
+
+    def decoding(self, batch: Batch) -> Decoding:
+        """What the rows of a data shard share."""
+        sampling = batch.rows[0].request.sampling if batch.rows else self.sampling
+        return make_decoding(
+            self.plan.config,
+            sampling,
+            batch.boundary,
+            self.plan.cache.refresh_interval,
+            block_cache=self.plan.cache.block_cache,
+            num_counts=length_bucket(sampling.num_steps // sampling.num_blocks),
+        )
+
+    @property
+    def state_sizes(self) -> dict[str, Any]:
+        """What sizes the state in front of the first step."""
+        return {
+            "dtype": self.plan.dtype,
+            "prefix_len": self.shape[1],
+            "deep_layers": self.plan.buffers.deep,
+            "block_cache": self.plan.cache.block_cache != "off",
+        }
+
+    def prefixes(self, config: ModelConfig) -> PrefixCache:
+        """Room for the prefixes of a data shard, as one cache."""
+        groups, length, _, _ = self.shape
+        kv = (self.plan.buffers.shallow, groups, config.num_kv_heads, length, config.head_dim)
+        return PrefixCache(
+            k=jnp.zeros(kv, self.plan.dtype),
+            v=jnp.zeros(kv, self.plan.dtype),
+            hidden=jnp.zeros((1, groups, length, config.d_model), self.plan.dtype),
+            boundaries=jnp.zeros((1,), jnp.int32),
+            length=jnp.zeros((groups,), jnp.int32),
+        )
 
 
 def _everywhere(local: Any, specs: Any, mesh: Mesh | None) -> Any:
@@ -37,44 +165,24 @@ def _everywhere(local: Any, specs: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def _shapes(params: Any) -> Any:
+def _shapes(params: Params) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)), params
     )
 
 
-def abstract_prefixes(backbone: Backbone, plan: Plan, *batches: Batch) -> PrefixCache:
-    """Shapes of one shard's prefixes as one cache."""
-    config = backbone.config
-    groups, length, _, _ = plan.shape(*batches)
-    kv = (plan.buffers.shallow, groups, config.num_kv_heads, length, config.head_dim)
-
-    def zeros() -> PrefixCache:
-        return PrefixCache(
-            k=jnp.zeros(kv, plan.dtype),
-            v=jnp.zeros(kv, plan.dtype),
-            hidden=jnp.zeros((1, groups, length, config.d_model), plan.dtype),
-            boundaries=jnp.zeros((1,), jnp.int32),
-            length=jnp.zeros((groups,), jnp.int32),
-        )
-
-    return jax.eval_shape(zeros)
-
-
-def lower_encode(backbone: Backbone, params: Any, plan: Plan, *batches: Batch, mesh: Mesh | None = None) -> Any:
+def lower_encode(
+    backbone: Backbone, params: Params, plan: Plan, *batches: Batch, mesh: Mesh | None = None
+) -> jax.stages.Lowered:
     """Lowers the program that encodes a prefix on every data shard; arguments as `lower_decode`."""
     _, length, _, _ = plan.shape(*batches)
-
-    def arguments() -> Any:
-        one = jnp.zeros((1,), jnp.int32)
-        return jnp.zeros((1, length), jnp.int32), one, jnp.zeros((plan.buffers.slots,), jnp.int32)
-
-    args = _everywhere(jax.eval_shape(arguments), (PER_SHARD,) * 3, mesh)
-    return encode.lower(backbone, _shapes(params), *args, num_layers=plan.buffers.shallow, mesh=mesh)
+    call = EncodeCall(plan, [()], [()], length)
+    args = _everywhere(jax.eval_shape(lambda: tuple(map(jnp.asarray, call.shard(0)))), (PER_SHARD,) * 3, mesh)
+    return encode.lower(backbone, _shapes(params), *args, mesh=mesh, **call.sizes)
 
 
 def lower_decode(
-    backbone: Backbone, params: Any, plan: Plan, *batches: Batch, mesh: Mesh | None = None
+    backbone: Backbone, params: Params, plan: Plan, *batches: Batch, mesh: Mesh | None = None
 ) -> jax.stages.Lowered:
     """Lowers the program that decodes a round, as the engine calls it.
 
@@ -88,37 +196,17 @@ def lower_decode(
     Returns:
         The program; `.compile()` gives its memory and its HLO.
     """
+    call = DecodeCall(plan, batches)
     batch = next(batch for batch in batches if batch.rows)
-    sampling = batch.rows[0].request.sampling
-    *_, num_rows, length = plan.shape(*batches)
-    block_cache = plan.cache.block_cache
-    window = window_size(sampling, block_cache, 0)
 
-    def state() -> Any:
-        entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
-        rows = build_rows(
-            entries, batch.prefix_index, plan.config, num_rows=num_rows, length=length, guided=batch.guided
-        )
-        return rows, empty_suffix(backbone.config, rows.tokens.shape, plan.dtype, block_cache=block_cache != "off")
+    def arguments() -> tuple[PrefixCache, DecodeState, Decoding, jax.Array, jax.Array]:
+        decoding, limit = call.decoding(batch), jnp.asarray(1, jnp.int32)
+        if mesh is not None:
+            decoding = jax.tree.map(lambda leaf: leaf[None], decoding)
+        rows = put_rows(call.rows(batch), jnp.asarray)
+        state = initial_state(backbone.config, rows, **call.state_sizes)
+        return call.prefixes(backbone.config), state, decoding, limit, limit
 
-    room = length_bucket(sampling.num_steps // sampling.num_blocks)
-
-    def decoding() -> Any:
-        values = make_decoding(
-            plan.config, sampling, batch.boundary, plan.cache.refresh_interval, block_cache=block_cache, room=room
-        )
-        return values if mesh is None else jax.tree.map(lambda leaf: leaf[None], values)
-
-    one = jax.eval_shape(lambda: jnp.asarray(1, jnp.int32))
-    local = (abstract_prefixes(backbone, plan, *batches), jax.eval_shape(state), jax.eval_shape(decoding), one, one)
-    args = _everywhere(local, (PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED), mesh)
-    return decode.lower(
-        backbone,
-        _shapes(params),
-        *args,
-        block_width=width_bucket(sampling.block_size),
-        deep_layers=plan.buffers.deep,
-        window=min(window and width_bucket(window), length),
-        guided=batch.guided,
-        mesh=mesh,
-    )
+    specs = (PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED)
+    args = _everywhere(jax.eval_shape(arguments), specs, mesh)
+    return decode.lower(backbone, _shapes(params), *args, mesh=mesh, **call.sizes(call.stages[0]))

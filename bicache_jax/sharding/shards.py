@@ -6,7 +6,6 @@ there are none: a data shard is a batch of its own, with its own prefixes and st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,23 +13,15 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bicache_jax.core.cache import PrefixCache, SuffixCache
+from bicache_jax.core.cache import DecodeState, DeepCache, PrefixCache, SuffixCache
 from bicache_jax.sharding.meshes import DATA, MODEL
 
 PER_SHARD, REPLICATED = P(DATA), P()
-_CUT = {"k": P(None, DATA, MODEL), "v": P(None, DATA, MODEL), "hidden": P(None, DATA)}
+_KV: Any = P(None, DATA, MODEL)  # rows and prefixes along `data`, their heads along `model`
+_EACH: Any = PER_SHARD
 
-
-def _cut(kind: type[Any]) -> Any:
-    """A cache type with, for each field, how it is cut: rows and prefixes along `data`, their heads along `model`."""
-    tree = object.__new__(kind)
-    for field in dataclasses.fields(kind):
-        object.__setattr__(tree, field.name, _CUT.get(field.name, PER_SHARD))
-    return tree
-
-
-PREFIX = _cut(PrefixCache)
-STATE = (PER_SHARD, _cut(SuffixCache))
+PREFIX = PrefixCache(k=_KV, v=_KV, hidden=P(None, DATA), boundaries=_EACH, length=_EACH)  # type: ignore[arg-type]
+STATE = DecodeState(rows=_EACH, deep=DeepCache(_KV, _KV), suffix=SuffixCache(_KV, _KV), index=_EACH)
 
 
 def on_shards(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

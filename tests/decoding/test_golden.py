@@ -18,8 +18,8 @@ from bicache_jax import (
     denoise,
     encode_prefix,
     forward,
-    functional,
     load_model,
+    wiring,
 )
 from bicache_jax.kernels import PrefixAttention
 
@@ -129,7 +129,7 @@ def test_the_kernels_give_them_too(
     models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, implementation: str, family: str, name: str
 ) -> None:
     """In Pallas's interpreter."""
-    monkeypatch.setattr(functional, "PrefixAttention", lambda name: PrefixAttention(name, interpret=True))
+    monkeypatch.setattr(wiring, "PrefixAttention", lambda name: PrefixAttention(name, interpret=True))
     prompt = golden.expected(family)["prompt"]
     changes = {"block_cache": golden.block_cache(name), "attention": implementation}
     out = _run(models[family], golden.cases(family)[name], prompt, **changes)

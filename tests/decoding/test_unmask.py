@@ -16,7 +16,7 @@ from bicache_jax.core.cache import Draw
 from bicache_jax.core.config import REMASKING, ModelConfig, SamplingConfig
 from bicache_jax.decoding import head
 from bicache_jax.decoding.rules import RULES, ranks
-from bicache_jax.decoding.schedule import even_counts, make_decoding, time_counts, window_size
+from bicache_jax.decoding.schedule import even_counts, make_decoding, span_size, time_counts
 
 MASK = 5
 CONFIG = ModelConfig("llada", 32, 8, 2, 2, 2, 4, 16, 1e4, 1e-5, 64, MASK)
@@ -131,10 +131,10 @@ def test_schedules_of_a_batch() -> None:
     for masks, steps in ((32, 16), (32, 10), (8, 4), (5, 9)):
         assert even_counts(masks, steps).sum() == masks == time_counts(masks, steps, anchored=False).sum()
     assert time_counts(8, 4, anchored=True)[0] == 1
-    decoding = make_decoding(CONFIG, SamplingConfig(24, 12, 8, threshold=0.9), 3, 4, block_cache="dual", room=16)
+    decoding = make_decoding(CONFIG, SamplingConfig(24, 12, 8, threshold=0.9), 3, 4, block_cache="dual", num_counts=16)
     assert decoding.counts.tolist() == [2, 2, 2, 2] + [0] * 12 and bool(decoding.dual) and not bool(decoding.anchor)
     sampling = SamplingConfig(24, 12, 8)
-    assert [window_size(sampling, kind, block) for kind in ("off", "prefix", "dual") for block in (0, 2)] == [
+    assert [span_size(sampling, kind, block) for kind in ("off", "prefix", "dual") for block in (0, 2)] == [
         *(0, 0),
         *(24, 8),
         *(8, 8),

@@ -7,11 +7,14 @@ import random
 from typing import Any
 
 import golden
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from loops import taken_out
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
+from bicache_jax.serving.frames import Frames
 from bicache_jax.serving.grouping import detect_prefixes
 from bicache_jax.serving.programs import lower_decode
 
@@ -129,15 +132,81 @@ def test_samples_share_their_prompt_and_differ_by_seed(model: Model) -> None:
     assert _engine(model).generate([single])[0].token_ids == samples[1].token_ids
 
 
-def test_stream_shows_the_canvas_at_interval_edges(model: Model) -> None:
-    events = list(_engine(model).stream(_requests(2)))
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_stream_shows_the_canvas_every_few_steps(model: Model, every: int) -> None:
+    """Inside refresh intervals of 3 steps as well as at their edges."""
+    events = list(_engine(model).stream(_requests(2), every=every))
     unfinished = [event for event in events if event.finish_reason is None]
-    assert {event.steps for event in unfinished} == {3, 6}
+    assert {event.steps for event in unfinished} == set(range(every, 8, every))
     assert all(event.token_ids.count(model.config.mask_id) == 16 - 2 * event.steps for event in unfinished)
     for event in events:
         assert event.masked == tuple(i for i, token in enumerate(event.token_ids) if token == model.config.mask_id)
         assert event.to_json().get("masked") == (None if event.finish_reason else list(event.masked))
     assert _tokens([event for event in events if event.finish_reason]) == _tokens(_engine(model).generate(_requests(2)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"block_cache": "dual"}, {"block_cache": "prefix"}, {"block_cache": "dual", "threshold": 0.02}],
+    ids=["plain", "dual", "prefix", "threshold"],
+)
+def test_how_often_one_looks_changes_nothing_and_compiles_nothing(model: Model, settings: dict[str, Any]) -> None:
+    """A dispatch may end anywhere in an interval, and under a block cache anywhere in a block."""
+    threshold = settings.pop("threshold", None)
+    requests = _requests(8, block_length=4, threshold=threshold)
+    engine = _engine(model, **settings)
+    wanted = engine.generate(requests)
+    compiled = engine.stats.compilations
+    for every in (1, 2, 5):
+        events = [event for event in engine.stream(requests, every=every) if event.finish_reason]
+        assert sorted(map(repr, events)) == sorted(map(repr, wanted))
+    assert engine.stats.compilations == compiled
+
+
+def test_frames_follow_the_clock() -> None:
+    now = 0.0
+    frames = Frames(seconds=0.1, clock=lambda: now)
+    seen = []
+    for _ in range(6):
+        seen.append(frames.steps)
+        now += frames.steps * 0.004
+        frames.shown()
+    assert seen == [1, 1, 4, 16, 25, 25]
+    now += 10.0  # one slow dispatch
+    frames.shown()
+    assert frames.steps == 1
+    assert Frames(7).steps == 7
+
+
+@pytest.mark.parametrize("where", ["head", "layers"])
+def test_logits_that_are_not_finite_end_their_request_alone(model: Model, where: str) -> None:
+    """A token's own NaN reaches those that see it: in the embedding one request, in a layer's weight all."""
+    requests = _requests(6)
+    bad = 295
+    spoiled = dataclasses.replace(requests[2], prompt_ids=(*requests[2].prompt_ids[:-1], bad))
+    requests[2] = spoiled
+    wanted = _tokens(_engine(model).generate(requests))
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    if where == "head":
+        params["embed"] = params["embed"].at[bad].set(jnp.nan)
+    else:
+        params["layers"]["down"]["kernel"] = params["layers"]["down"]["kernel"].at[3, 0, 0].set(jnp.inf)
+    engine = _engine(dataclasses.replace(model, params=params))
+    for results in (engine.generate(requests), [r for r in engine.stream(requests, every=1) if r.finish_reason]):
+        failed = {result.id for result in results if result.finish_reason == "error"}
+        assert failed == ({"r2"} if where == "head" else {request.id for request in requests})
+        for result in results:
+            if result.id in failed:
+                assert "not finite" in str(result.error) and result.token_ids == ()
+            else:
+                assert result.token_ids == wanted[result.id]
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5, "temperature": 0.7}, {"threshold": 0.9}])
+def test_rules_that_look_at_all_logits_notice_what_is_not_finite(model: Model, settings: dict[str, Any]) -> None:
+    params = model.params | {"head": model.params["head"].at[17, 3].set(jnp.nan)}
+    results = _engine(dataclasses.replace(model, params=params)).generate(_requests(2, **settings))
+    assert {result.finish_reason for result in results} == {"error"}
 
 
 def test_no_cache_is_the_same_program_without_a_prefix(model: Model) -> None:
