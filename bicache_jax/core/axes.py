@@ -77,12 +77,18 @@ def without_gradient(function: Callable[..., Any], why: str) -> Callable[..., An
         A function that raises TypeError under `jax.grad`, `jax.jvp` and the like.
     """
 
-    @jax.custom_jvp
-    def call(*args: Any) -> Any:
-        return function(*args)
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)  # tangents must not take the form of our pytrees, whose arrays are typed
 
-    @call.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
-        raise TypeError(why)
+        @jax.custom_jvp
+        def call(leaves: list[Any]) -> Any:
+            return function(*jax.tree.unflatten(tree, leaves))
 
-    return functools.wraps(function)(call)
+        @call.defjvp
+        def jvp(primals: Any, tangents: Any) -> Any:
+            raise TypeError(why)
+
+        return call(leaves)
+
+    return run
