@@ -269,4 +269,5 @@ def test_no_pass_is_made_that_no_step_uses(model: Model, cache: dict[str, Any]) 
     engine = _engine(model, **cache)
     plan = engine.plan(_requests(4))
     text = lower_decode(engine._executor.backbone, engine._executor.params, plan, *plan.rounds[0]).compile().as_text()
-    assert not taken_out(text, "/reuse/while")
+    for kind in ("refresh", "reuse"):
+        assert not taken_out(text, f"/{kind}/while")
