@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from bicache_jax.checkpoints.fields import TensorMap, read_ids, read_json
 from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
+from bicache_jax.checkpoints.other_formats import refuse_other_formats, unknown_model_type
 from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
 from bicache_jax.checkpoints.tokenizer import load_tokenizer
@@ -107,13 +108,14 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         BicacheError: one line that names the file and the fault.
     """
     folder = find_folder(path)
+    refuse_other_formats(folder)
     source = folder / "config.json"
     fields = read_json(source)
     model_type = fields.get("model_type")
     family = next((f for f in FAMILIES.values() if str(model_type).lower() in f.MODEL_TYPES), None)
     if family is None:
         known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
-        raise BicacheError(f"{source}: model_type is {model_type!r}, supported: {known}")
+        raise BicacheError(unknown_model_type(source, fields, known))
     with open_checkpoint(folder) as tensors:
         try:
             config = family.config_from_hf(fields, tensors.names, str(source))

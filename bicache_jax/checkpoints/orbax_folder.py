@@ -27,6 +27,7 @@ MANIFEST = "bicache.json"
 PARAMS = "params"
 # A shard reads whole chunks. One chunk a parameter would make every process read everything.
 CHUNK_BYTES = 4 << 20
+_WEIGHT_DTYPES = ("float32", "bfloat16")
 
 
 @jax.jit
@@ -171,6 +172,11 @@ class OrbaxFolder:
             f"misshaped {'.'.join(path)}: {list(self._params[path][0])}, expected {list(leaf.shape)}"
             for path, leaf in leaves.items()
             if path in self._params and self._params[path][0] != leaf.shape
+        ]
+        faults += [
+            f"unsupported {'.'.join(path)}: {dtype}, expected one of {', '.join(_WEIGHT_DTYPES)}"
+            for path, (_, dtype, _) in self._params.items()
+            if dtype not in _WEIGHT_DTYPES
         ]
         if faults:
             raise BicacheError(f"{self.folder}: parameters do not fit config.json: " + "; ".join(faults))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.fingerprint import fingerprint
+from bicache_jax.checkpoints.other_formats import no_weights, not_safetensors, refuse_quantised
 from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.core.types import BicacheError
 
@@ -51,21 +52,23 @@ class SafetensorsFolder:
             files = sorted({str(name) for name in listed.values()})
             absent = [name for name in files if not (folder / name).is_file()]
             if absent:
-                raise BicacheError(f"{folder}: shards named in {index.name} are missing: {', '.join(absent)}")
+                raise BicacheError(
+                    f"{folder}: shards named in {index.name} are missing: {', '.join(absent)}; download them, too"
+                )
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
-            raise BicacheError(f"{folder}: no *.safetensors file; pickled checkpoints are not read, convert them first")
+            raise BicacheError(f"{folder}: {no_weights(folder)}")
         self._stack = contextlib.ExitStack()
         self._where: dict[str, Any] = {}
         for name in files:
             try:
                 handle = self._stack.enter_context(safe_open(folder / name, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise BicacheError(f"{folder / name}: not a readable safetensors file ({error})") from None
+                raise BicacheError(not_safetensors(folder / name, error)) from None
             for tensor in handle.keys():
                 if tensor in self._where:
-                    raise BicacheError(f"{folder / name}: tensor {tensor!r} stands in another file of the folder too")
+                    raise BicacheError(f"{folder / name}: tensor {tensor!r} is in another file of the folder, too")
                 self._where[tensor] = handle
 
     def __enter__(self) -> SafetensorsFolder:
@@ -136,6 +139,7 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[
     layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
     if layers > len(tensors.names):  # a wrong number, not a list of what is missing
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
+    refuse_quantised(tensors.folder, tensors.names)
     plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
     faults: list[str] = []
     for path, leaf in leaves.items():
