@@ -86,11 +86,18 @@ def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:
-    """Where the parameters of a model stand in a checkpoint in Hugging Face layout."""
+    """Where the parameters of a model are in a checkpoint in Hugging Face layout."""
     return FAMILIES[config.family].tensor_map(config)
 
 
-def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Mesh | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    mask_id: int | None = None,
+    mesh: Mesh | None = None,
+    check_weights: bool = False,
+) -> Model:
     """Loads a checkpoint.
 
     Args:
@@ -100,6 +107,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
             hold, and `params` has the sizes of `bicache_jax.sharding.Partition`. None: the default device.
+        check_weights: look for NaN and infinity in every tensor, and refuse a model that holds any.
 
     Returns:
         The model.
@@ -123,7 +131,8 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
                 config = dataclasses.replace(config, mask_id=mask_id)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
-        params = tensors.load(tensor_map(config), _targets(config, resolve_dtype(dtype), mesh))
+        wanted = _targets(config, resolve_dtype(dtype), mesh)
+        params = tensors.load(tensor_map(config), wanted, check=check_weights)
         mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
     named = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
@@ -139,10 +148,10 @@ def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[s
     shapes = abstract(config, dtype)
     if mesh is None:
         return targets(shapes)
-    layout = Partition(config, check_mesh(mesh).shape[MODEL])
-    shardings = dict(paths(param_shardings(AXES, abstract(layout.config, dtype), mesh)))
+    partition = Partition(config, check_mesh(mesh).shape[MODEL])
+    shardings = dict(paths(param_shardings(AXES, abstract(partition.config, dtype), mesh)))
     return tree_of(
-        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(layout.source, AXES[path]))))
+        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(partition.source, AXES[path]))))
         for path, leaf in paths(shapes)
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.options import boundary, from_flags, integer, integers, listed
+from bicache_jax.cli.options import add_weights_flag, boundary, from_flags, integer, integers, listed
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--random", metavar="SHAPE", help="random weights of a shape: llada_8b, dream_7b, small")
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
     what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(what)
 
     grid = parser.add_argument_group("settings")
     grid.add_argument(

@@ -13,7 +13,7 @@ from typing import Any
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.options import boundary, from_flags, integer, warn
+from bicache_jax.cli.options import add_weights_flag, boundary, from_flags, integer, warn
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.serving.inputs import read_requests
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(what)
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
 
     cache = parser.add_argument_group("cache and decoding")

@@ -102,6 +102,16 @@ def boundary(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be 'auto' or an integer >= 0, got {text!r}") from None
 
 
+def add_weights_flag(group: argparse._ActionsContainer) -> None:
+    """Adds the flag that has weights looked at while they are loaded."""
+    group.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="look for NaN and infinity in every tensor while the model is loaded, and name those tensors"
+        " (default: off)",
+    )
+
+
 def from_flags(make: Callable[..., C], **fields: Any) -> C:
     """Makes a configuration and says its complaints in the words of the command line.
 

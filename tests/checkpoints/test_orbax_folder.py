@@ -38,7 +38,7 @@ def test_both_ways_end_in_the_same_model(converted, tmp_path, monkeypatch):
     half = load_model(converted, dtype="bfloat16").params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, original.params)
     monkeypatch.setattr(conversion, "FILE_BYTES", 400_000)
-    convert(converted, tmp_path / "back", layout="safetensors")
+    convert(converted, tmp_path / "back", to="safetensors")
     assert len(list((tmp_path / "back").glob("*.safetensors"))) == 4
     equal(load_model(tmp_path / "back"), original)
 
