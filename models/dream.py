@@ -11,6 +11,15 @@ from bicache_jax.core.config import ModelConfig
 MODEL_TYPES = ("dream",)
 PUBLISHED_MASK_ID = 151666
 
+# What its published loop does (`generation_utils.py` of the checkpoints); fields of `ModelConfig`.
+LOOP: Mapping[str, Any] = {
+    "shift_logits": True,
+    "remasking": "entropy",
+    "schedule": "time",
+    "time_eps": 1e-3,
+    "tempered_confidence": True,
+}
+
 
 # Fields of the published configs that change no result.
 _HARMLESS = (
@@ -44,7 +53,7 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         eos_ids=file.ids("eos_token_id"),
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
         tied=file.read("tie_word_embeddings", bool, default=False),
-        shift_logits=True,
+        **LOOP,
     )
     file.check_rest(_HARMLESS)
     return config

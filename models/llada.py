@@ -11,6 +11,15 @@ from bicache_jax.core.config import ModelConfig
 MODEL_TYPES = ("llada",)
 PUBLISHED_MASK_ID = 126336
 
+# What its published loop does (`generate.py`); fields of `ModelConfig`.
+LOOP: Mapping[str, Any] = {
+    "shift_logits": False,
+    "remasking": "low_confidence",
+    "schedule": "even",
+    "time_eps": 0.0,
+    "tempered_confidence": False,
+}
+
 # Settings of the published modelling code that this block is built for.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
@@ -90,6 +99,7 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         norm_bias="model.transformer.ln_f.bias" in names,
         head_bias="model.transformer.ff_out.bias" in names,
         tied=file.read("weight_tying", bool, default=False),
+        **LOOP,
     )
     for alias, value in {  # the modelling code has these names too, and some tools write them
         "hidden_size": config.d_model,

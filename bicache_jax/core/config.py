@@ -9,6 +9,7 @@ from typing import Literal
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
+Schedule = Literal["even", "time"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
@@ -16,11 +17,14 @@ POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+SCHEDULES: tuple[Schedule, ...] = ("even", "time")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a diffusion LM, whatever its family.
+    """A diffusion LM, whatever its family: its architecture, and what its published loop does unless it is told.
+
+    A family differs from others by these fields alone: no code but `bicache_jax.models` asks for its name.
 
     Attributes:
         family: `llada` or `dream`; picks the checkpoint map.
@@ -43,6 +47,12 @@ class ModelConfig:
         head_bias: whether the head has a bias.
         tied: whether the head is the embedding.
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
+        remasking: the unmasking rule where a request names none.
+        schedule: how many tokens a step unmasks (`bicache_jax.decoding.schedule`): `even` as many in each (LLaDA),
+            `time` a share of those left that follows from the step's time (Dream).
+        time_eps: time of the last step, for `schedule="time"` and the rule `origin`.
+        tempered_confidence: whether a temperature divides the logits, so that confidence is the probability at it
+            (Dream). If not, it scales the noise, and confidence is the probability at temperature 1 (LLaDA).
     """
 
     family: str
@@ -65,6 +75,10 @@ class ModelConfig:
     head_bias: bool = False
     tied: bool = False
     shift_logits: bool = False
+    remasking: Remasking = "low_confidence"
+    schedule: Schedule = "even"
+    time_eps: float = 0.0
+    tempered_confidence: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -73,6 +87,12 @@ class ModelConfig:
             raise ValueError(f"rotary embedding needs an even head size, got {self.head_dim=}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id must be a token of the vocabulary, got {self.mask_id=} and {self.vocab_size=}")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if not 0.0 <= self.time_eps < 1.0:
+            raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +144,10 @@ class SamplingConfig:
         steps: denoising steps over the whole response; None: one token a step.
         block_length: tokens of a semi-autoregressive block; None: the whole response.
         temperature: 0 takes the argmax; above, tokens are drawn from the softmax at this temperature. Confidence is
-            the probability at temperature 1 for LLaDA, and at this temperature for Dream, as their loops have it.
-        remasking: which masked tokens are unmasked first (`bicache_jax.decoding.rules`); None: the family's,
-            `low_confidence` for LLaDA and `entropy` for Dream.
+            the probability at temperature 1 for LLaDA, and at this temperature for Dream
+            (`ModelConfig.tempered_confidence`).
+        remasking: which masked tokens are unmasked first (`bicache_jax.decoding.rules`); None: the model's own rule
+            (`ModelConfig.remasking`), `low_confidence` for LLaDA and `entropy` for Dream.
         seed: seed of the noise; a request's own seed replaces it.
         threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
             unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.

@@ -185,3 +185,10 @@ def test_the_command_and_loading_refuse_too(tmp_path: Path, capfd: pytest.Captur
         lines = capfd.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "rope_scaling" in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shape_decodes_as_its_family() -> None:
+    for name in ("llada_8b", "dream_7b", "small"):
+        config = model_shape(name)
+        for field, value in FAMILIES[config.family].LOOP.items():
+            assert getattr(config, field) == value, (name, field)
