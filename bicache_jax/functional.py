@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.cache import PrefixCache, Rows
-from bicache_jax.core.config import BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.numerics import precision
 from bicache_jax.decoding.encode import encode
 from bicache_jax.decoding.interval import empty_suffix, intervals
@@ -92,7 +93,7 @@ def denoise(
     sampling: SamplingConfig,
     key: Key[Array, "*B"],
     *,
-    refresh_interval: Int[Array, ""] | int = 16,
+    refresh_interval: Int[Array, ""] | int | Literal["auto"] = "auto",
     block_cache: BlockCache = "off",
     prefix_index: Int[Array, " B"] | None = None,
     canvas_len: Int[Array, " B"] | None = None,
@@ -110,7 +111,7 @@ def denoise(
         boundary: b, 0..L; layers below it reuse the prefix-alone KV. May be traced.
         sampling: decoding settings (static under `jit`).
         key: one noise key per row [B], or one key that is folded with the row number.
-        refresh_interval: N in denoising steps. May be traced.
+        refresh_interval: N in denoising steps; `auto` as in `CacheConfig`. May be traced.
         block_cache: block cache (static); see `CacheConfig`.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
@@ -138,6 +139,8 @@ def denoise(
     if sampling.guided:
         prefix, rows = _with_twins(backbone, params, prefix, rows)
     state = (rows, empty_suffix(config, rows.tokens.shape, prefix.k.dtype, block_cache=block_cache != "off"))
+    if isinstance(refresh_interval, str):
+        refresh_interval = CacheConfig(block_cache=block_cache).interval(sampling)
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
     for window, stop_block in stages(sampling, block_cache):
         state = intervals(

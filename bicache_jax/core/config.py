@@ -16,6 +16,8 @@ ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
+REFRESH_INTERVAL = 16
+"""Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
 SCHEDULES: tuple[Schedule, ...] = ("even", "time")
 
@@ -103,7 +105,8 @@ class CacheConfig:
         policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`.
         boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
         table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
-        refresh_interval: N, denoising steps between two recomputations of the deep prefix KV.
+        refresh_interval: N, denoising steps from one recomputation of the deep prefix KV to the next; `auto` depends on
+            the block cache (see `interval`).
         block_cache: `dual` freezes everything outside the current block until the block is done, `prefix` everything
             before it (Fast-dLLM, arXiv 2505.22618); `off` freezes nothing.
         batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
@@ -113,7 +116,7 @@ class CacheConfig:
     policy: Policy = "bicache"
     boundary: int | Literal["auto"] = "auto"
     table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
-    refresh_interval: int = 16
+    refresh_interval: int | Literal["auto"] = "auto"
     block_cache: BlockCache = "off"
     batch_boundary: Literal["own", "min"] = "own"
     min_prefix: int = 16
@@ -125,14 +128,29 @@ class CacheConfig:
             raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
         if self.policy == "none" and self.boundary != "auto":
             raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
-        if self.refresh_interval < 1:
-            raise ValueError(f"refresh_interval must be >= 1, got {self.refresh_interval}")
+        interval = self.refresh_interval
+        if interval != "auto" and (not isinstance(interval, int) or interval < 1):
+            raise ValueError(f"refresh_interval must be 'auto' or an integer >= 1, got {interval!r}")
         if self.block_cache not in BLOCK_CACHES:
             raise ValueError(f"block_cache must be one of {', '.join(BLOCK_CACHES)}, got {self.block_cache!r}")
         if self.batch_boundary not in ("own", "min"):
             raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
         if self.min_prefix < 1:
             raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
+
+    def interval(self, sampling: SamplingConfig) -> int:
+        """N of rows with these decoding settings.
+
+        `auto` is `REFRESH_INTERVAL` without a block cache. With one it is the most steps that a block takes: a block
+        begins with a pass over the whole suffix, and a refresh inside it would recompute the prefix for little.
+        """
+        if self.refresh_interval != "auto":
+            return self.refresh_interval
+        if self.block_cache == "off":
+            return REFRESH_INTERVAL
+        if sampling.by_confidence:  # as many as there are tokens, and the counter restarts at each block
+            return sampling.block_size
+        return min(sampling.block_size, sampling.num_steps // sampling.num_blocks)
 
 
 @dataclasses.dataclass(frozen=True)

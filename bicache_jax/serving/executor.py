@@ -75,7 +75,7 @@ class Executor:
                     config,
                     sampling := batch.rows[0].request.sampling if batch.rows else samplings[0],
                     batch.boundary,
-                    cache.refresh_interval,
+                    cache.interval(sampling),
                     block_cache=cache.block_cache,
                     room=length_bucket(sampling.num_steps // sampling.num_blocks),
                 )
@@ -192,7 +192,7 @@ class Executor:
                     prefix_len=row.prefix_len,
                     prefix_ratio=row.ratio,
                     boundary=boundary,
-                    refresh_interval=self.cache.refresh_interval,
+                    refresh_interval=self.cache.interval(row.request.sampling),
                     steps=int(state[1][place]),
                     forward_passes=int(state[2][place]),
                     masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),

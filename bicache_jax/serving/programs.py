@@ -105,7 +105,7 @@ def lower_decode(
 
     def decoding() -> Any:
         values = make_decoding(
-            plan.config, sampling, batch.boundary, plan.cache.refresh_interval, block_cache=block_cache, room=room
+            plan.config, sampling, batch.boundary, plan.cache.interval(sampling), block_cache=block_cache, room=room
         )
         return values if mesh is None else jax.tree.map(lambda leaf: leaf[None], values)
 
