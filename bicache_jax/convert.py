@@ -15,24 +15,31 @@ from safetensors.numpy import save_file
 
 from bicache_jax.checkpoints.fields import TensorMap
 from bicache_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder, write_params
-from bicache_jax.checkpoints.safetensors_folder import is_stacked, stored_names
-from bicache_jax.checkpoints.tree import paths
+from bicache_jax.checkpoints.tree import is_stacked, paths, stored_names
 from bicache_jax.core.types import BicacheError
 from bicache_jax.loading import find_folder, load_model, open_checkpoint, tensor_map
 
-Layout = Literal["orbax", "safetensors"]
-LAYOUTS: tuple[Layout, ...] = ("orbax", "safetensors")
+Format = Literal["orbax", "safetensors"]
+FORMATS: tuple[Format, ...] = ("orbax", "safetensors")
 FILE_BYTES = 5 * 10**9  # of a safetensors file, as the hub has them
 
 
-def convert(source: str | Path, output: str | Path, *, layout: Layout = "orbax", dtype: Any = "auto") -> int:
-    """Writes a model anew in the other layout, config, tokenizer and boundary table alongside.
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: Format = "orbax",
+    dtype: Any = "auto",
+    check_weights: bool = False,
+) -> int:
+    """Writes a model in another format, with its config, tokenizer and boundary table.
 
     Args:
         source: as in `load_model`.
         output: a folder that does not exist yet, or is empty.
-        layout: of the output.
+        to: format of the output.
         dtype: of the parameters.
+        check_weights: as in `load_model`.
 
     Returns:
         Bytes of the parameters written.
@@ -44,7 +51,7 @@ def convert(source: str | Path, output: str | Path, *, layout: Layout = "orbax",
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BicacheError(f"--output {output} exists already: name a new folder")
     folder = find_folder(source)
-    model = load_model(source, dtype=dtype)
+    model = load_model(source, dtype=dtype, check_weights=check_weights)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, since only a rename within a file system is atomic.
@@ -52,7 +59,7 @@ def convert(source: str | Path, output: str | Path, *, layout: Layout = "orbax",
             made = Path(t) / "model"
             made.mkdir()
             _copy_side_files(folder, made)
-            if layout == "orbax":
+            if to == "orbax":
                 with open_checkpoint(folder) as tensors:
                     names = tensors.names
                 write_params(made, model.params, fingerprint=model.fingerprint, names=names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from bicache_jax.core.axes import explicit_axis, on_auto_axes, vary_like, withou
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
-from bicache_jax.core.config import BlockCache, ModelConfig, SamplingConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.layout import lay_out_canvases
 from bicache_jax.core.numerics import precision
 from bicache_jax.decoding.encode import encode_alone
@@ -115,7 +115,7 @@ def denoise(
     sampling: SamplingConfig,
     key: Key[Array, "*B"] | UInt32[Array, "*B 2"],
     *,
-    refresh_interval: Int[Array, ""] | int = 16,
+    refresh_interval: Int[Array, ""] | int | Literal["auto"] = "auto",
     block_cache: BlockCache = "off",
     prefix_index: Int[Array, " B"] | None = None,
     canvas_len: Int[Array, " B"] | None = None,
@@ -141,7 +141,7 @@ def denoise(
         sampling: decoding settings (static under `jit`).
         key: one noise key per row [B], or one key that is folded with the row number; `jax.random.key` or the older
             `jax.random.PRNGKey`.
-        refresh_interval: N in denoising steps. May be traced.
+        refresh_interval: N in denoising steps; `auto` as in `CacheConfig`. May be traced.
         block_cache: block cache (static); see `CacheConfig`.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
@@ -169,6 +169,8 @@ def denoise(
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if isinstance(refresh_interval, str):
+        refresh_interval = CacheConfig(block_cache=block_cache).interval(sampling)
     run = functools.partial(_denoise, backbone_for(config, attention), sampling, block_cache)
     args = (
         params,

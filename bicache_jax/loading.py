@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from bicache_jax.checkpoints.fields import TensorMap, read_ids, read_json
 from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
+from bicache_jax.checkpoints.other_formats import refuse_other_formats, unknown_model_type
 from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
 from bicache_jax.checkpoints.tokenizer import load_tokenizer
@@ -85,11 +86,18 @@ def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:
-    """Where the parameters of a model stand in a checkpoint in Hugging Face layout."""
+    """Where the parameters of a model are in a checkpoint in Hugging Face layout."""
     return FAMILIES[config.family].tensor_map(config)
 
 
-def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = None, mesh: Mesh | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    mask_id: int | None = None,
+    mesh: Mesh | None = None,
+    check_weights: bool = False,
+) -> Model:
     """Loads a checkpoint.
 
     Args:
@@ -99,6 +107,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
             hold, and `params` has the sizes of `bicache_jax.sharding.Partition`. None: the default device.
+        check_weights: look for NaN and infinity in every tensor, and refuse a model that holds any.
 
     Returns:
         The model.
@@ -107,13 +116,14 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
         BicacheError: one line that names the file and the fault.
     """
     folder = find_folder(path)
+    refuse_other_formats(folder)
     source = folder / "config.json"
     fields = read_json(source)
     model_type = fields.get("model_type")
     family = next((f for f in FAMILIES.values() if str(model_type).lower() in f.MODEL_TYPES), None)
     if family is None:
         known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
-        raise BicacheError(f"{source}: model_type is {model_type!r}, supported: {known}")
+        raise BicacheError(unknown_model_type(source, fields, known))
     with open_checkpoint(folder) as tensors:
         try:
             config = family.config_from_hf(fields, tensors.names, str(source))
@@ -121,7 +131,8 @@ def load_model(path: str | Path, *, dtype: Any = "auto", mask_id: int | None = N
                 config = dataclasses.replace(config, mask_id=mask_id)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
-        params = tensors.load(tensor_map(config), _targets(config, resolve_dtype(dtype), mesh))
+        wanted = _targets(config, resolve_dtype(dtype), mesh)
+        params = tensors.load(tensor_map(config), wanted, check=check_weights)
         mark = tensors.mark(fields)
     tokenizer = load_tokenizer(folder)
     named = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
@@ -137,10 +148,10 @@ def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[s
     shapes = abstract(config, dtype)
     if mesh is None:
         return targets(shapes)
-    layout = Partition(config, check_mesh(mesh).shape[MODEL])
-    shardings = dict(paths(param_shardings(AXES, abstract(layout.config, dtype), mesh)))
+    partition = Partition(config, check_mesh(mesh).shape[MODEL])
+    shardings = dict(paths(param_shardings(AXES, abstract(partition.config, dtype), mesh)))
     return tree_of(
-        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(layout.source, AXES[path]))))
+        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(partition.source, AXES[path]))))
         for path, leaf in paths(shapes)
     )
 

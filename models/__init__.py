@@ -8,4 +8,4 @@ from bicache_jax.models.transformer import abstract as abstract
 from bicache_jax.models.transformer import init as init
 
 FAMILIES = {"llada": llada, "dream": dream}
-"""Family modules by name; each has `MODEL_TYPES`, `config_from_hf` and `tensor_map`."""
+"""Family modules by name; each has `MODEL_TYPES`, `LOOP`, `config_from_hf` and `tensor_map`."""

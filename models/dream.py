@@ -1,44 +1,62 @@
-"""Dream (arXiv 2508.15487): Dream-7B, DiffuCoder. A Qwen2 block whose logits at j - 1 predict position j."""
+"""Dream (arXiv 2508.15487): Dream-7B, Dream-Coder, DiffuCoder. Qwen2 blocks; logits at j - 1 predict position j."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoints.fields import TensorMap, read_field, read_ids
+from bicache_jax.checkpoints.fields import Fields, TensorMap
 from bicache_jax.core.config import ModelConfig
-from bicache_jax.core.types import BicacheError
 
 MODEL_TYPES = ("dream",)
 PUBLISHED_MASK_ID = 151666
 
+# What its published loop does (`generation_utils.py` of the checkpoints); fields of `ModelConfig`.
+LOOP: Mapping[str, Any] = {
+    "shift_logits": True,
+    "remasking": "entropy",
+    "schedule": "time",
+    "time_eps": 1e-3,
+    "tempered_confidence": True,
+}
+
+
+# Fields of the published configs that change no result.
+_HARMLESS = (
+    # unused while use_sliding_window is off
+    "sliding_window",
+    "max_window_layers",
+    # told by the names of the tensors
+    "attention_bias",
+)
+
 
 def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str) -> ModelConfig:
     """Reads a `config.json`; arguments and errors as `bicache_jax.models.llada.config_from_hf`."""
-    read_field(fields, "hidden_act", source, default="silu", allowed=("silu",))
-    read_field(fields, "use_sliding_window", source, default=False, allowed=(False,))
-    if fields.get("rope_scaling") is not None:
-        raise BicacheError(f"{source}: field 'rope_scaling' is {fields['rope_scaling']!r}, supported: null")
-    d_model = read_field(fields, "hidden_size", source, int)
-    num_heads = read_field(fields, "num_attention_heads", source, int)
-    return ModelConfig(
+    file = Fields(fields, source)
+    file.read("hidden_act", default="silu", allowed=("silu",))
+    d_model = file.read("hidden_size", int)
+    num_heads = file.read("num_attention_heads", int)
+    config = ModelConfig(
         family="dream",
-        vocab_size=read_field(fields, "vocab_size", source, int),
+        vocab_size=file.read("vocab_size", int),
         d_model=d_model,
-        num_layers=read_field(fields, "num_hidden_layers", source, int),
+        num_layers=file.read("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=read_field(fields, "num_key_value_heads", source, int, default=num_heads),
-        head_dim=read_field(fields, "head_dim", source, int, default=d_model // max(1, num_heads)),
-        d_mlp=read_field(fields, "intermediate_size", source, int),
-        rope_theta=float(read_field(fields, "rope_theta", source, float, default=10000.0)),
-        norm_eps=float(read_field(fields, "rms_norm_eps", source, float, default=1e-6)),
-        max_length=read_field(fields, "max_position_embeddings", source, int, default=32768),
-        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID, least=0),
-        eos_ids=read_ids(fields, "eos_token_id", source),
+        num_kv_heads=file.read("num_key_value_heads", int, default=num_heads),
+        head_dim=file.read("head_dim", int, default=d_model // num_heads),
+        d_mlp=file.read("intermediate_size", int),
+        rope_theta=file.rope_theta(10000.0),
+        norm_eps=float(file.read("rms_norm_eps", float, default=1e-6)),
+        max_length=file.read("max_position_embeddings", int, default=32768),
+        mask_id=file.read("mask_token_id", int, default=PUBLISHED_MASK_ID, least=0),
+        eos_ids=file.ids("eos_token_id"),
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
-        tied=read_field(fields, "tie_word_embeddings", source, bool, default=False),
-        shift_logits=True,
+        tied=file.read("tie_word_embeddings", bool, default=False),
+        **LOOP,
     )
+    file.check_rest(_HARMLESS)
+    return config
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:

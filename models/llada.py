@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bicache_jax.checkpoints.fields import TensorMap, read_field, read_ids
+from bicache_jax.checkpoints.fields import Fields, TensorMap
 from bicache_jax.core.config import ModelConfig
 
 MODEL_TYPES = ("llada",)
 PUBLISHED_MASK_ID = 126336
+
+# What its published loop does (`generate.py`); fields of `ModelConfig`.
+LOOP: Mapping[str, Any] = {
+    "shift_logits": False,
+    "remasking": "low_confidence",
+    "schedule": "even",
+    "time_eps": 0.0,
+    "tempered_confidence": False,
+}
 
 # Settings of the published modelling code that this block is built for.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
@@ -17,11 +26,33 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "activation_type": ("silu", "swiglu"),
     "layer_norm_type": ("rms",),
     "rope": (True,),
-    "alibi": (False, None),
-    "scale_logits": (False, None),
-    "input_emb_norm": (False, None),
-    "attention_layer_norm": (False, None),
+    "alibi": (False,),
+    "scale_logits": (False,),
+    "input_emb_norm": (False,),
+    "attention_layer_norm": (False,),
 }
+
+# Fields of the published configs that change no result.
+_HARMLESS = (
+    # of variants that are refused above
+    "alibi_bias_max",
+    "attention_layer_norm_with_affine",
+    # told by the names of the tensors
+    "bias_for_layer_norm",
+    "layer_norm_with_affine",
+    # how the modelling code computes the same numbers, and how it begins a training
+    "block_group_size",
+    "precision",
+    "rope_full_precision",  # it always is, here
+    "init_device",
+    "init_fn",
+    "init_std",
+    "init_cutoff_factor",
+    "train_max_sequence_length",
+    # transformers' own names, which the modelling code does not look at
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
 
 
 def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str) -> ModelConfig:
@@ -36,43 +67,50 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         The architecture.
 
     Raises:
-        BicacheError: a field is missing, has the wrong type, or asks for a variant that is not LLaDA's.
+        BicacheError: a field is missing, has the wrong type, asks for a variant that is not LLaDA's, or is unknown.
     """
+    file = Fields(fields, source)
     for field, allowed in _REQUIRED.items():
-        read_field(fields, field, source, default=allowed[0], allowed=allowed)
-    d_model = read_field(fields, "d_model", source, int)
-    num_heads = read_field(fields, "n_heads", source, int)
+        file.read(field, default=allowed[0], allowed=allowed)
+    d_model = file.read("d_model", int)
+    num_heads = file.read("n_heads", int)
     if d_model % num_heads:
-        read_field(fields, "n_heads", source, allowed=tuple(n for n in range(1, d_model + 1) if d_model % n == 0))
-    vocab_size = read_field(fields, "vocab_size", source, int)
-    kv_default = 1 if fields.get("multi_query_attention") else num_heads
-    bias = read_field(fields, "include_bias", source, bool, default=False)
-    return ModelConfig(
+        file.read("n_heads", allowed=tuple(n for n in range(1, d_model + 1) if d_model % n == 0))
+    vocab_size = file.read("vocab_size", int)
+    kv_default = 1 if file.read("multi_query_attention", bool, default=False) else num_heads
+    bias = file.read("include_bias", bool, default=False)
+    mlp_default = file.read("mlp_ratio", int, default=4) * d_model
+    config = ModelConfig(
         family="llada",
-        vocab_size=read_field(fields, "embedding_size", source, int, default=vocab_size),
+        vocab_size=file.read("embedding_size", int, default=vocab_size),
         d_model=d_model,
-        num_layers=read_field(fields, "n_layers", source, int),
+        num_layers=file.read("n_layers", int),
         num_heads=num_heads,
-        num_kv_heads=read_field(fields, "n_kv_heads", source, int, default=kv_default),
+        num_kv_heads=file.read("n_kv_heads", int, default=kv_default),
         head_dim=d_model // num_heads,
-        d_mlp=read_field(
-            fields,
-            "mlp_hidden_size",
-            source,
-            int,
-            default=read_field(fields, "mlp_ratio", source, int, default=4) * d_model,
-        ),
-        rope_theta=float(read_field(fields, "rope_theta", source, float, default=10000.0)),
-        norm_eps=float(read_field(fields, "rms_norm_eps", source, float, default=1e-5)),
-        max_length=read_field(fields, "max_sequence_length", source, int, default=4096),
-        mask_id=read_field(fields, "mask_token_id", source, int, default=PUBLISHED_MASK_ID, least=0),
-        eos_ids=read_ids(fields, "eos_token_id", source),
-        qkv_bias=bias or read_field(fields, "include_qkv_bias", source, bool, default=False),
+        d_mlp=file.read("mlp_hidden_size", int, default=mlp_default),
+        rope_theta=file.rope_theta(10000.0),
+        norm_eps=float(file.read("rms_norm_eps", float, default=1e-5)),
+        max_length=file.read("max_sequence_length", int, default=4096),
+        mask_id=file.read("mask_token_id", int, default=PUBLISHED_MASK_ID, least=0),
+        eos_ids=file.ids("eos_token_id"),
+        qkv_bias=file.read("include_qkv_bias", bool, default=False) or bias,
         bias=bias,
         norm_bias="model.transformer.ln_f.bias" in names,
         head_bias="model.transformer.ff_out.bias" in names,
-        tied=read_field(fields, "weight_tying", source, bool, default=False),
+        tied=file.read("weight_tying", bool, default=False),
+        **LOOP,
     )
+    for alias, value in {  # the modelling code has these names too, and some tools write them
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.d_mlp,
+    }.items():
+        file.read(alias, default=value, allowed=(value,))
+    file.check_rest(_HARMLESS)
+    return config
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:

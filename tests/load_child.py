@@ -37,10 +37,10 @@ def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, di
     return FAMILIES["llada"].tensor_map(config), shapes
 
 
-def load(folder: Path, devices: list) -> tuple[dict, int]:
+def load(folder: Path, devices: list, *, check: bool = False) -> tuple[dict, int]:
     """Parameters, and the bytes that were read for them."""
     with open_checkpoint(folder) as tensors:
-        params = tensors.load(*wanted(folder, tensors.names, devices))
+        params = tensors.load(*wanted(folder, tensors.names, devices), check=check)
         return params, getattr(tensors, "bytes_read", 0)
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     if size > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", size, rank)
     small = FOLDERS["llada"]
-    load(small, jax.devices())  # threads and arenas come into being
+    load(small, jax.devices(), check=True)  # threads and arenas come into being
     load_model(small)
     if allowance:
         _, most = resource.getrlimit(resource.RLIMIT_DATA)

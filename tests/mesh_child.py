@@ -8,11 +8,13 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import checkpoint_files  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from golden import FOLDERS  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from bicache_jax import CacheConfig, Engine, SamplingConfig, load_model  # noqa: E402
+from bicache_jax import BicacheError, CacheConfig, Engine, SamplingConfig, load_model  # noqa: E402
 from bicache_jax.convert import convert  # noqa: E402
 from bicache_jax.models import AXES  # noqa: E402
 from bicache_jax.sharding import MODEL, Partition, make_mesh, shard_params  # noqa: E402
@@ -25,6 +27,19 @@ def same(a: jax.Array, b: jax.Array) -> None:
     np.testing.assert_array_equal(a, b)
 
 
+damaged = checkpoint_files.llada(Path(sys.argv[1]) / "damaged")
+tensors = load_file(damaged / "model.safetensors")
+BAD = ("model.transformer.blocks.1.ff_out.weight", "model.transformer.blocks.2.q_proj.weight")
+for name in BAD:
+    tensors[name].flat[-1] = np.nan
+save_file(tensors, damaged / "model.safetensors")
+try:
+    load_model(damaged, mesh=make_mesh("data=2,model=4"), check_weights=True)
+except BicacheError as error:
+    assert all(name in str(error) for name in BAD) and str(error).count("model.transformer") == len(BAD), error
+else:
+    raise AssertionError("a damaged model was loaded")
+
 for family, folder in FOLDERS.items():
     orbax = Path(sys.argv[1]) / family
     convert(folder, orbax)
@@ -33,7 +48,7 @@ for family, folder in FOLDERS.items():
         mesh = make_mesh(spec)
         expected = shard_params(whole.params, AXES, Partition(whole.config, mesh.shape[MODEL]), mesh)
         for source in (folder, orbax):
-            jax.tree.map(same, load_model(source, mesh=mesh).params, expected)
+            jax.tree.map(same, load_model(source, mesh=mesh, check_weights=spec == "model=3").params, expected)
         print(family, spec, flush=True)
     if family == "llada":
         continue

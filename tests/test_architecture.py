@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bicache_jax.models import FAMILIES
+
 PACKAGE = Path(__file__).parents[1] / "bicache_jax"
 
 # What each part may import besides itself. Parts at the top of the package are single files.
@@ -80,3 +82,31 @@ def test_only_the_top_of_the_package_knows_models_and_kernels():
     knowing = {part for part, below in ARROWS.items() if below & {"models", "kernels"}}
     assert knowing == {"wiring", "loading"}
     assert all((PACKAGE / f"{part}.py").is_file() for part in knowing)
+
+
+# Where a family is data on its `ModelConfig`, never a name.
+NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring")
+
+
+def family_names(tree: ast.AST) -> list[ast.AST]:
+    """Where a source asks which family a model is of: a name as a string of its own, or the field that holds it."""
+    names = {name.lower() for family in FAMILIES.values() for name in family.MODEL_TYPES} | set(FAMILIES)
+    return [
+        node
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.lower() in names)
+        or (isinstance(node, ast.Attribute) and node.attr == "family")
+    ]
+
+
+@pytest.mark.parametrize("part", NAMELESS)
+def test_no_family_is_told_by_its_name(part):
+    for path in SOURCES:
+        if path.suffix == ".py" and part_of(path) == part:
+            found = family_names(ast.parse(path.read_text(encoding="utf-8")))
+            assert not found, f"{path.relative_to(PACKAGE)}:{found[0].lineno} asks for a family"
+
+
+@pytest.mark.parametrize("source", ['config.family == "x"', 'x == "Dream"', 'RULES["llada"]', 'RULES.get("dream")'])
+def test_names_of_families_are_noticed(source):
+    assert family_names(ast.parse(source))

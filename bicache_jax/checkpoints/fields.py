@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from bicache_jax.checkpoints.known_fields import HARMLESS, UNSUPPORTED, is_off
 from bicache_jax.core.types import BicacheError
 
 _ABSENT = object()
@@ -31,55 +32,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_field(
-    fields: Mapping[str, Any],
-    name: str,
-    source: str,
-    kind: type | None = None,
-    *,
-    default: Any = _ABSENT,
-    allowed: tuple[Any, ...] | None = None,
-    least: int = 1,
-) -> Any:
-    """A field of a `config.json`, checked; null counts as absent.
-
-    Args:
-        fields: the file's fields.
-        name: the field.
-        source: file name for messages.
-        kind: type that it must have.
-        default: what an absent field stands for; without one it must be there.
-        allowed: the values that are supported; None: all.
-        least: smallest integer allowed; other numbers must be positive and finite.
-
-    Raises:
-        BicacheError: it is missing without a default, of the wrong type, out of range, or not among `allowed`.
-    """
-    value = fields.get(name)
-    if value is None:
-        if default is _ABSENT:
-            raise BicacheError(f"{source}: field {name!r} is missing")
-        return default
-    if kind is not None:
-        number = kind in (int, float) and not isinstance(value, bool) and isinstance(value, int | float)
-        if kind is int:
-            number = number and isinstance(value, int)
-        if not (number if kind in (int, float) else isinstance(value, kind)):
-            raise BicacheError(f"{source}: field {name!r} must be {kind.__name__}, got {value!r}")
-        if number and kind is int and not least <= value < _INT_LIMIT:
-            raise BicacheError(f"{source}: field {name!r} must be an integer >= {least}, got {value!r}"[:400])
-        if number and kind is float and not 0 < value < 1e38:  # the largest float32
-            raise BicacheError(f"{source}: field {name!r} must be positive and finite, got {value!r}"[:400])
-    if allowed is not None and value not in allowed:
-        raise BicacheError(f"{source}: field {name!r} is {value!r}, supported: {', '.join(map(repr, allowed))}")
-    return value
-
-
 def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
-    """Token ids that stand as one number or as a list; null and absence are no ids.
+    """Token ids, given as one number or as a list; null and absence give none.
 
     Raises:
-        BicacheError: something in it is no integer.
+        BicacheError: something in it is not an integer.
     """
     value = fields.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -88,12 +45,137 @@ def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ..
     return tuple(ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorMap:
-    """Where each parameter stands in a checkpoint.
+class Fields:
+    """Fields of a `config.json` that remember which of them were read, so that none is ignored unnoticed.
 
     Attributes:
-        names: path in the parameter tree -> tensor name; `{layer}` stands for the layer number of a stacked parameter.
+        source: file name for messages.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+        """Takes the fields.
+
+        Raises:
+            BicacheError: one of them asks for a computation that no family here has (`UNSUPPORTED`).
+        """
+        self.source = source
+        self._fields = fields
+        self._read = {"model_type"}
+        faults: dict[str, list[str]] = {}
+        for name, value in fields.items():
+            if name in UNSUPPORTED and not is_off(name, value):
+                faults.setdefault(UNSUPPORTED[name], []).append(f"{name!r} is {_short(value)}")
+        if faults:
+            listed = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in faults.items())
+            raise BicacheError(f"{source}: not supported here: {listed}")
+
+    def read(
+        self,
+        name: str,
+        kind: type | None = None,
+        *,
+        default: Any = _ABSENT,
+        allowed: tuple[Any, ...] | None = None,
+        least: int = 1,
+    ) -> Any:
+        """A field, checked; null counts as absent.
+
+        Args:
+            name: the field.
+            kind: type that it must have.
+            default: the value of an absent field; without one it must be there.
+            allowed: the values that are supported; None: all.
+            least: smallest integer allowed; other numbers must be positive and finite.
+
+        Raises:
+            BicacheError: it is missing without a default, of the wrong type, out of range, or not among `allowed`.
+        """
+        self._read.add(name)
+        source, value = self.source, self._fields.get(name)
+        if value is None:
+            if default is _ABSENT:
+                raise BicacheError(f"{source}: field {name!r} is missing")
+            return default
+        if kind is not None:
+            number = kind in (int, float) and not isinstance(value, bool) and isinstance(value, int | float)
+            if kind is int:
+                number = number and isinstance(value, int)
+            if not (number if kind in (int, float) else isinstance(value, kind)):
+                raise BicacheError(f"{source}: field {name!r} must be {kind.__name__}, got {value!r}"[:400])
+            if number and kind is int and not least <= value < _INT_LIMIT:
+                raise BicacheError(f"{source}: field {name!r} must be an integer >= {least}, got {value!r}"[:400])
+            if number and kind is float and not 0 < value < 1e38:  # the largest float32
+                raise BicacheError(f"{source}: field {name!r} must be positive and finite, got {value!r}"[:400])
+        if allowed is not None and value not in allowed:
+            raise BicacheError(
+                f"{source}: field {name!r} is {_short(value)}, supported: {', '.join(map(repr, allowed))}"
+            )
+        return value
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """`read_ids` of a field."""
+        self._read.add(name)
+        return read_ids(self._fields, name, self.source)
+
+    def rope_theta(self, default: float) -> float:
+        """Base of the rotary embedding, from wherever releases of transformers have put it.
+
+        Raises:
+            BicacheError: the embedding is rescaled, or two fields disagree.
+        """
+        theta = self.read("rope_theta", float, default=None)
+        for name in ("rope_scaling", "rope_parameters"):
+            self._read.add(name)
+            if is_off(name, self._fields.get(name)):
+                continue
+            inside = self.read(name, dict)
+            plain = all(inside.get(key) in (None, "default") for key in ("type", "rope_type"))
+            others = {key: value for key, value in inside.items() if key not in ("type", "rope_type", "rope_theta")}
+            if not plain or not all(is_off(key, value) for key, value in others.items()):
+                raise BicacheError(
+                    f"{self.source}: not supported here: a rescaled rotary embedding ({name!r} is {_short(inside)})"
+                )
+            found = Fields(inside, f"{self.source}: {name}").read("rope_theta", float, default=theta)
+            if theta is not None and found != theta:
+                raise BicacheError(f"{self.source}: rope_theta is {theta!r}, and in field {name!r} it is {found!r}")
+            theta = found
+        return float(default if theta is None else theta)
+
+    def check_rest(self, harmless: Collection[str] = ()) -> None:
+        """Refuses what was not read, but for values that mean "off" and fields known to change no result.
+
+        Args:
+            harmless: fields that change no result of this family, besides those of every family (`HARMLESS`).
+
+        Raises:
+            BicacheError: names the fields that are left.
+        """
+        known = self._read | HARMLESS.keys() | set(harmless)
+        rest = {
+            name: value
+            for name, value in self._fields.items()
+            if name not in known and not name.startswith("_") and not is_off(name, value)
+        }
+        if rest:
+            listed = ", ".join(f"{name!r} ({_short(value)})" for name, value in rest.items())
+            raise BicacheError(
+                f"{self.source}: unknown field{'s' * (len(rest) > 1)} {listed}: the model may compute what is not"
+                " supported here; if you know that it changes no result, remove it from the file"
+            )
+
+
+def _short(value: Any) -> str:
+    """A value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMap:
+    """Where each parameter is in a checkpoint.
+
+    Attributes:
+        names: path in the parameter tree -> tensor name; `{layer}` is the layer number of a stacked parameter.
             A parameter called `kernel` is stored transposed, `[out, in]`.
         ignored: suffixes of tensor names that hold no parameter.
     """

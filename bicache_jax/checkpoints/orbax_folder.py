@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from bicache_jax.checkpoints.fields import TensorMap, read_json
+from bicache_jax.checkpoints.finite import WeightCheck
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.checkpoints.tree import paths, stored_names, tree_of
 from bicache_jax.core.types import BicacheError
 
 FORMAT = 1
@@ -27,6 +28,7 @@ MANIFEST = "bicache.json"
 PARAMS = "params"
 # A shard reads whole chunks. One chunk a parameter would make every process read everything.
 CHUNK_BYTES = 4 << 20
+_WEIGHT_DTYPES = ("float32", "bfloat16")
 
 
 @jax.jit
@@ -151,18 +153,19 @@ class OrbaxFolder:
         """The fingerprint of the checkpoint that the folder was made from."""
         return self.fingerprint
 
-    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
         """Reads and verifies the parameters.
 
         Args:
-            mapping: not needed: the parameters have their own names.
+            mapping: names of the checkpoint that the folder was made from, for messages.
             wanted: a tree of `Target`.
+            check: look for NaN and infinity.
 
         Returns:
             The parameter tree.
 
         Raises:
-            BicacheError: parameters are missing, extra, misshaped or damaged.
+            BicacheError: parameters are missing, extra, misshaped, damaged, or (if checked) not finite.
         """
         leaves = dict(paths(wanted))
         faults = [f"missing {'.'.join(path)}" for path in leaves if path not in self._params]
@@ -172,11 +175,22 @@ class OrbaxFolder:
             for path, leaf in leaves.items()
             if path in self._params and self._params[path][0] != leaf.shape
         ]
+        faults += [
+            f"unsupported {'.'.join(path)}: {dtype}, expected one of {', '.join(_WEIGHT_DTYPES)}"
+            for path, (_, dtype, _) in self._params.items()
+            if dtype not in _WEIGHT_DTYPES
+        ]
         if faults:
             raise BicacheError(f"{self.folder}: parameters do not fit config.json: " + "; ".join(faults))
-        return tree_of(
-            (path, leaves[path].expand(array.astype(leaves[path].dtype))) for path, array in self._read(leaves)
-        )
+        weights = WeightCheck(self.folder, wanted=check)
+
+        def load(path: tuple[str, ...], array: jax.Array) -> jax.Array:
+            leaf = leaves[path]
+            return weights.look(leaf.expand(array.astype(leaf.dtype)), stored_names(mapping, path, leaf))
+
+        params = tree_of((path, load(path, array)) for path, array in self._read(leaves))
+        weights.finish()
+        return params
 
     def verify(self) -> None:
         """Reads everything once, one parameter at a time.

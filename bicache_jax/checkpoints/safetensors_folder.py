@@ -13,12 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.fingerprint import fingerprint
-from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.checkpoints.finite import WeightCheck
+from bicache_jax.checkpoints.other_formats import no_weights, not_safetensors, refuse_quantised
+from bicache_jax.checkpoints.targets import Target
+from bicache_jax.checkpoints.tree import is_stacked, paths, stored_names, tree_of
 from bicache_jax.core.types import BicacheError
 
 # Weights of other types are quantised, and mean nothing without their scales.
@@ -51,21 +55,23 @@ class SafetensorsFolder:
             files = sorted({str(name) for name in listed.values()})
             absent = [name for name in files if not (folder / name).is_file()]
             if absent:
-                raise BicacheError(f"{folder}: shards named in {index.name} are missing: {', '.join(absent)}")
+                raise BicacheError(
+                    f"{folder}: shards named in {index.name} are missing: {', '.join(absent)}; download them, too"
+                )
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
-            raise BicacheError(f"{folder}: no *.safetensors file; pickled checkpoints are not read, convert them first")
+            raise BicacheError(f"{folder}: {no_weights(folder)}")
         self._stack = contextlib.ExitStack()
         self._where: dict[str, Any] = {}
         for name in files:
             try:
                 handle = self._stack.enter_context(safe_open(folder / name, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise BicacheError(f"{folder / name}: not a readable safetensors file ({error})") from None
+                raise BicacheError(not_safetensors(folder / name, error)) from None
             for tensor in handle.keys():
                 if tensor in self._where:
-                    raise BicacheError(f"{folder / name}: tensor {tensor!r} stands in another file of the folder too")
+                    raise BicacheError(f"{folder / name}: tensor {tensor!r} is in another file of the folder, too")
                 self._where[tensor] = handle
 
     def __enter__(self) -> SafetensorsFolder:
@@ -90,9 +96,9 @@ class SafetensorsFolder:
         vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
-    def load(self, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
         """`load_params` of this folder."""
-        return load_params(self, mapping, wanted)
+        return load_params(self, mapping, wanted, check=check)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor, copied from the file; other parts are not touched.
@@ -107,35 +113,29 @@ class SafetensorsFolder:
         return part
 
 
-def is_stacked(path: tuple[str, ...]) -> bool:
-    """Whether a parameter has a leading axis of layers."""
-    return path[0] == "layers"
-
-
-def stored_names(mapping: TensorMap, path: tuple[str, ...], leaf: Any) -> list[str]:
-    """Checkpoint names of the tensors that a parameter is made of, one a layer where it is stacked."""
-    count = leaf.shape[0] if is_stacked(path) else 1
-    return [mapping.names[path].format(layer=layer) for layer in range(count)]
-
-
-def load_params(tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def load_params(
+    tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False
+) -> dict[str, Any]:
     """Streams a checkpoint into stacked arrays.
 
     Args:
         tensors: the folder.
         mapping: checkpoint names of the parameters.
         wanted: a tree of `Target`.
+        check: look for NaN and infinity.
 
     Returns:
         The parameter tree.
 
     Raises:
-        BicacheError: tensors are missing, extra, misshaped or no floating-point numbers; all of them are named.
+        BicacheError: tensors are missing, extra, misshaped, of another type than floats, or (if checked) not finite;
+            they are named.
     """
     leaves = dict(paths(wanted))
     layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
     if layers > len(tensors.names):  # a wrong number, not a list of what is missing
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
+    refuse_quantised(tensors.folder, tensors.names)
     plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
     faults: list[str] = []
     for path, leaf in leaves.items():
@@ -154,10 +154,15 @@ def load_params(tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[
     faults += [f"extra {name}" for name in sorted(tensors.names - known) if not name.endswith(mapping.ignored)]
     if faults:
         raise BicacheError(f"{tensors.folder}: tensors do not fit config.json: " + "; ".join(faults))
-    return tree_of(
-        (path, leaf.place(functools.partial(read_part, tensors, plan[path], path, leaf.dtype)))
-        for path, leaf in leaves.items()
-    )
+    weights = WeightCheck(tensors.folder, wanted=check)
+
+    def load(path: tuple[str, ...], leaf: Target) -> jax.Array:
+        read = functools.partial(read_part, tensors, plan[path], path, leaf.dtype)
+        return weights.look(leaf.place(read), plan[path])
+
+    params = tree_of((path, load(path, leaf)) for path, leaf in leaves.items())
+    weights.finish()
+    return params
 
 
 def read_part(

@@ -11,8 +11,8 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.options import boundary, from_flags, integer, integers, listed
-from bicache_jax.core.config import SamplingConfig
+from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, integers, listed
+from bicache_jax.core.config import CACHED_BLOCK, REFRESH_INTERVAL, SamplingConfig
 from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"
@@ -36,8 +36,6 @@ columns:
   cold, warm  with --restart: seconds from the start of `generate` in a process of its own to the first token, with no
           compiled program kept and with all of them"""
 
-BLOCK_LENGTH_WITH_CACHE = 32
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `benchmark`."""
@@ -47,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--random", metavar="SHAPE", help="random weights of a shape: llada_8b, dream_7b, small")
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
     what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(what)
 
     grid = parser.add_argument_group("settings")
     grid.add_argument(
@@ -59,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--suffix", type=integers(1), default=(256,), metavar="LIST", help="suffix tokens (default: 256)")
     grid.add_argument("--rows", type=integers(1), default=(4,), metavar="LIST", help="rows of the batch (default: 4)")
     grid.add_argument("--prefixes", type=integers(1), default=(1,), metavar="LIST", help="that they share (default: 1)")
-    grid.add_argument("--refresh-interval", type=integers(1), default=(16,), metavar="LIST", help="N (default: 16)")
+    grid.add_argument(
+        "--refresh-interval",
+        type=_intervals,
+        default=(REFRESH_INTERVAL,),
+        metavar="LIST",
+        help=f"N, or auto (see generate; default: {REFRESH_INTERVAL})",
+    )
     grid.add_argument("--boundary", type=_boundaries, default=("auto",), metavar="LIST", help="b (default: auto)")
     grid.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: half of the suffix)")
     grid.add_argument(
@@ -96,6 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _boundaries(text: str) -> tuple[int | str, ...]:
     return tuple(boundary(part) for part in listed(text))
+
+
+def _intervals(text: str) -> tuple[int | str, ...]:
+    return tuple(auto_or_integer(1)(part) for part in listed(text))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -182,13 +191,15 @@ def _cases(args: argparse.Namespace) -> list[Any]:
         ):
             # What a policy does not look at makes no case of its own.
             cached = policy not in args.baseline and policy.partition("+")[0] != "none"
+            cache = CacheConfig(refresh_interval=interval if cached else args.refresh_interval[0])
+            cache = cache if policy in args.baseline else parse_policy(policy, cache)
             case = Case(
                 policy=policy,
                 prefix=prefix,
                 suffix=suffix,
                 rows=rows,
                 prefixes=groups,
-                refresh_interval=interval if cached else args.refresh_interval[0],
+                refresh_interval=cache.interval(sampling),
                 boundary=b if policy.startswith("bicache") else "auto",
                 sampling=sampling,
             )
@@ -199,11 +210,12 @@ def _cases(args: argparse.Namespace) -> list[Any]:
 def _sampling(args: argparse.Namespace, suffix: int, block_cache: bool) -> SamplingConfig:
     """Lengths that go together where the flags leave them open."""
     gen_length = args.gen_length or max(1, suffix // 2)
-    block = args.block_length or (min(BLOCK_LENGTH_WITH_CACHE, gen_length) if block_cache else gen_length)
+    block = args.block_length or (min(CACHED_BLOCK, gen_length) if block_cache else gen_length)
     if args.gen_length is None:
         gen_length -= gen_length % block if gen_length > block else 0
     blocks = max(1, gen_length // block)
-    steps = args.steps or min(gen_length, -(-max(args.refresh_interval) // blocks) * blocks)
+    longest = max(REFRESH_INTERVAL if interval == "auto" else interval for interval in args.refresh_interval)
+    steps = args.steps or min(gen_length, -(-longest // blocks) * blocks)
     return from_flags(SamplingConfig, gen_length=gen_length, steps=steps, block_length=block)
 
 

@@ -1,4 +1,4 @@
-"""`bicache convert`: a checkpoint in the layout that loads fastest onto many devices, or back."""
+"""`bicache convert`: a checkpoint in the format that loads fastest onto many devices, or back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 
 from bicache_jax.cli.generate import DTYPES
+from bicache_jax.cli.options import add_weights_flag
 
 HELP = "convert a checkpoint to an orbax folder, or back"
 DESCRIPTION = """\
@@ -27,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="folder, hub id, or 'example' (see generate)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write; must not exist, or be empty")
     parser.add_argument(
-        "--to", choices=("orbax", "safetensors"), default="orbax", help="layout to write (default: %(default)s)"
+        "--to", choices=("orbax", "safetensors"), default="orbax", help="format to write (default: %(default)s)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
     )
+    add_weights_flag(parser)
     parser.add_argument("--quiet", action="store_true", help="no closing line")
 
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from bicache_jax.convert import convert
 
     started = time.perf_counter()
-    size = convert(args.model, args.output, layout=args.to, dtype=args.dtype)
+    size = convert(args.model, args.output, to=args.to, dtype=args.dtype, check_weights=args.check_weights)
     if not args.quiet:
         seconds = time.perf_counter() - started
         print(

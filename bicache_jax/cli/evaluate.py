@@ -13,7 +13,7 @@ from typing import Any
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.options import boundary, from_flags, integer, warn
+from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, warn
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.serving.inputs import read_requests
@@ -51,12 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(what)
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
 
     cache = parser.add_argument_group("cache and decoding")
     cache.add_argument("--boundary", type=boundary, default="auto", metavar="auto|INT", help="(default: auto)")
     cache.add_argument("--boundary-table", metavar="FILE", help="table for 'auto' (default: the model's own)")
-    cache.add_argument("--refresh-interval", type=integer(1), default=16, metavar="N", help="(default: %(default)s)")
+    cache.add_argument(
+        "--refresh-interval",
+        type=auto_or_integer(1),
+        default="auto",
+        metavar="auto|N",
+        help="auto: 16, for policies with a block cache a block's steps (default: %(default)s)",
+    )
     cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
     cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
     cache.add_argument("--block-length", type=integer(1), metavar="N", help="(default: gen-length)")

@@ -11,7 +11,7 @@ from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import preset_flags, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
@@ -69,6 +69,7 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
     )
     model.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(model)
     model.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
     )
@@ -94,10 +95,11 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument(
         "--refresh-interval",
-        type=integer(1),
-        default=16,
-        metavar="N",
-        help="denoising steps from one refresh of the deep layers to the next (default: %(default)s)",
+        type=auto_or_integer(1),
+        default="auto",
+        metavar="auto|N",
+        help="denoising steps from one refresh of the deep layers to the next; auto: 16, with a block cache a block's"
+        " steps (default: %(default)s)",
     )
     cache.add_argument(
         "--block-cache",

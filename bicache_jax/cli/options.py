@@ -92,14 +92,33 @@ def fraction(text: str) -> float:
     return value
 
 
+def auto_or_integer(least: int) -> Callable[[str], int | str]:
+    """The argument type of `auto` and integers from `least` on."""
+
+    def parse(text: str) -> int | str:
+        if text == "auto":
+            return text
+        try:
+            return integer(least)(text)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(f"must be 'auto' or an integer >= {least}, got {text!r}") from None
+
+    return parse
+
+
 def boundary(text: str) -> int | str:
     """The argument type of `--boundary`: `auto` or a number of layers."""
-    if text == "auto":
-        return text
-    try:
-        return integer(0)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be 'auto' or an integer >= 0, got {text!r}") from None
+    return auto_or_integer(0)(text)
+
+
+def add_weights_flag(group: argparse._ActionsContainer) -> None:
+    """Adds the flag that has weights looked at while they are loaded."""
+    group.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="look for NaN and infinity in every tensor while the model is loaded, and name those tensors"
+        " (default: off)",
+    )
 
 
 def from_flags(make: Callable[..., C], **fields: Any) -> C:

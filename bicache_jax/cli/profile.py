@@ -13,7 +13,7 @@ from typing import Any
 from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
 from bicache_jax.cli.generate import DTYPES
-from bicache_jax.cli.options import fraction, integer, version
+from bicache_jax.cli.options import add_weights_flag, fraction, integer, version
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.serving.inputs import read_requests
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example'"
     )
     model.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
+    add_weights_flag(model)
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
 
     what = parser.add_argument_group("measurement")

@@ -9,18 +9,24 @@ from typing import Literal
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
+Schedule = Literal["even", "time"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
+REFRESH_INTERVAL = 16
+"""Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+SCHEDULES: tuple[Schedule, ...] = ("even", "time")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a diffusion LM, whatever its family.
+    """A diffusion LM, whatever its family: its architecture, and what its published loop does unless it is told.
+
+    A family differs from others by these fields alone: no code but `bicache_jax.models` asks for its name.
 
     Attributes:
         family: `llada` or `dream`; picks the checkpoint map.
@@ -43,6 +49,12 @@ class ModelConfig:
         head_bias: whether the head has a bias.
         tied: whether the head is the embedding.
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
+        remasking: the unmasking rule where a request names none.
+        schedule: how many tokens a step unmasks (`bicache_jax.decoding.schedule`): `even` as many in each (LLaDA),
+            `time` a share of those left that follows from the step's time (Dream).
+        time_eps: time of the last step, for `schedule="time"` and the rule `origin`.
+        tempered_confidence: whether a temperature divides the logits, so that confidence is the probability at it
+            (Dream). If not, it scales the noise, and confidence is the probability at temperature 1 (LLaDA).
     """
 
     family: str
@@ -65,6 +77,10 @@ class ModelConfig:
     head_bias: bool = False
     tied: bool = False
     shift_logits: bool = False
+    remasking: Remasking = "low_confidence"
+    schedule: Schedule = "even"
+    time_eps: float = 0.0
+    tempered_confidence: bool = False
 
     @property
     def shifted(self) -> int:
@@ -78,6 +94,12 @@ class ModelConfig:
             raise ValueError(f"rotary embedding needs an even head size, got {self.head_dim=}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id must be a token of the vocabulary, got {self.mask_id=} and {self.vocab_size=}")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if not 0.0 <= self.time_eps < 1.0:
+            raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +110,8 @@ class CacheConfig:
         policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`.
         boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
         table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
-        refresh_interval: N, denoising steps between two recomputations of the deep prefix KV.
+        refresh_interval: N, denoising steps from one recomputation of the deep prefix KV to the next; `auto` depends on
+            the block cache (see `interval`).
         block_cache: `dual` freezes everything outside the current block until the block is done, `prefix` everything
             before it (Fast-dLLM, arXiv 2505.22618); `off` freezes nothing.
         batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
@@ -98,7 +121,7 @@ class CacheConfig:
     policy: Policy = "bicache"
     boundary: int | Literal["auto"] = "auto"
     table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
-    refresh_interval: int = 16
+    refresh_interval: int | Literal["auto"] = "auto"
     block_cache: BlockCache = "off"
     batch_boundary: Literal["own", "min"] = "own"
     min_prefix: int = 16
@@ -110,14 +133,29 @@ class CacheConfig:
             raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
         if self.policy == "none" and self.boundary != "auto":
             raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
-        if self.refresh_interval < 1:
-            raise ValueError(f"refresh_interval must be >= 1, got {self.refresh_interval}")
+        interval = self.refresh_interval
+        if interval != "auto" and (not isinstance(interval, int) or interval < 1):
+            raise ValueError(f"refresh_interval must be 'auto' or an integer >= 1, got {interval!r}")
         if self.block_cache not in BLOCK_CACHES:
             raise ValueError(f"block_cache must be one of {', '.join(BLOCK_CACHES)}, got {self.block_cache!r}")
         if self.batch_boundary not in ("own", "min"):
             raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
         if self.min_prefix < 1:
             raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
+
+    def interval(self, sampling: SamplingConfig) -> int:
+        """N of rows with these decoding settings.
+
+        `auto` is `REFRESH_INTERVAL` without a block cache. With one it is a block's steps: a block begins with a pass
+        over the whole suffix, and a refresh inside it gains little for its cost.
+        """
+        if self.refresh_interval != "auto":
+            return self.refresh_interval
+        if self.block_cache == "off":
+            return REFRESH_INTERVAL
+        if sampling.by_confidence:  # as many as there are tokens, and the counter restarts at each block
+            return sampling.block_size
+        return sampling.num_steps // sampling.num_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +167,10 @@ class SamplingConfig:
         steps: denoising steps over the whole response; None: one token a step.
         block_length: tokens of a semi-autoregressive block; None: the whole response.
         temperature: 0 takes the argmax; above, tokens are drawn from the softmax at this temperature. Confidence is
-            the probability at temperature 1 for LLaDA, and at this temperature for Dream, as their loops have it.
-        remasking: which masked tokens are unmasked first (`bicache_jax.decoding.rules`); None: the family's,
-            `low_confidence` for LLaDA and `entropy` for Dream.
+            the probability at temperature 1 for LLaDA, and at this temperature for Dream
+            (`ModelConfig.tempered_confidence`).
+        remasking: which masked tokens are unmasked first (`bicache_jax.decoding.rules`); None: the model's own rule
+            (`ModelConfig.remasking`), `low_confidence` for LLaDA and `entropy` for Dream.
         seed: seed of the noise; a request's own seed replaces it.
         threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
             unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
@@ -147,7 +186,7 @@ class SamplingConfig:
         logits_eos_inf: never choose an end-of-text token (LLaDA, appendix B.4).
         confidence_eos_eot_inf: unmask end-of-text and end-of-turn tokens after all others (LLaDA, appendix B.4).
         early_stop: a row ends with the first finished block that holds an end-of-text token, and the rest is filled
-            with that token. What stands before it is what it would be anyway.
+            with that token. What comes before it is the same either way.
     """
 
     gen_length: int = 128

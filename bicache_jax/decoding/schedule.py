@@ -9,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.core.cache import Decoding, Draw
-from bicache_jax.core.config import REMASKING, BlockCache, ModelConfig, Remasking, SamplingConfig
-
-TIME_EPS = 1e-3  # Dream's time of the last step
-_OWN_RULE: dict[str, Remasking] = {"llada": "low_confidence", "dream": "entropy"}
+from bicache_jax.core.config import REMASKING, BlockCache, ModelConfig, SamplingConfig
 
 
 def even_counts(masks: int, steps: int) -> np.ndarray:
@@ -20,7 +17,7 @@ def even_counts(masks: int, steps: int) -> np.ndarray:
     return masks // steps + (np.arange(steps) < masks % steps)
 
 
-def time_counts(masks: int, steps: int, *, anchored: bool, eps: float = TIME_EPS) -> np.ndarray:
+def time_counts(masks: int, steps: int, *, anchored: bool, eps: float) -> np.ndarray:
     """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`, at the last step all.
 
     Args:
@@ -112,21 +109,19 @@ def make_decoding(
     """
     block_steps = sampling.num_steps // sampling.num_blocks
     anchored = config.shift_logits and block_cache != "off"
-    dream = config.family == "dream"
-    rule = sampling.remasking or _OWN_RULE[config.family]
+    rule = sampling.remasking or config.remasking
     counts, bars = np.zeros(block_steps, np.int32), np.full(block_steps, np.inf)
     if rule == "origin":
-        bars = chance_bars(block_steps, eps=TIME_EPS if dream else 0.0)
-    elif dream:
-        counts = time_counts(sampling.block_size, block_steps, anchored=anchored)
+        bars = chance_bars(block_steps, eps=config.time_eps)
+    elif config.schedule == "time":
+        counts = time_counts(sampling.block_size, block_steps, anchored=anchored, eps=config.time_eps)
     else:
         counts = even_counts(sampling.block_size, block_steps)
     padding = (0, max(0, num_counts - block_steps))
-    # LLaDA adds noise times the temperature and takes confidence from the logits as they are; Dream divides the logits.
-    sharpened = dream and sampling.temperature > 0
+    tempered = config.tempered_confidence and sampling.temperature > 0
     draw = Draw(
-        scale=jnp.asarray(1 / sampling.temperature if sharpened else 1.0, jnp.float32),
-        noise=jnp.asarray(1.0 if sharpened else sampling.temperature, jnp.float32),
+        scale=jnp.asarray(1 / sampling.temperature if tempered else 1.0, jnp.float32),
+        noise=jnp.asarray(1.0 if tempered else sampling.temperature, jnp.float32),
         top_p=jnp.asarray(sampling.top_p or 1.0, jnp.float32),
         top_k=jnp.asarray(min(sampling.top_k or config.vocab_size, config.vocab_size), jnp.int32),
         guidance=jnp.asarray(1.0 + sampling.cfg_scale, jnp.float32),

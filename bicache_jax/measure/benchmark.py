@@ -150,7 +150,7 @@ class EngineRunner:
         plan = self._last.plan(self._requests)
         return dataclasses.replace(
             jobs(plan.rows)[0],
-            refresh_interval=self._cache.refresh_interval,
+            refresh_interval=self._cache.interval(self._requests[0].sampling),
             block_cache=self._cache.block_cache,
             rows_per_prefix=self._rows / max(1, len({row.prefix for row in plan.rows})),
         )

@@ -292,6 +292,7 @@ def evaluate(
     right: list[list[bool]] = []
     tokens: list[list[tuple[int, ...]]] = []
     boundaries: list[list[int]] = []
+    intervals: list[list[int]] = []
     for engine in engines:
         answered: dict[str, Result] = {}
         for result in engine.stream(requests, partial=False):
@@ -302,6 +303,7 @@ def evaluate(
         right.append([_score(scorer, text, item) for text, item in zip(texts, items, strict=True)])
         tokens.append([_answer_tokens(model, result) for result in found])
         boundaries.append(sorted({result.boundary for result in found}))
+        intervals.append(sorted({result.refresh_interval for result in found}))
     stats = [engine.stats for engine in engines]
     place = reference_of(policies)
     times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
@@ -328,6 +330,7 @@ def evaluate(
                 "forward_passes": stats[index].forward_passes,
                 "prefixes_encoded": stats[index].prefixes_encoded,
                 "boundaries": boundaries[index],
+                "refresh_intervals": intervals[index],
                 "by_kind": _breakdown(right[index], [item.kind for item in items]),
                 "by_ratio": _breakdown(right[index], [_decade(ratio) for ratio in ratios]),
             }

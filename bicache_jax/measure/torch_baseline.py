@@ -28,6 +28,8 @@ _LAYER = {
     "mlp.down_proj": "down",
 }
 
+_LOOP = ("low_confidence", "even", False, False)  # rule, schedule, shifted logits and tied head of what runs here
+
 
 class TorchRunner:
     """Runs a case in PyTorch; see `bicache_jax.measure.benchmark.Runner`."""
@@ -46,8 +48,9 @@ class TorchRunner:
                 f"--baseline torch: {error.name} is not installed; pip install 'bicache-jax[torch]'"
             ) from None
         config = model.config
-        if config.family != "llada" or config.qkv_bias or config.bias:
-            raise BicacheError("--baseline torch: only LLaDA checkpoints without biases run there")
+        plain = (config.remasking, config.schedule, config.shift_logits, config.tied) == _LOOP
+        if not plain or config.qkv_bias or config.bias or config.norm_bias or config.head_bias:
+            raise BicacheError("--baseline torch: only models that decode as LLaDA-8B, and have no biases, run there")
         self._torch, self._case, self._config = torch, case, config
         self._device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, str(model.params["embed"].dtype))

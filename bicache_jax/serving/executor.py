@@ -175,7 +175,7 @@ class Executor:
             prefix_len=row.prefix_len,
             prefix_ratio=row.ratio,
             boundary=boundary,
-            refresh_interval=self.cache.refresh_interval,
+            refresh_interval=self.cache.interval(row.request.sampling),
             steps=int(values["step"]),
             forward_passes=int(values["forward_passes"]),
             masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),

@@ -98,10 +98,9 @@ class Plan:
     def gain(self) -> float:
         """Ratio of the operations without a prefix cache to those planned; an upper bound of the speed-up."""
         planned = none = 0.0
-        for job in jobs(self.rows):
-            job = dataclasses.replace(
-                job, refresh_interval=self.cache.refresh_interval, block_cache=self.cache.block_cache
-            )
+        for row, job in zip(self.rows, jobs(self.rows), strict=True):
+            interval = self.cache.interval(row.request.sampling)
+            job = dataclasses.replace(job, refresh_interval=interval, block_cache=self.cache.block_cache)
             planned += row_flops(self.config, job)
             none += row_flops(self.config, job.without_prefix())
         return none / planned if planned else 1.0
@@ -140,9 +139,10 @@ class Plan:
         """The plan as a table for people."""
         rows = self.rows
         prefixes = {prefix for batch in self.batches for prefix in batch.prefixes if prefix}
+        intervals = sorted({self.cache.interval(row.request.sampling) for row in rows})
         lines = [
             f"{len(rows)} rows over {len(prefixes)} prefixes in {len(self.batches)} batches; "
-            f"policy {self.cache.policy}, refresh interval {self.cache.refresh_interval}",
+            f"policy {self.cache.policy}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
             f"cache buffers: {self.buffers.shallow} shared layers, {self.buffers.deep} layers per row, "
             f"{self.dtype.name}",
             "",

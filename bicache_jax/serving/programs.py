@@ -121,7 +121,7 @@ class DecodeCall:
             self.plan.config,
             sampling,
             batch.boundary,
-            self.plan.cache.refresh_interval,
+            self.plan.cache.interval(sampling),
             block_cache=self.plan.cache.block_cache,
             num_counts=length_bucket(sampling.num_steps // sampling.num_blocks),
         )

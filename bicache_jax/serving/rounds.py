@@ -30,7 +30,7 @@ def row_costs(config: ModelConfig, cache: CacheConfig, rows: Sequence[Row]) -> l
             block=row.request.sampling.block_size,
             response=row.request.sampling.gen_length,
             boundary=row.boundary,
-            refresh_interval=cache.refresh_interval,
+            refresh_interval=cache.interval(row.request.sampling),
             block_cache=cache.block_cache,
             rows_per_prefix=math.inf,
         )

@@ -38,7 +38,7 @@ def test_both_ways_end_in_the_same_model(converted, tmp_path, monkeypatch):
     half = load_model(converted, dtype="bfloat16").params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, original.params)
     monkeypatch.setattr(conversion, "FILE_BYTES", 400_000)
-    convert(converted, tmp_path / "back", layout="safetensors")
+    convert(converted, tmp_path / "back", to="safetensors")
     assert len(list((tmp_path / "back").glob("*.safetensors"))) == 4
     equal(load_model(tmp_path / "back"), original)
 
@@ -104,7 +104,11 @@ def flip(folder: Path) -> None:
             r"misshaped head: \[320, 63\], expected \[320, 64\]",
         ),
         (lambda f: damage(f, "config.json", lambda m: m.update(rope_theta=1.0)), "not the file that was converted"),
-        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "without its config.json"),
+        (
+            lambda f: damage(f, "bicache.json", lambda m: m["params"]["head"].update(dtype="int8")),
+            "unsupported head: int8, expected one of float32, bfloat16",
+        ),
         (lambda f: shutil.rmtree(f / "params"), "cannot be read"),
     ],
 )

@@ -23,10 +23,11 @@ from bicache_jax.decoding.filters import floors, in_chunks
 from bicache_jax.decoding.head import choose, guide
 from bicache_jax.decoding.rules import RULES, by_confidence, order, ranks
 from bicache_jax.decoding.schedule import chance_bars, make_decoding
+from bicache_jax.models import dream
 
 MASK, VOCAB = 5, 32
 LLADA = ModelConfig("llada", VOCAB, 8, 2, 2, 2, 4, 16, 1e4, 1e-5, 64, MASK, eos_ids=(3, 9, 11), eot_ids=(11,))
-DREAM = dataclasses.replace(LLADA, family="dream", shift_logits=True)
+DREAM = dataclasses.replace(LLADA, family="dream", **dream.LOOP)
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},

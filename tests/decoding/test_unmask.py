@@ -122,15 +122,15 @@ def test_random_order_is_uniform() -> None:
 def test_any_schedule_unmasks_everything_and_nothing_twice(masks: int, steps: int, anchored: bool) -> None:
     even = even_counts(masks, steps)
     assert even.sum() == masks and even.max() - even.min() <= 1 and (np.diff(even) <= 0).all()
-    timed = time_counts(masks, steps, anchored=anchored)
+    timed = time_counts(masks, steps, anchored=anchored, eps=1e-3)
     assert timed.sum() == masks and (timed >= 0).all() and len(timed) == steps
 
 
 def test_schedules_of_a_batch() -> None:
     assert even_counts(32, 10).tolist() == [4, 4, 3, 3, 3, 3, 3, 3, 3, 3]
     for masks, steps in ((32, 16), (32, 10), (8, 4), (5, 9)):
-        assert even_counts(masks, steps).sum() == masks == time_counts(masks, steps, anchored=False).sum()
-    assert time_counts(8, 4, anchored=True)[0] == 1
+        assert even_counts(masks, steps).sum() == masks == time_counts(masks, steps, anchored=False, eps=1e-3).sum()
+    assert time_counts(8, 4, anchored=True, eps=1e-3)[0] == 1
     decoding = make_decoding(CONFIG, SamplingConfig(24, 12, 8, threshold=0.9), 3, 4, block_cache="dual", num_counts=16)
     assert decoding.counts.tolist() == [2, 2, 2, 2] + [0] * 12 and bool(decoding.dual) and not bool(decoding.anchor)
     sampling = SamplingConfig(24, 12, 8)

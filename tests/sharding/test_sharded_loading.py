@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from bicache_jax.checkpoints.fields import read_json
-from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder, read_part, stored_names
+from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder, read_part
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import paths
+from bicache_jax.checkpoints.tree import paths, stored_names
 from bicache_jax.convert import convert
 from bicache_jax.models import FAMILIES, abstract
 

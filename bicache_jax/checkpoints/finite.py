@@ -1,0 +1,66 @@
+"""Whether weights are numbers: a look at every parameter as it is loaded, where it lies, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
+
+from bicache_jax.core.types import BicacheError
+
+_MOST_NAMED = 8
+
+
+class WeightCheck:
+    """Looks for NaN and infinity in parameters."""
+
+    def __init__(self, folder: Path, *, wanted: bool) -> None:
+        """Starts with nothing found.
+
+        Args:
+            folder: the checkpoint.
+            wanted: whether to look at all.
+        """
+        self._folder, self._wanted = folder, wanted
+        self._found: list[str] = []
+
+    def look(self, array: jax.Array, names: Sequence[str]) -> jax.Array:
+        """Looks at a parameter.
+
+        Args:
+            array: the parameter, on one device or many.
+            names: the tensors that it is made of, one a layer where it is stacked.
+
+        Returns:
+            The parameter itself.
+        """
+        if self._wanted:
+            here = array.sharding
+            everywhere = NamedSharding(here.mesh, PartitionSpec()) if isinstance(here, NamedSharding) else None
+            flags = jax.jit(_finite, static_argnames="stacked", out_shardings=everywhere)(array, stacked=len(names) > 1)
+            found = np.atleast_1d(np.asarray(flags))
+            self._found += [name for name, finite in zip(names, found, strict=True) if not finite]
+        return array
+
+    def finish(self) -> None:
+        """Ends the search.
+
+        Raises:
+            BicacheError: a parameter was not finite; names the tensors.
+        """
+        if self._found:
+            more = len(self._found) - _MOST_NAMED
+            listed = ", ".join(self._found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+            raise BicacheError(
+                f"{self._folder}: NaN or infinity in {listed}: the checkpoint is damaged; download or convert it again"
+            )
+
+
+def _finite(x: Array, stacked: bool) -> Bool[Array, "..."]:
+    """Whether all of a parameter is finite, by layer where it is stacked."""
+    return jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))
