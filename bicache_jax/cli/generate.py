@@ -11,9 +11,9 @@ from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import boundary, from_flags, integer
+from bicache_jax.cli.options import Parser, boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
-from bicache_jax.cli.presets import preset_flags, preset_summary
+from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
 from bicache_jax.core.config import BLOCK_CACHES, POLICIES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Record, Result
@@ -41,7 +41,7 @@ EXIT_ERRORS = 3
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Adds the flags of `generate`."""
     files = parser.add_argument_group("input and output")
     files.add_argument("--input", required=True, metavar="FILE", help="requests, JSON lines; - reads standard input")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_running_arguments(parser)
 
 
-def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+def add_running_arguments(parser: Parser) -> None:
     """Adds the flags that say what to run and how, whatever the files are."""
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -115,14 +115,9 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     decoding = parser.add_argument_group(
-        "length and seed", "a request's own gen_length, steps, block_length and seed precede"
+        "length and seed", "a request's own gen_length, steps, block_length and seed override these"
     )
-    decoding.add_argument(
-        "--preset",
-        type=preset_flags,
-        metavar="NAME",
-        help="flags as a model's authors publish them (names below); any flag given with it precedes (default: none)",
-    )
+    add_preset_flag(parser, decoding)
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
     )
