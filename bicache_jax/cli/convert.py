@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from bicache_jax.cli.generate import DTYPES
+from bicache_jax.core.config import DTYPES
 
 HELP = "convert a checkpoint to an orbax folder, or back"
 DESCRIPTION = """\
