@@ -124,7 +124,11 @@ class Run:
 
     def describe(self, requests: Sequence[Request]) -> str:
         """What would be run, for people."""
-        return self._engine.plan(requests).describe()
+        return self.plan(requests).describe()
+
+    def plan(self, requests: Sequence[Request]) -> Any:
+        """What would be run."""
+        return self._engine.plan(requests)
 
     def identity(self, requests: Requests) -> dict[str, Any]:
         """Everything that determines results, by the names the user knows."""
