@@ -20,14 +20,13 @@ from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
 from bicache_jax.checkpoints.tokenizer import load_tokenizer
 from bicache_jax.checkpoints.tree import paths, tree_of
-from bicache_jax.configs import model_shape, names, published_table
+from bicache_jax.configs import model_shape, published_table
 from bicache_jax.core.boundary import load_table
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import DTYPES, ModelConfig
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.models import AXES, FAMILIES, abstract, init
 from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
 
-DTYPES = ("auto", "float32", "bfloat16")
 EXAMPLE = "example"
 TABLE_FILE = "boundary_table.json"
 
@@ -176,9 +175,6 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
     Raises:
         BicacheError: the shape is unknown.
     """
-    known = names("models")
-    if shape not in known:
-        raise BicacheError(f"no model shape {shape!r}; there are {', '.join(known)}")
     config = model_shape(shape)
     make = jax.jit(init, static_argnames=("config", "dtype"))
     params = make(config, jax.random.key(seed), dtype=resolve_dtype(dtype))

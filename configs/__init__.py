@@ -25,7 +25,13 @@ def names(folder: str) -> list[str]:
 
 
 def model_shape(name: str) -> ModelConfig:
-    """A published architecture (`llada_8b`, `dream_7b`), or `small`, one for CPUs."""
+    """A published architecture (`llada_8b`, `dream_7b`), or `small`, one for CPUs.
+
+    Raises:
+        BicacheError: there is no such shape.
+    """
+    if name not in names("models"):
+        raise BicacheError(f"no model shape {name!r}; there are {', '.join(names('models'))}")
     fields = _read("models", name)
     return ModelConfig(**fields | {"eos_ids": tuple(fields["eos_ids"])})
 

@@ -18,12 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.core.attention import Attention
+from bicache_jax.core.backbone import LayerParams, Params
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.numerics import precision, psum
 from bicache_jax.models.rope import rotate
-
-Params = Any
-LayerParams = Any
 
 
 class Norm(nnx.Module):

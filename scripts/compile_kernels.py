@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bicache_jax.core.config import BlockCache
-from bicache_jax.core.libtpu import expect_no_tpu
+from bicache_jax.sharding.topologies import slice_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KERNEL_SHAPES = [
@@ -34,11 +34,7 @@ KERNEL_SHAPES = [
 
 def device(topology: str) -> Any:
     """A device of a topology that is not here."""
-    from jax.experimental import topologies
-
-    expect_no_tpu()
-    name = TOPOLOGIES.get(topology, topology)
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    return slice_devices(TOPOLOGIES.get(topology, topology))[0]
 
 
 def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str) -> dict[str, Any]:

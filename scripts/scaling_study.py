@@ -15,16 +15,11 @@ from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.serving.flops import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
 from bicache_jax.serving.grouping import prefix_ratio
-from bicache_jax.serving.memory import RESERVE, Buffers, Footprint
+from bicache_jax.serving.memory import RESERVE, Footprint
 from bicache_jax.sharding import Partition
 
 GIB = 2**30
 PREFIX, SUFFIX, RESPONSE, STEPS, BLOCK, PER_PREFIX = 1024, 512, 256, 256, 32, 16
-
-
-def parameters(config: ModelConfig) -> int:
-    """Bytes of bfloat16 parameters, biases and norms left out."""
-    return weight_bytes(config, 2) + 2 * config.vocab_size * config.d_model
 
 
 def boundary_for(config: ModelConfig) -> int:
@@ -36,10 +31,8 @@ def boundary_for(config: ModelConfig) -> int:
 
 def footprint(config: ModelConfig, generation: str, model: int) -> Footprint:
     """A device that holds one `model`-th of the model."""
-    boundary = boundary_for(config)
-    buffers = Buffers.between(boundary, boundary, config.num_layers)
-    weights, copies = parameters(config) // model, topology(generation).copies
-    return Footprint(Partition(config, model).local, weights, buffers, jnp.dtype(jnp.bfloat16), copies=copies)
+    copies = topology(generation).copies
+    return Footprint.of(Partition(config, model), [boundary_for(config)], jnp.dtype(jnp.bfloat16), copies=copies)
 
 
 def largest(config: ModelConfig, generation: str, model: int) -> int:

@@ -2,7 +2,7 @@
 
 python scripts/what_fits.py --output scripts/results/what_fits
 
-Every line of the table is two programs compiled for a slice that need not be here (`aot_compile.py --rows max`); lines
+Every line of the table is two programs compiled for a slice that need not be here (`bicache aot --rows max`); lines
 that the output already has are not compiled again. `--beyond` also compiles a batch one bucket larger, to show that it
 does not fit, or by how much the planner is careful.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from aot_compile import EXIT_FAULT, GIB, build_parser, check
 
+from bicache_jax.cli import EXIT_FAULT
 from bicache_jax.configs import model_shape, topology
 from bicache_jax.core.buckets import count_bucket
 from bicache_jax.core.types import BicacheError
-from bicache_jax.models import abstract
-from bicache_jax.serving.memory import Buffers, Footprint, params_bytes
+from bicache_jax.measure.aot import GIB, AotCase, check
+from bicache_jax.serving.memory import Footprint
 from bicache_jax.sharding import Partition
 
 MODELS = ("llada_8b", "dream_7b")
@@ -38,8 +38,7 @@ MESHES = {
 
 def one(config: str, slice_name: str, rows: int | None) -> dict[str, Any]:
     """A compile check."""
-    flags = ("--config", config, "--topology", slice_name, "--mesh", MESHES[slice_name], "--rows", str(rows or "max"))
-    return check(build_parser().parse_args(flags))
+    return check(AotCase(config, slice_name, MESHES[slice_name], rows=rows))
 
 
 def peak(found: dict[str, Any]) -> int | None:
@@ -50,13 +49,10 @@ def peak(found: dict[str, Any]) -> int | None:
 
 def planned(found: dict[str, Any]) -> int:
     """Bytes that the planner says today for a line."""
-    config, shards = model_shape(found["config"]), found["mesh"]["model"]
-    partition = Partition(config, shards)
-    buffers = Buffers.between(found["boundary"], found["boundary"], config.num_layers)
-    weights = params_bytes(abstract(partition.config, jnp.bfloat16)) // shards
+    partition = Partition(model_shape(found["config"]), found["mesh"]["model"])
     size = {"groups": found["prefixes"], **{key: found[key] for key in ("rows", "prefix", "suffix")}}
     dtype, copies = jnp.dtype(jnp.bfloat16), topology(found["topology"]).copies
-    return Footprint(partition.local, weights, buffers, dtype, copies=copies).memory(**size).total
+    return Footprint.of(partition, [found["boundary"]], dtype, copies=copies).memory(**size).total
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

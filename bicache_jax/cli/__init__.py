@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from bicache_jax.cli import benchmark, convert, evaluate, generate, profile
+from bicache_jax.cli import aot, benchmark, convert, evaluate, generate, plan, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.cli.outputs import abandon
@@ -22,10 +22,12 @@ from bicache_jax.core.types import BicacheError
 
 COMMANDS = {
     "generate": generate,
+    "plan": plan,
     "profile": profile,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "convert": convert,
+    "aot": aot,
 }
 
 EXIT_FAULT = 2
@@ -58,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; those of the process by default.
 
     Returns:
-        0 if all is well, 2 for bad flags and unreadable files, 3 if some results are errors, 130 after Ctrl-C, 141
-        where the reader of standard output went away.
+        0 if all is well, 1 where programs do not fit a device, 2 for bad flags and unreadable files, 3 if some results
+        are errors, 130 after Ctrl-C, 141 where the reader of standard output went away.
     """
     try:
         with warnings.catch_warnings():

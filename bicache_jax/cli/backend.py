@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.cli.options import version, warn
+from bicache_jax.cli.options import FlagGroup, version, warn
 from bicache_jax.core.config import ATTENTION, CACHED_BLOCK, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
 from bicache_jax.serving.inputs import Requests
@@ -124,7 +124,11 @@ class Run:
 
     def describe(self, requests: Sequence[Request]) -> str:
         """What would be run, for people."""
-        return self._engine.plan(requests).describe()
+        return self.plan(requests).describe()
+
+    def plan(self, requests: Sequence[Request]) -> Any:
+        """What would be run."""
+        return self._engine.plan(requests)
 
     def identity(self, requests: Requests) -> dict[str, Any]:
         """Everything that determines results, by the names the user knows."""
@@ -240,7 +244,7 @@ def random(args: argparse.Namespace) -> Model:
     return random_model(args.random, dtype=args.dtype)
 
 
-def add_attention_flag(group: argparse._ArgumentGroup) -> None:
+def add_attention_flag(group: FlagGroup) -> None:
     """Adds the flag that picks an implementation of attention."""
     group.add_argument(
         "--attention",
@@ -251,7 +255,7 @@ def add_attention_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_compilation_flags(group: argparse._ArgumentGroup) -> None:
+def add_compilation_flags(group: FlagGroup) -> None:
     """Adds the flags of the persistent compilation cache."""
     compilation = group.add_mutually_exclusive_group()
     compilation.add_argument(

@@ -10,9 +10,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from bicache_jax.cli import backend
-from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, integers, listed
-from bicache_jax.core.config import CACHED_BLOCK, REFRESH_INTERVAL, SamplingConfig
+from bicache_jax.core.config import CACHED_BLOCK, DTYPES, REFRESH_INTERVAL, SamplingConfig
 from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"

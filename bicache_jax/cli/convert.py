@@ -6,8 +6,8 @@ import argparse
 import sys
 import time
 
-from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.options import add_weights_flag
+from bicache_jax.core.config import DTYPES
 
 HELP = "convert a checkpoint to an orbax folder, or back"
 DESCRIPTION = """\

@@ -12,9 +12,8 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
-from bicache_jax.cli.generate import DTYPES
 from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, warn
-from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.config import DTYPES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.serving.inputs import read_requests
 

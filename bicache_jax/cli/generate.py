@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,13 +12,13 @@ from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer
+from bicache_jax.cli.options import Parser, add_weights_flag, auto_or_integer, boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
-from bicache_jax.cli.presets import preset_flags, preset_summary
+from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.core.config import BLOCK_CACHES, POLICIES, CacheConfig, SamplingConfig
+from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Record, Result
-from bicache_jax.serving.inputs import Requests, read_requests
+from bicache_jax.serving.inputs import read_requests
 
 HELP = "answer a file of requests"
 DESCRIPTION = """\
@@ -38,10 +39,9 @@ examples:
   bicache generate --model ./LLaDA-8B-Instruct --input - --output - --gen-length 256 --steps 128 --block-length 32"""
 
 EXIT_ERRORS = 3
-DTYPES = ("auto", "float32", "bfloat16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Adds the flags of `generate`."""
     files = parser.add_argument_group("input and output")
     files.add_argument("--input", required=True, metavar="FILE", help="requests, JSON lines; - reads standard input")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_running_arguments(parser)
 
 
-def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+def add_running_arguments(parser: Parser) -> None:
     """Adds the flags that say what to run and how, whatever the files are."""
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -117,14 +117,9 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     decoding = parser.add_argument_group(
-        "length and seed", "a request's own gen_length, steps, block_length and seed precede"
+        "length and seed", "a request's own gen_length, steps, block_length and seed override these"
     )
-    decoding.add_argument(
-        "--preset",
-        type=preset_flags,
-        metavar="NAME",
-        help="flags as a model's authors publish them (names below); any flag given with it precedes (default: none)",
-    )
+    add_preset_flag(parser, decoding)
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
     )
@@ -169,6 +164,8 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `bicache generate`; returns the exit status."""
+    if args.dry_run:
+        return show_plan(args)
     cache, sampling = configurations(args)
     output: Output | None = None
     progress: Progress | None = None
@@ -181,14 +178,11 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(ends_at_once(last_words))
         requests = read_requests(args.input)
-        if not args.dry_run:  # the output comes before the model: a fault of its must not cost a load
-            output = open_output(args.output, args.input, resume=args.resume, stream=args.stream)
-            stack.callback(output.close)
+        # The output comes before the model: a fault of its must not cost a load.
+        output = open_output(args.output, args.input, resume=args.resume, stream=args.stream)
+        stack.callback(output.close)
         run = backend.Run(args, cache, sampling)
         requests.items = run.parse(requests)
-        if output is None:
-            return _dry_run(run, requests)
-
         output.begin(requests, run.identity(requests))
         resumed = len(output.finished)
         drawn = args.stream and is_terminal(sys.stdout)
@@ -244,8 +238,15 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
     return cache, sampling
 
 
-def _dry_run(run: backend.Run, requests: Requests) -> int:
-    print(run.describe(requests.valid))
+def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:
+    """Prints what `generate` would do with these flags; returns the exit status."""
+    cache, sampling = configurations(args)
+    with ends_at_once(lambda: ""):
+        requests = read_requests(args.input)
+        run = backend.Run(args, cache, sampling)
+        requests.items = run.parse(requests)
+        valid = requests.valid
+        print(json.dumps(run.plan(valid).to_json(), indent=1) if as_json else run.describe(valid))
     errors = [item.to_json() for item in requests.items if isinstance(item, Result)]
     for error in errors:
         print(f"bicache: {error['error']}", file=sys.stderr)

@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
 
 
+@runtime_checkable
+class FlagGroup(Protocol):
+    """What flags can be added to: a parser, or a group of one."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse's."""
+        ...
+
+    def add_mutually_exclusive_group(self, *, required: bool = ...) -> Any:
+        """As argparse's."""
+        ...
+
+
+class _NotGiven:
+    """The value of a flag that a preset may set, until the whole line has been read."""
+
+
+NOT_GIVEN = _NotGiven()
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose faults are one line, and whose flags have no abbreviations that a later flag breaks."""
+    """An argument parser whose faults are one line, and whose flags have no abbreviations that a later flag breaks.
+
+    Attributes:
+        presettable: flags, by the names of their values, that the flag `--preset` may set; its value maps some of them
+            to values. Any flag that is given overrides the preset.
+        exclusive: sets of such flags of which one rules out the others.
+    """
+
+    presettable: Collection[str] = ()
+    exclusive: Collection[Collection[str]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses once more where a preset is named: its flags become the defaults, so that any flag precedes them."""
-        first = super().parse_known_args(args, copy.copy(namespace))
-        preset = getattr(first[0], "preset", None)
-        if preset is None or not any(action.dest == "preset" for action in self._actions):
-            return first
-        known = {action.dest: action.default for action in self._actions}
-        for group in self._mutually_exclusive_groups:  # a flag that was given rules out the others of its group
-            if any(getattr(first[0], action.dest) != action.default for action in group._group_actions):
-                known = {name: value for name, value in known.items() if name not in map(_dest, group._group_actions)}
-        known = {name: known[name] for name in preset if name in known}
-        self.set_defaults(**{name: preset[name] for name in known})
-        try:
-            return super().parse_known_args(args, namespace)
-        finally:
-            self.set_defaults(**known)  # the next line of arguments may name another preset
+        """Parses, and gives each flag that was not given the preset's value, or its default."""
+        namespace = argparse.Namespace() if namespace is None else namespace
+        names = [name for name in self.presettable if not hasattr(namespace, name)]
+        for name in names:
+            setattr(namespace, name, NOT_GIVEN)
+        namespace, extra = super().parse_known_args(args, namespace)
+        preset = getattr(namespace, "preset", None) or {}
+        missing = {name for name in names if getattr(namespace, name) is NOT_GIVEN}
+        ruled_out = {name for group in self.exclusive if not missing.issuperset(group) for name in group}
+        for name in missing:
+            from_preset = name in preset and name not in ruled_out
+            setattr(namespace, name, preset[name] if from_preset else self.get_default(name))
+        return namespace, extra
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage, which is a screen long."""
         raise BicacheError(f"{message} (see {self.prog} --help)")
-
-
-def _dest(action: argparse.Action) -> str:
-    return action.dest
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

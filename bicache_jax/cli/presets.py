@@ -10,6 +10,8 @@ import importlib.resources
 import json
 from typing import Any
 
+from bicache_jax.cli.options import FlagGroup, Parser
+
 
 def presets() -> dict[str, dict[str, Any]]:
     """All presets by name. They are read as files: a command's help must not wait for numpy."""
@@ -18,8 +20,30 @@ def presets() -> dict[str, dict[str, Any]]:
     return {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
+EXCLUSIVE = (("threshold", "factor"),)
+"""Flags of which the command line takes one: that one given rules out a preset's other."""
+
+
+def add_preset_flag(parser: Parser, group: FlagGroup) -> None:
+    """Adds `--preset`.
+
+    Args:
+        parser: the parser of the flags that presets set.
+        group: where the help lists it.
+    """
+    group.add_argument(
+        "--preset",
+        type=preset_flags,
+        metavar="NAME",
+        help="flags as a model's authors publish them (names below); any flag given with it overrides (default: none)",
+    )
+    of_presets = {name for preset in presets().values() for name in preset["flags"]}
+    parser.presettable = sorted(of_presets.union(*EXCLUSIVE))
+    parser.exclusive = EXCLUSIVE
+
+
 def preset_flags(name: str) -> dict[str, Any]:
-    """The argument type of `--preset`: the flags that it stands for.
+    """The argument type of `--preset`: the flags that it sets.
 
     Raises:
         ArgumentTypeError: there is no such preset.

@@ -11,6 +11,8 @@ BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
 Schedule = Literal["even", "time"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
+DTYPES = ("auto", "float32", "bfloat16")
+"""Of parameters and caches; `auto` is float32 on CPUs and bfloat16 elsewhere."""
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")

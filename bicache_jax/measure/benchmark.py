@@ -23,9 +23,8 @@ from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.measure.evaluate import parse_policy
 from bicache_jax.serving.engine import Engine
-from bicache_jax.serving.flops import Job, gain_limit, row_flops
+from bicache_jax.serving.flops import Job, gain_limit, jobs, row_flops
 from bicache_jax.serving.grouping import prefix_ratio
-from bicache_jax.serving.plan import jobs
 from bicache_jax.serving.programs import lower_decode
 from bicache_jax.wiring import backbone_for
 
@@ -149,9 +148,7 @@ class EngineRunner:
         """The work of a row; prefixes are shared by as many rows as they are on average."""
         plan = self._last.plan(self._requests)
         return dataclasses.replace(
-            jobs(plan.rows)[0],
-            refresh_interval=self._cache.interval(self._requests[0].sampling),
-            block_cache=self._cache.block_cache,
+            jobs(plan.rows, self._cache)[0],
             rows_per_prefix=self._rows / max(1, len({row.prefix for row in plan.rows})),
         )
 

@@ -188,14 +188,13 @@ class Engine:
         placement, params = self._executor.placement, self._executor.params
         config, found = self.model.config, self._rows(requests)
         dtype, weights = jnp.dtype(params["embed"].dtype), params_bytes(params)
-        room = device_memory(placement.devices)
-        part = placement.partition.local
-        fitting = None if room is None else rows_fitting(found, part, weights, room, self.cache, dtype)
+        partition, device = placement.partition, device_memory(placement.devices)
+        fitting = None if device is None else rows_fitting(found, partition, weights, device, self.cache, dtype)
         rounds = plan_rounds(
             config, self.cache, found, shards=placement.shards, batch_size=self.batch_size, rows_of=fitting
         )
         buffers = Buffers.of(rounds, config.num_layers)
-        return Plan(config, dtype, self.cache, tuple(rounds), buffers, part, weights, room)
+        return Plan(config, dtype, self.cache, tuple(rounds), buffers, partition.local, weights, device)
 
     def _answer(
         self, entries: Sequence[Request | Result], frames: Frames | None = None

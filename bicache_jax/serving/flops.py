@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 
-from bicache_jax.core.config import BlockCache, ModelConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig
+from bicache_jax.serving.grouping import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,25 @@ class Job:
                 window = self.block * (1 + behind)
             found[bool(self.prefix) and step % self.refresh_interval == 0, window] += 1
         return found
+
+
+def jobs(rows: Sequence[Row], cache: CacheConfig) -> list[Job]:
+    """The run of each row, the encoding of a prefix spread over the rows that share it."""
+    sharing = Counter(row.prefix for row in rows)
+    return [
+        Job(
+            prefix=row.prefix_len,
+            suffix=row.suffix_len,
+            steps=row.request.sampling.num_steps,
+            block=row.request.sampling.block_size,
+            response=row.request.sampling.gen_length,
+            boundary=row.boundary,
+            refresh_interval=cache.interval(row.request.sampling),
+            block_cache=cache.block_cache,
+            rows_per_prefix=sharing[row.prefix],
+        )
+        for row in rows
+    ]
 
 
 def kv_flops(config: ModelConfig, tokens: int) -> int:

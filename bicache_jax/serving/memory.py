@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -14,9 +14,13 @@ from bicache_jax.core.buckets import count_bucket, layer_bucket
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.device import Copies
 from bicache_jax.serving.rounds import Round
+from bicache_jax.sharding import MODEL, Partition, param_specs
+from bicache_jax.wiring import abstract_params, backbone_for
 
 RESERVE = 0.92
 """Share of a device's memory that a plan fills at most: programs, fragments, and what the estimate may lack."""
+
+_PLAIN = Copies()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Footprint:
     """What a device holds whatever the batch, and what it holds of each row and prefix.
 
     Attributes:
-        config: one shard's part of the architecture (`bicache_jax.sharding.Layout.local`).
+        config: one shard's part of the architecture (`bicache_jax.sharding.Partition.local`).
         params: bytes of the parameters on a device.
         buffers: layers of the caches.
         dtype: of activations and caches.
@@ -105,7 +109,40 @@ class Footprint:
     buffers: Buffers
     dtype: jnp.dtype
     block_cache: bool = False
-    copies: Copies = Copies()
+    copies: Copies = _PLAIN
+
+    @classmethod
+    def of(
+        cls,
+        partition: Partition,
+        boundaries: Collection[int],
+        dtype: jnp.dtype,
+        *,
+        params: int | None = None,
+        block_cache: bool = False,
+        copies: Copies = _PLAIN,
+    ) -> Footprint:
+        """The footprint of a model on a device.
+
+        Args:
+            partition: how the model is cut.
+            boundaries: those in use, which size the caches.
+            dtype: of activations and caches, and of the parameters where their size is not given.
+            params: bytes of the parameters on a device; None: by their shapes.
+            block_cache: whether the suffixes' KV are kept.
+            copies: what the compiler holds.
+        """
+        num_layers = partition.logical.num_layers
+        used = [min(boundary, num_layers - 1) for boundary in boundaries]
+        buffers = Buffers.between(min(used, default=0), max(used, default=0), num_layers)
+        if params is None:
+            shapes = abstract_params(partition.config, dtype)
+            specs = param_specs(backbone_for(partition.config).axes, shapes)
+            params = sum(
+                leaf.size * leaf.dtype.itemsize // (partition.shards if MODEL in spec else 1)
+                for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True)
+            )
+        return cls(partition.local, params, buffers, dtype, block_cache, copies)
 
     def memory(self, *, groups: int, prefix: int, rows: int, suffix: int) -> Memory:
         """Memory of the decode program.

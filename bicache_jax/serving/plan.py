@@ -4,60 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
-from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
-from bicache_jax.serving.flops import Job, row_flops
+from bicache_jax.serving.flops import jobs, row_flops
 from bicache_jax.serving.grouping import Batch, Row, default_rows
 from bicache_jax.serving.memory import RESERVE, Buffers, Footprint, Memory
-from bicache_jax.serving.rounds import Round
+from bicache_jax.serving.rounds import Round, round_shape
+from bicache_jax.sharding import Partition
 
 
 def rows_fitting(
-    rows: Sequence[Row], part: ModelConfig, weights: int, room: DeviceMemory, cache: CacheConfig, dtype: jnp.dtype
+    rows: Sequence[Row],
+    partition: Partition,
+    weights: int,
+    device: DeviceMemory,
+    cache: CacheConfig,
+    dtype: jnp.dtype,
 ) -> Callable[[int, int], int]:
     """How many rows a batch may have, by buckets of P and U: as many as are usual, fewer where memory is short.
 
     Args:
         rows: the run; its boundaries size the caches.
-        part: a device's part of the architecture.
+        partition: how the model is cut.
         weights: bytes of the parameters on a device.
-        room: what a device offers.
+        device: what a device offers.
         cache: how prefixes are reused.
         dtype: of the caches.
     """
-    boundaries = [min(row.boundary, part.num_layers - 1) for row in rows]
-    buffers = Buffers.between(min(boundaries, default=0), max(boundaries, default=0), part.num_layers)
-    footprint = Footprint(part, weights, buffers, dtype, cache.block_cache != "off", room.copies)
+    footprint = Footprint.of(
+        partition,
+        {row.boundary for row in rows},
+        dtype,
+        params=weights,
+        block_cache=cache.block_cache != "off",
+        copies=device.copies,
+    )
 
     def most(prefix: int, suffix: int) -> int:
-        fitting = footprint.most_rows(RESERVE * room.nbytes, prefix=prefix, suffix=suffix)
+        fitting = footprint.most_rows(RESERVE * device.nbytes, prefix=prefix, suffix=suffix)
         return max(1, min(default_rows(prefix, suffix), fitting))
 
     return most
-
-
-def jobs(rows: Sequence[Row]) -> list[Job]:
-    """The work of each row, the encoding of a prefix spread over the rows that share it."""
-    sharing: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        prefix = row.prefix
-        sharing[prefix] = sharing.get(prefix, 0) + 1
-    return [
-        Job(
-            prefix=row.prefix_len,
-            suffix=row.suffix_len,
-            steps=row.request.sampling.num_steps,
-            block=row.request.sampling.block_size,
-            response=row.request.sampling.gen_length,
-            boundary=row.boundary,
-            rows_per_prefix=sharing[row.prefix],
-        )
-        for row in rows
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Plan:
         buffers: cache sizes of the run.
         part: a device's part of the architecture, where it is not all of it.
         weights: bytes of the parameters on a device; 0 where they are not known.
-        room: what a device offers; None where it is not known.
+        device: what a device offers; None where it is not known.
     """
 
     config: ModelConfig
@@ -82,7 +73,7 @@ class Plan:
     buffers: Buffers
     part: ModelConfig | None = None
     weights: int = 0
-    room: DeviceMemory | None = None
+    device: DeviceMemory | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -98,20 +89,14 @@ class Plan:
     def gain(self) -> float:
         """Ratio of the operations without a prefix cache to those planned; an upper bound of the speed-up."""
         planned = none = 0.0
-        for row, job in zip(self.rows, jobs(self.rows), strict=True):
-            interval = self.cache.interval(row.request.sampling)
-            job = dataclasses.replace(job, refresh_interval=interval, block_cache=self.cache.block_cache)
+        for job in jobs(self.rows, self.cache):
             planned += row_flops(self.config, job)
             none += row_flops(self.config, job.without_prefix())
         return none / planned if planned else 1.0
 
     def shape(self, *batches: Batch) -> tuple[int, int, int, int]:
-        """(G, P, B, U) in buckets, of a batch or of the batches of a round; twins of guidance are rows."""
-        prefix = length_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
-        suffix = length_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
-        groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
-        num_rows = max(count_bucket(len(batch.rows)) for batch in batches)
-        return groups, prefix, num_rows * (1 + any(batch.guided for batch in batches)), suffix
+        """(G, P, B, U) in buckets, of a batch or of the batches of a round (`round_shape`)."""
+        return round_shape(batches)
 
     def cache_bytes(self, batch: Batch) -> int:
         """KV of a batch: shared ones of its prefixes and the rows' own deep ones."""
@@ -122,45 +107,75 @@ class Plan:
     def memory(self, *batches: Batch) -> Memory:
         """Memory of a device while a batch or a round is decoded, as planned."""
         groups, prefix, rows, suffix = self.shape(*batches)
-        copies = Copies() if self.room is None else self.room.copies
+        copies = Copies() if self.device is None else self.device.copies
         block_cache = self.cache.block_cache != "off"
         footprint = Footprint(self.part or self.config, self.weights, self.buffers, self.dtype, block_cache, copies)
         return footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
 
-    def _memory_line(self) -> str:
-        if not self.rounds:
-            return "memory of a device: nothing to run"
-        most = max((self.memory(*batches) for batches in self.rounds), key=lambda memory: memory.total)
-        parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in dataclasses.asdict(most).items() if size)
-        known = "" if self.room is None else f" of {self.room.nbytes / 2**20:.0f}"
-        return f"memory of a device, MiB: at most {most.total / 2**20:.0f}{known} ({parts})"
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values; sizes in bytes."""
+        memories = [self.memory(*batches) for batches in self.rounds]
+        most = max(memories, key=lambda memory: memory.total, default=None)
+        return {
+            "rows": len(self.rows),
+            "prefixes": len({prefix for batch in self.batches for prefix in batch.prefixes if prefix}),
+            "policy": self.cache.policy,
+            "block_cache": self.cache.block_cache,
+            "dtype": self.dtype.name,
+            "shared_layers": self.buffers.shallow,
+            "layers_per_row": self.buffers.deep,
+            "batches": [self._batch_json(batch) for batch in self.batches],
+            "memory": None if most is None else {**dataclasses.asdict(most), "total": most.total},
+            "device_memory": None if self.device is None else self.device.nbytes,
+            "gain": self.gain,
+        }
+
+    def _batch_json(self, batch: Batch) -> dict[str, Any]:
+        ratios = [row.ratio for row in batch.rows]
+        groups, prefix, rows, suffix = self.shape(batch)
+        return {
+            "rows": len(batch.rows),
+            "prefixes": len(batch.prefixes),
+            "ratio": [min(ratios), max(ratios)],
+            "boundary": batch.boundary,
+            "shape": {"B": rows, "G": groups, "P": prefix, "U": suffix},
+            "steps": batch.rows[0].request.sampling.num_steps,
+            "refresh_interval": self.cache.interval(batch.rows[0].request.sampling),
+            "cache": self.cache_bytes(batch),
+        }
 
     def describe(self) -> str:
         """The plan as a table for people."""
-        rows = self.rows
-        prefixes = {prefix for batch in self.batches for prefix in batch.prefixes if prefix}
-        intervals = sorted({self.cache.interval(row.request.sampling) for row in rows})
+        plan = self.to_json()
+        intervals = sorted({batch["refresh_interval"] for batch in plan["batches"]})
         lines = [
-            f"{len(rows)} rows over {len(prefixes)} prefixes in {len(self.batches)} batches; "
-            f"policy {self.cache.policy}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
-            f"cache buffers: {self.buffers.shallow} shared layers, {self.buffers.deep} layers per row, "
-            f"{self.dtype.name}",
+            f"{plan['rows']} rows over {plan['prefixes']} prefixes in {len(plan['batches'])} batches; "
+            f"policy {plan['policy']}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
+            f"cache buffers: {plan['shared_layers']} shared layers, {plan['layers_per_row']} layers per row, "
+            f"{plan['dtype']}",
             "",
             f"{'batch':>5} {'rows':>5} {'prefixes':>8} {'r %':>9} {'b':>4} {'B':>4} {'G':>4} {'P':>6} {'U':>6} "
             f"{'steps':>6} {'cache MiB':>10}",
         ]
-        for number, batch in enumerate(self.batches, 1):
-            ratios = sorted({row.ratio for row in batch.rows})
-            ratio = f"{ratios[0]}" if len(ratios) == 1 else f"{ratios[0]}-{ratios[-1]}"
-            groups, prefix, count, suffix = self.shape(batch)
+        for number, batch in enumerate(plan["batches"], 1):
+            low, high = batch["ratio"]
+            ratio, shape = f"{low}" if low == high else f"{low}-{high}", batch["shape"]
             lines.append(
-                f"{number:>5} {len(batch.rows):>5} {len(batch.prefixes):>8} {ratio:>9} {batch.boundary:>4} {count:>4} "
-                f"{groups:>4} {prefix:>6} {suffix:>6} {batch.rows[0].request.sampling.num_steps:>6} "
-                f"{self.cache_bytes(batch) / 2**20:>10.1f}"
+                f"{number:>5} {batch['rows']:>5} {batch['prefixes']:>8} {ratio:>9} {batch['boundary']:>4} "
+                f"{shape['B']:>4} {shape['G']:>4} {shape['P']:>6} {shape['U']:>6} {batch['steps']:>6} "
+                f"{batch['cache'] / 2**20:>10.1f}"
             )
         lines += [
             "",
-            self._memory_line(),
-            f"expected gain over no cache: at most {self.gain:.2f}x, by counted operations",
+            _memory_line(plan["memory"], plan["device_memory"]),
+            f"expected gain over no cache: at most {plan['gain']:.2f}x, by counted operations",
         ]
         return "\n".join(lines)
+
+
+def _memory_line(memory: dict[str, int] | None, device: int | None) -> str:
+    if memory is None:
+        return "memory of a device: nothing to run"
+    parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in memory.items() if size and name != "total")
+    known = "" if device is None else f" of {device / 2**20:.0f}"
+    return f"memory of a device, MiB: at most {memory['total'] / 2**20:.0f}{known} ({parts})"

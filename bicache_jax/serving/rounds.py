@@ -6,37 +6,37 @@ Every host of a job computes the same rounds from the same requests.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from bicache_jax.core.buckets import length_bucket, width_bucket
+from bicache_jax.core.buckets import count_bucket, length_bucket, width_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.serving.balance import Group, pack
-from bicache_jax.serving.flops import Job, encode_flops, row_flops
+from bicache_jax.serving.flops import encode_flops, jobs, row_flops
 from bicache_jax.serving.grouping import Batch, Row, plan_batches
 
 Round = tuple[Batch, ...]
 IDLE = Batch(rows=(), prefixes=((),), prefix_index=(), boundary=0)
-"""What a shard without work runs: rows that are complete from the start, over an empty prefix."""
+"""What a shard without work runs: nothing but the padding of `round_shape`."""
+
+
+def round_shape(batches: Sequence[Batch]) -> tuple[int, int, int, int]:
+    """(G, P, B, U) in buckets that hold each of the batches.
+
+    This is what all shards of a round are padded to: prefixes with empty ones, rows with rows that are complete from
+    the start, tokens with invalid ones. Twins of guidance are rows.
+    """
+    prefix = length_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
+    suffix = length_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
+    groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
+    num_rows = max(count_bucket(len(batch.rows)) for batch in batches)
+    return groups, prefix, num_rows * (1 + any(batch.guided for batch in batches)), suffix
 
 
 def row_costs(config: ModelConfig, cache: CacheConfig, rows: Sequence[Row]) -> list[float]:
     """Operations of each row, without the encoding of its prefix."""
-    jobs = (
-        Job(
-            prefix=row.prefix_len,
-            suffix=row.suffix_len,
-            steps=row.request.sampling.num_steps,
-            block=row.request.sampling.block_size,
-            response=row.request.sampling.gen_length,
-            boundary=row.boundary,
-            refresh_interval=cache.interval(row.request.sampling),
-            block_cache=cache.block_cache,
-            rows_per_prefix=math.inf,
-        )
-        for row in rows
-    )
-    return [row_flops(config, job) for job in jobs]
+    return [row_flops(config, dataclasses.replace(job, rows_per_prefix=math.inf)) for job in jobs(rows, cache)]
 
 
 def share_out(config: ModelConfig, cache: CacheConfig, rows: Sequence[Row], shards: int) -> list[list[Row]]:
@@ -106,9 +106,10 @@ def plan_rounds(
 def _program(batch: Batch, cache: CacheConfig) -> tuple[object, ...]:
     """What batches of a round must have in common."""
     sampling = batch.rows[0].request.sampling
+    _, prefix, _, suffix = round_shape((batch,))
     shape = (
-        length_bucket(max(map(len, batch.prefixes))),
-        length_bucket(max(row.suffix_len for row in batch.rows)),
+        prefix,
+        suffix,
         width_bucket(sampling.block_size),
         length_bucket(sampling.num_steps // sampling.num_blocks),
         sampling.guided,

@@ -75,6 +75,28 @@ def test_dry_run_shows_the_plan(whole, capsys):
     assert main(["generate", *FLAGS, *HERE, "--input", str(whole[0]), "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "11 rows over 2 prefixes" in plan and "expected gain" in plan and "MiB" in plan
+    assert main(["plan", *FLAGS, *HERE, "--input", str(whole[0])]) == 0
+    assert capsys.readouterr().out == plan
+
+
+def test_plan_as_json_has_what_the_run_does(whole, capsys):
+    assert main(["plan", *FLAGS, *HERE, "--input", str(whole[0]), "--json"]) == 0
+    plan, results = json.loads(capsys.readouterr().out), read(whole[1])
+    assert (plan["rows"], plan["prefixes"]) == (len(results), 2)
+    assert sum(batch["rows"] for batch in plan["batches"]) == len(results)
+    assert {batch["boundary"] for batch in plan["batches"]} == {result["boundary"] for result in results}
+    assert {batch["steps"] for batch in plan["batches"]} == {result["steps"] for result in results}
+    assert plan["memory"]["total"] == sum(size for name, size in plan["memory"].items() if name != "total")
+    assert max(batch["cache"] for batch in plan["batches"]) < plan["memory"]["total"]
+    assert plan["device_memory"] is None  # CPUs do not say
+    assert plan["gain"] > 1
+
+
+def test_plan_takes_the_flags_of_generate_and_a_preset(whole, capsys):
+    flags = ["--model", str(FOLDER), *HERE, "--input", str(whole[0]), "--policy", "none", "--json"]
+    assert main(["plan", *flags, "--preset", "fast_dllm_llada", "--gen-length", "64", "--block-cache", "prefix"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["policy"], plan["block_cache"], plan["prefixes"]) == ("none", "prefix", 0)
 
 
 @pytest.mark.parametrize(

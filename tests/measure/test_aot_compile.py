@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 
 from bicache_jax.configs import model_shape, names, topology, topology_of
 from bicache_jax.core.buckets import count_bucket
+from bicache_jax.core.types import BicacheError
 from bicache_jax.models import abstract
-from bicache_jax.serving.memory import Buffers, Footprint, params_bytes
-from bicache_jax.sharding import Partition
+from bicache_jax.serving.memory import Footprint, params_bytes
+from bicache_jax.sharding import Partition, topologies
+from bicache_jax.sharding.topologies import hushed, slice_devices, slice_name
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_compile.py"
 needs_compiler = pytest.mark.skipif(
@@ -24,11 +27,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run(*flags: str) -> tuple[int, str, str]:
-    """Runs the script in a process of its own: the TPU compiler prints to file descriptors."""
+def run(*flags: str, command: tuple[str, ...] = (str(SCRIPT),)) -> tuple[int, str, str]:
+    """Runs the check in a process of its own: the TPU compiler prints to file descriptors."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env.pop("XLA_FLAGS", None)
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, *command, *flags], capture_output=True, text=True, env=env)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -62,9 +65,11 @@ def test_the_planner_agrees_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_most_rows_is_the_last_bucket_that_fits() -> None:
-    layout = Partition(model_shape("llada_8b"), 4)
-    weights = params_bytes(abstract(layout.config, jnp.bfloat16)) // 4
-    device = Footprint(layout.local, weights, Buffers(shallow=20, deep=16, slots=1), jnp.dtype(jnp.bfloat16))
+    partition = Partition(model_shape("llada_8b"), 4)
+    weights = params_bytes(abstract(partition.config, jnp.bfloat16)) // 4
+    device = Footprint.of(partition, [15, 19], jnp.dtype(jnp.bfloat16))
+    assert (device.buffers.shallow, device.buffers.deep) == (20, 16)
+    assert device.params == pytest.approx(weights, rel=1e-3)  # norms are not cut
     shape = {"prefix": 1024, "suffix": 512}
     limit = topology("v5e:2x4").hbm_gib * 2**30
     rows = device.most_rows(limit, **shape)
@@ -84,11 +89,69 @@ def test_topologies_say_what_a_plan_needs(name: str) -> None:
     assert 100 < chip.tflops_bfloat16 < 5000 and 500 < chip.hbm_gb_per_second < 10000
 
 
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e:1", "v6e:1x1"])
+def test_a_slice_of_one_chip_and_nothing_on_standard_error(name: str) -> None:
+    """The program for v6e is one that this jaxlib cannot read; it says so with a stack trace, which nobody needs."""
+    flags = ("--config", "llada_8b", "--topology", name, "--mesh", "data=1,model=1", "--rows", "1", "--json")
+    more = ("--prefix", "256", "--suffix", "128", "--gen-length", "64", "--dtype", "bfloat16")
+    status, out, err = run("aot", *flags, *more, command=("-m", "bicache_jax"))
+    found = json.loads(out)
+    assert (status, err) == (0 if found["fits"] else 1, "")
+    assert found["topology"] == name and found["mesh"] == {"data": 1, "model": 1}
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x1", "tpu7x:2x2x2_twisted"])
+def test_names_of_slices_stay(name: str) -> None:
+    assert slice_name(name) == name
+
+
+def test_one_chip_has_a_short_name() -> None:
+    assert slice_name("v5e:1") == slice_name("v5e:1x1") == "v5e:1x1"
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:8", "v5e:0x1", "v5e:2x", "v5e:2x2x2x2", "v5e:axb", "v5e:-1x2"])
+def test_other_names_say_what_the_forms_are(name: str) -> None:
+    with pytest.raises(BicacheError, match=re.escape(f"topology {name!r}: a slice is named by its sides")):
+        slice_devices(name)
+
+
+@needs_compiler
+def test_a_slice_that_the_compiler_refuses() -> None:
+    with pytest.raises(BicacheError, match="'v5e:3x3': the TPU compiler refuses it .*not divisible") as refused:
+        slice_devices("v5e:3x3")
+    assert "install" not in str(refused.value)
+
+
+def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**_: str) -> None:
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(BicacheError, match="'v5e:2x4': there is no TPU compiler here; install it: pip install libtpu"):
+        slice_devices("v5e:2x4")
+
+
+def test_what_a_compiler_prints_is_shown_where_it_fails_only(capfd: pytest.CaptureFixture[str]) -> None:
+    with hushed():
+        os.write(2, b"noise\n")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ValueError), hushed():
+        os.write(2, b"a reason\n")
+        raise ValueError
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "a reason\nlater\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
         (("--config", "llada_9b", "--topology", "v5e:2x4", "--mesh", "model=4"), "llada_9b"),
         (("--config", "llada_8b", "--topology", "v9z:2x4", "--mesh", "model=4"), "v9z"),
+        (("--config", "llada_8b", "--topology", "v5e:8", "--mesh", "model=4"), "'v5e:8': a slice is named"),
         (("--config", "llada_8b", "--topology", "v5e:2x4"), "--mesh"),
     ],
 )
@@ -96,4 +159,4 @@ def test_bad_arguments_are_one_line(flags: tuple[str, ...], fault: str) -> None:
     status, out, err = run(*flags)
     assert status == 2 and not out
     (line,) = err.splitlines()
-    assert fault in line
+    assert fault in line and "libtpu" not in line

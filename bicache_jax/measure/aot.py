@@ -1,0 +1,225 @@
+"""A model's encode and decode programs compiled for a TPU slice that is not here, beside what the planner says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bicache_jax.core.backbone import Backbone, Params
+from bicache_jax.core.boundary import boundary_at
+from bicache_jax.core.buckets import count_bucket, length_bucket
+from bicache_jax.core.config import BlockCache, CacheConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError, Request
+from bicache_jax.measure.hlo import Collective, collectives, crossing
+from bicache_jax.serving.flops import jobs, row_flops
+from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
+from bicache_jax.serving.memory import Buffers, Footprint
+from bicache_jax.serving.placement import Placement
+from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.programs import lower_decode, lower_encode
+from bicache_jax.sharding import make_mesh, param_shardings
+from bicache_jax.sharding.topologies import hushed, slice_devices
+from bicache_jax.wiring import abstract_params, backbone_for, model_shape, published_table, topology
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class AotCase:
+    """What is compiled.
+
+    Attributes:
+        config: name of a model shape.
+        topology: the slice, as in `v5e:2x4`.
+        mesh: how its devices are used, as in `data=2,model=4`.
+        prefix: P.
+        suffix: U.
+        rows: B, of a data shard; None: as many as should fit.
+        per_prefix: rows that share a prefix.
+        boundary: b; None: the published table's.
+        gen_length: response tokens.
+        block_length: tokens of a block.
+        block_cache: what is frozen inside a block.
+        dtype: of parameters and caches.
+    """
+
+    config: str
+    topology: str
+    mesh: str
+    prefix: int = 1024
+    suffix: int = 512
+    rows: int | None = 8
+    per_prefix: int = 16
+    boundary: int | None = None
+    gen_length: int = 256
+    block_length: int = 32
+    block_cache: BlockCache = "off"
+    dtype: str = "bfloat16"
+
+
+def check(case: AotCase) -> dict[str, Any]:
+    """Compiles, and compares with the planner.
+
+    Returns:
+        JSON values: the shape, what is planned, what the compiler says of each program, and whether both fit.
+
+    Raises:
+        BicacheError: model, slice or mesh do not exist or do not go together.
+    """
+    config, chip = model_shape(case.config), topology(case.topology)
+    mesh = make_mesh(case.mesh, slice_devices(case.topology))
+    placement, dtype = Placement(config, mesh), jnp.dtype(case.dtype)
+    backbone = backbone_for(placement.partition.local, axis=placement.axis)
+    shapes = abstract_params(placement.partition.config, dtype)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        param_shardings(backbone.axes, shapes, mesh),
+    )
+    boundary = case.boundary
+    if boundary is None:
+        table = published_table(config)
+        if table is None:
+            raise BicacheError(f"--config {case.config} has no published boundary table: give --boundary")
+        boundary = boundary_at(table.table, prefix_ratio(case.prefix, case.prefix + case.suffix))
+    footprint = Footprint.of(
+        placement.partition, [boundary], dtype, block_cache=case.block_cache != "off", copies=chip.copies
+    )
+    most = footprint.most_rows(
+        chip.hbm_gib * GIB,
+        prefix=length_bucket(case.prefix),
+        suffix=length_bucket(case.suffix),
+        per_prefix=case.per_prefix,
+    )
+    asked = case.rows or most
+    if not asked:
+        raise BicacheError(f"--mesh {case.mesh}: not even one row should fit; cut the model over more devices")
+    plan = _plan(case, placement, boundary, asked)
+    groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
+    planned = footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
+    flops = sum(row_flops(config, job) for job in jobs(plan.batches[0].rows, plan.cache))
+    found = {
+        "config": case.config,
+        "topology": case.topology,
+        "mesh": dict(mesh.shape),
+        "hbm_gib": chip.hbm_gib,
+        "rows": rows,
+        "prefixes": groups,
+        "prefix": prefix,
+        "suffix": suffix,
+        "boundary": boundary,
+        "dtype": case.dtype,
+        "planned_bytes": planned.total,
+        "flops_per_device": flops / mesh.shape["model"],
+        "decode": _compile(lower_decode, backbone, params, plan, placement),
+        "encode": _compile(lower_encode, backbone, params, plan, placement),
+    }
+    found["fits"] = bool(found["decode"]["fits"] and found["encode"]["fits"])
+    if not found["fits"]:
+        found["largest_rows"] = min(most, _bucket_below(rows))
+    return found
+
+
+def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan:
+    """A round of equal batches of the shape that is asked for."""
+    config = placement.config
+    groups = -(-rows // case.per_prefix)
+    response = min(case.gen_length, case.suffix - config.shift_logits)  # which need a prompt token before it
+    block = min(case.block_length, response)
+    sampling = SamplingConfig(response - response % block, None, block)
+    rest = tuple(range(case.suffix - sampling.gen_length))
+    made = []
+    for number in range(rows):
+        prefix = (number * groups // rows, *range(1, case.prefix))[: case.prefix]
+        made.append(Row(Request(str(number), prefix + rest, case.prefix, sampling), 0, case.prefix, 0, boundary))
+    prefixes = tuple(dict.fromkeys(row.prefix for row in made))
+    batch = Batch(tuple(made), prefixes, tuple(prefixes.index(row.prefix) for row in made), boundary)
+    cache = CacheConfig(policy="bicache" if case.prefix else "none", block_cache=case.block_cache)
+    rounds = ((batch,) * placement.shards,)
+    return Plan(config, jnp.dtype(case.dtype), cache, rounds, Buffers.of(rounds, config.num_layers))
+
+
+def _compile(
+    lower: Callable[..., Any], backbone: Backbone, params: Params, plan: Plan, placement: Placement
+) -> dict[str, Any]:
+    """What the compiler says about a program; `needs_gib` alone where it does not fit."""
+    assert placement.mesh is not None
+    started = time.perf_counter()
+    try:
+        program = lower(backbone, params, plan, *plan.rounds[0], mesh=placement.mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", str(error))
+        return {"fits": False, "needs_gib": float(used[1] or used[2]) if used else None}
+    memory, talk = program.memory_analysis(), _collectives(program)
+    return {
+        "fits": True,
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "compiler_flops": program.cost_analysis().get("flops"),  # loop bodies counted once
+        "collectives": None if talk is None else _by_kind(talk),
+        "collectives_over_data": None if talk is None else len(crossing(talk, placement.mesh.devices.shape)),
+        "compile_seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _collectives(program: Any) -> list[Collective] | None:
+    """The collectives of a program; None where jaxlib cannot read what a newer TPU compiler made.
+
+    It prints a stack trace then, as if something had crashed.
+    """
+    with hushed():
+        try:
+            return collectives(program.as_text())
+        except jax.errors.JaxRuntimeError:
+            return None
+
+
+def _by_kind(talk: Sequence[Collective]) -> dict[str, Any]:
+    """Number of instructions and bytes of each kind of collective."""
+    counts = Counter(one.kind for one in talk)
+    return {
+        kind: {"instructions": count, "bytes": sum(one.nbytes for one in talk if one.kind == kind)}
+        for kind, count in sorted(counts.items())
+    }
+
+
+def _bucket_below(rows: int) -> int:
+    """The next smaller number of rows that a batch may have; 0 below the first."""
+    return max((count_bucket(fewer) for fewer in range(1, rows) if count_bucket(fewer) < rows), default=0)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The findings of `check` for people."""
+    shape = f"B={found['rows']} G={found['prefixes']} P={found['prefix']} U={found['suffix']} b={found['boundary']}"
+    lines = [f"{found['config']} on {found['topology']}, mesh {found['mesh']}, {shape}, {found['dtype']}"]
+    for name in ("encode", "decode"):
+        part = found[name]
+        if not part["fits"]:
+            lines.append(f"{name}: does not fit into {found['hbm_gib']} GiB (needs {part['needs_gib']} GiB)")
+            continue
+        gib = {key: part[f"{key}_bytes"] / GIB for key in ("arguments", "output", "temporaries", "peak")}
+        sizes = ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
+        lines.append(f"{name}: GiB a device: {sizes}; {_talk_line(part)}")
+    lines.append(f"planned: {found['planned_bytes'] / GIB:.2f} GiB of {found['hbm_gib']} GiB")
+    if not found["fits"]:
+        lines.append(f"largest number of rows that should fit: {found['largest_rows']}")
+    return "\n".join(lines)
+
+
+def _talk_line(part: dict[str, Any]) -> str:
+    if part["collectives"] is None:
+        return "collectives: not known, this jaxlib cannot read the program"
+    talk = ", ".join(f"{one['instructions']} {kind}" for kind, one in part["collectives"].items()) or "none"
+    return f"collectives: {talk}; over data: {part['collectives_over_data']}"
