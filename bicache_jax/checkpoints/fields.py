@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
-    """Token ids, given as one number or as a list; null and absence are no ids.
+    """Token ids, given as one number or as a list; null and absence give none.
 
     Raises:
         BicacheError: something in it is not an integer.

@@ -40,7 +40,7 @@ CAUSAL = frozenset(
 
 
 def refuse_other_formats(folder: Path) -> None:
-    """Refuses a folder that is no checkpoint of a model, or one whose weights another file changes.
+    """Refuses a folder that does not hold a model's checkpoint, or whose weights another file changes.
 
     Raises:
         BicacheError: says what it is and what to do.

@@ -83,7 +83,7 @@ class Target:
             return read(index)
         inner = list(index)
         held = [np.arange(part.stop - part.start) for part in index]  # what is not zeros, along each axis
-        taken = list(held)  # and which of what is read stands there
+        taken = list(held)  # and which part of what is read that is
         for axis, source in enumerate(self.sources):
             if source is not None:
                 wanted = source[index[axis]]

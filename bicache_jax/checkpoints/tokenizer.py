@@ -19,7 +19,7 @@ from bicache_jax.checkpoints.fields import read_json
 from bicache_jax.core.types import BicacheError
 
 HOLE = "\u2591"
-"""What stands for a masked position in a text that is not finished."""
+"""What is shown for a masked position in a text that is not finished."""
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _END_TOKENS = (*_TURN_ENDS, "<|endoftext|>")
@@ -92,7 +92,7 @@ class Tokenizer:
 
 
 def _content(token: Any) -> str | None:
-    """A special token stands as a string, or as an object with its `content`."""
+    """A special token, given as a string or as an object with its `content`."""
     value = token.get("content") if isinstance(token, Mapping) else token
     return value if isinstance(value, str) else None
 

@@ -141,8 +141,8 @@ class CacheConfig:
     def interval(self, sampling: SamplingConfig) -> int:
         """N of rows with these decoding settings.
 
-        `auto` is `REFRESH_INTERVAL` without a block cache. With one it is the most steps that a block takes: a block
-        begins with a pass over the whole suffix, and a refresh inside it would recompute the prefix for little.
+        `auto` is `REFRESH_INTERVAL` without a block cache. With one it is a block's steps, at most one for each of its
+        tokens: a block begins with a pass over the whole suffix, and a refresh inside it gains little for its cost.
         """
         if self.refresh_interval != "auto":
             return self.refresh_interval
@@ -181,7 +181,7 @@ class SamplingConfig:
         logits_eos_inf: never choose an end-of-text token (LLaDA, appendix B.4).
         confidence_eos_eot_inf: unmask end-of-text and end-of-turn tokens after all others (LLaDA, appendix B.4).
         early_stop: a row ends with the first finished block that holds an end-of-text token, and the rest is filled
-            with that token. What stands before it is what it would be anyway.
+            with that token. What comes before it is the same either way.
     """
 
     gen_length: int = 128
