@@ -76,7 +76,7 @@ def find_folder(path: str | Path) -> Path:
 
 
 def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
-    """The tensors of a checkpoint folder, in whichever of the two layouts it is.
+    """The tensors of a checkpoint folder, in whichever of the two formats it is.
 
     Raises:
         BicacheError: they cannot be read.
