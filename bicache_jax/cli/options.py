@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import bicache_jax
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
@@ -130,7 +130,4 @@ def warn(message: str) -> None:
 
 def version() -> str:
     """The installed release, or `unknown` in a checkout that was never installed."""
-    try:
-        return importlib.metadata.version("bicache-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return bicache_jax.__version__

@@ -26,6 +26,7 @@ from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.rounds import Round
 from bicache_jax.serving.stats import Counters
 from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.texts import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,13 @@ class Executor:
     params: Any
     counters: Counters
 
-    def run(self, batches: Round, plan: Plan, store: PrefixStore, *, partial: bool) -> Iterator[tuple[Row, Result]]:
-        """Runs a batch on every data shard, to its end; between dispatches its state is tokens, counters and keys."""
+    def run(
+        self, batches: Round, plan: Plan, store: PrefixStore, *, partial: bool, compile_only: bool = False
+    ) -> Iterator[tuple[Row, Result]]:
+        """Runs a batch on every data shard, to its end; between dispatches its state is tokens, counters and keys.
+
+        With `compile_only` every program is called, and none makes a step: the results are empty canvases.
+        """
         started = time.perf_counter()
         placement, config, cache = self.placement, self.model.config, self.cache
         *_, num_rows, length = plan.shape(*batches)
@@ -82,7 +88,7 @@ class Executor:
                 for batch in batches
             ]
         )
-        intervals = 1 if partial else max(map(most_steps, samplings))
+        intervals = 0 if compile_only else 1 if partial else max(map(most_steps, samplings))
         state = placement.state(rows, plan.dtype, block_cache=cache.block_cache != "off")
         for window, stop_block in stages(samplings[0], cache.block_cache):
             stop = max(sampling.num_blocks for sampling in samplings) if not window else stop_block
@@ -177,18 +183,15 @@ class Executor:
         for shard, place, row in [(s, p, row) for s in seen for p, row in enumerate(batches[s].rows)]:
             state, boundary = seen[shard], batches[shard].boundary
             tokens = tuple(int(token) for token in state[0][place, front : front + row.request.sampling.gen_length])
-            ends = [at for at, token in enumerate(tokens) if token in config.eos_ids]
-            text = None
-            if tokenizer is not None:
-                text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
+            read = read_text(tokens, row.request, config, tokenizer)
             yield (
                 row,
                 Result(
                     id=row.request.id,
                     sample=row.sample,
                     token_ids=tokens,
-                    text=text,
-                    finish_reason=("stop" if ends else "length") if finished else None,
+                    text=read.text,
+                    finish_reason=("stop" if read.ended else "length") if finished else None,
                     prefix_len=row.prefix_len,
                     prefix_ratio=row.ratio,
                     boundary=boundary,
@@ -196,5 +199,8 @@ class Executor:
                     steps=int(state[1][place]),
                     forward_passes=int(state[2][place]),
                     masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),
+                    prompt_len=len(row.request.prompt_ids),
+                    text_len=read.length,
+                    chat=row.request.chat,
                 ),
             )
