@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from bicache_jax.functional import encode_prefix as encode_prefix
     from bicache_jax.functional import forward as forward
     from bicache_jax.loading import load_model as load_model
+    from bicache_jax.serving.compilation import use_compilation_cache as use_compilation_cache
     from bicache_jax.serving.engine import Engine as Engine
+
+    __version__: str
 
 _HOME = {
     "PrefixCache": "bicache_jax.core.cache",
@@ -39,12 +42,24 @@ _HOME = {
     "Model": "bicache_jax.core.types",
     "Request": "bicache_jax.core.types",
     "Result": "bicache_jax.core.types",
+    "use_compilation_cache": "bicache_jax.serving.compilation",
 }
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for, so that `bicache --help` need not wait for jax."""
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("bicache-jax")
+        except metadata.PackageNotFoundError:
+            return "unknown"  # a checkout that was never installed
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

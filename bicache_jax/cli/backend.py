@@ -6,9 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bicache_jax.cli.options import FlagGroup, version, warn
@@ -261,7 +259,8 @@ def add_compilation_flags(group: FlagGroup) -> None:
     compilation.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        help="where compiled programs are kept for the next run (default: bicache-jax/ in the user's cache folder)",
+        help="where compiled programs are kept for the next run (default: $BICACHE_COMPILATION_CACHE, or bicache-jax/"
+        " in the user's cache folder; $JAX_COMPILATION_CACHE_DIR stays)",
     )
     compilation.add_argument("--no-compilation-cache", action="store_true", help="keep none")
 
@@ -272,17 +271,11 @@ def start_compilation_cache(args: argparse.Namespace) -> None:
     Raises:
         BicacheError: the folder that the flags name cannot be written.
     """
-    from bicache_jax.serving.compilation import use_persistent_cache
+    from bicache_jax.serving.compilation import use_compilation_cache
 
     folder = args.compilation_cache
-    if args.no_compilation_cache or (folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
-        return
     try:
-        home = folder or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return
-    try:
-        use_persistent_cache(Path(home) if folder is not None else Path(home) / "bicache-jax" / "xla")
+        use_compilation_cache(False if args.no_compilation_cache else folder)
     except OSError as error:
-        if folder is not None:
-            raise BicacheError(f"cannot write --compilation-cache {folder}: {error.strerror}") from error
+        named = f"--compilation-cache {folder}" if folder else "the folder that $BICACHE_COMPILATION_CACHE names"
+        raise BicacheError(f"cannot write {named}: {error.strerror}") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -16,9 +18,10 @@ from bicache_jax.cli.options import Parser, add_weights_flag, auto_or_integer, b
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, CacheConfig, SamplingConfig
+from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, PREFIX_DETECTIONS, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Record, Result
 from bicache_jax.serving.inputs import read_requests
+from bicache_jax.serving.openai import to_openai
 
 HELP = "answer a file of requests"
 DESCRIPTION = """\
@@ -26,7 +29,20 @@ Answers requests with a diffusion language model. Prompts that share a prefix ha
 
 A request is a JSON object on a line of its own, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
-and optionally "id", "prefix_len" (tokens), "gen_length", "steps", "block_length", "seed", "n" (samples), "answer"."""
+where content is a text or a list of {"type": "text", "text": ...}, and optionally
+  "id": a name (default: the number of the line)   "prefix_len": tokens of the prefix   "n": samples
+  "stop": a string or a list of strings that end the text
+  decoding settings in place of the flags: "gen_length", "steps", "block_length", "early_stop", "seed", "temperature",
+  "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor", "logits_eos_inf",
+  "confidence_eos_eot_inf"
+  notes, which change no result: "answer" (a string or a list of strings that are right), "kind", "metadata"
+Any other key is an error. Lines of OpenAI's batch format work too, alone or among these:
+  {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": {...}}
+with messages or prompt, max_tokens or max_completion_tokens, temperature, top_p, seed, n, stop and the settings above
+in the body; model is ignored, stream must be false. max_tokens takes the smallest canvas of whole blocks that holds as
+many, at the pace of the flags (tokens a step), and the text ends after max_tokens.
+
+A request gets the same tokens wherever its prefix is the same; --prefix-detection says where prefixes come from."""
 EPILOG = f"""\
 presets:
 {preset_summary()}
@@ -116,8 +132,18 @@ def add_running_arguments(parser: Parser) -> None:
         " results depend on their neighbours (default: %(default)s)",
     )
 
-    decoding = parser.add_argument_group(
-        "length and seed", "a request's own gen_length, steps, block_length and seed override these"
+    cache.add_argument(
+        "--prefix-detection",
+        choices=PREFIX_DETECTIONS,
+        default="auto",
+        help="where the prefix of a request comes from that has no prefix_len. auto: all its messages but the last of"
+        " the user, its whole prompt for several samples, else what it shares with the other requests of the run, so"
+        " that another run may give another prefix, and with it other tokens; messages: not from other requests; off:"
+        " from prefix_len only. With messages and off, a request gets the same tokens alone and in any run (default:"
+        " %(default)s)",
+    )
+
+    decoding = parser.add_argument_group("length and seed", "a request's own settings override these and the following"
     )
     add_preset_flag(parser, decoding)
     decoding.add_argument(
@@ -148,6 +174,13 @@ def add_running_arguments(parser: Parser) -> None:
     add_decoding_flags(parser)
 
     running = parser.add_argument_group("running")
+    running.add_argument(
+        "--output-format",
+        choices=("native", "openai"),
+        default="native",
+        help="native: one result a line, one for each sample; openai: OpenAI's batch output, one line for each request"
+        " with its samples as choices; --stream shows native results (default: %(default)s)",
+    )
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
     running.add_argument(
         "--mesh",
@@ -183,6 +216,8 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(output.close)
         run = backend.Run(args, cache, sampling)
         requests.items = run.parse(requests)
+        if args.output_format == "openai":
+            output.form = functools.partial(to_openai, model=args.model, created=int(time.time()))
         output.begin(requests, run.identity(requests))
         resumed = len(output.finished)
         drawn = args.stream and is_terminal(sys.stdout)
@@ -227,6 +262,7 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         refresh_interval=args.refresh_interval,
         block_cache=args.block_cache,
         batch_boundary=args.batch_boundary,
+        prefix_detection=args.prefix_detection,
     )
     sampling = sampling_from_flags(
         args,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
+import bicache_jax
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
@@ -171,7 +171,4 @@ def warn(message: str) -> None:
 
 def version() -> str:
     """The installed release, or `unknown` in a checkout that was never installed."""
-    try:
-        return importlib.metadata.version("bicache-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return bicache_jax.__version__

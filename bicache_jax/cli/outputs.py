@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,15 +17,21 @@ STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Other names of standard output: where it is redirected to a file, that file must not be replaced by a rename."""
 
 
+Form = Callable[[Iterable[Record | None]], Iterator[Record | None]]
+"""A format of results; None where the next one is not there yet."""
+
+
 class Output:
     """Takes finished results as they come; keeps them in memory only.
 
     Attributes:
         finished: results by (id, sample).
+        form: turns results in input order into the lines that are written.
     """
 
     def __init__(self) -> None:
         self.finished: dict[Key, Record] = {}
+        self.form: Form = iter
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
         """Called once, when it is known what is to be run.
@@ -62,7 +68,7 @@ class StreamOutput(Output):
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
         """Writes the errors that come before the first result."""
         super().begin(requests, run)
-        self._due = requests.follow(self.finished)
+        self._due = self.form(requests.follow(self.finished))
         self._write()
 
     def add(self, record: Record) -> None:
@@ -112,7 +118,7 @@ class FileOutput(Output):
     def finish(self) -> list[Record]:
         """Writes the file, then deletes the journal."""
         records = super().finish()
-        write_atomic(self.path, map(dump, records))
+        write_atomic(self.path, (dump(line) for line in self.form(records) if line is not None))
         self._journal.remove()
         self._written = True
         return records

@@ -16,6 +16,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
+PrefixDetection = Literal["auto", "messages", "off"]
+PREFIX_DETECTIONS: tuple[PrefixDetection, ...] = ("auto", "messages", "off")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
 REFRESH_INTERVAL = 16
@@ -118,6 +120,10 @@ class CacheConfig:
             before it (Fast-dLLM, arXiv 2505.22618); `off` freezes nothing.
         batch_boundary: `own` batches only rows of equal b; `min` may merge rows at their smallest b.
         min_prefix: shortest automatically detected prefix (tokens) that is worth a cache of its own.
+        prefix_detection: where a prefix comes from. `auto`: a request's own (`prefix_len`, its messages, its whole
+            prompt if it asks for several samples), else what it shares with the other requests of the call. `messages`:
+            its own only. `off`: `prefix_len` only. A request gets the same tokens wherever its prefix is the same, so
+            with `messages` and `off` it gets the same ones alone and in any call.
     """
 
     policy: Policy = "bicache"
@@ -127,6 +133,7 @@ class CacheConfig:
     block_cache: BlockCache = "off"
     batch_boundary: Literal["own", "min"] = "own"
     min_prefix: int = 16
+    prefix_detection: PrefixDetection = "auto"
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -144,6 +151,10 @@ class CacheConfig:
             raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
         if self.min_prefix < 1:
             raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
+        if self.prefix_detection not in PREFIX_DETECTIONS:
+            raise ValueError(
+                f"prefix_detection must be one of {', '.join(PREFIX_DETECTIONS)}, got {self.prefix_detection!r}"
+            )
 
     def interval(self, sampling: SamplingConfig) -> int:
         """N of rows with these decoding settings.

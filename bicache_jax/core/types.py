@@ -60,10 +60,14 @@ class Request:
     Attributes:
         id: name of the request; part of the noise key, so that a result never depends on its neighbours.
         prompt_ids: the whole prompt, prefix included.
-        prefix_len: tokens of the prompt that are its shared prefix; None: to be found among the other requests.
-        sampling: decoding settings of this request (`sampling.seed` is the seed of sample 0).
+        prefix_len: tokens of the prompt that are its shared prefix; None: to be found (`CacheConfig.prefix_detection`).
+        sampling: all decoding settings of this request (`sampling.seed` is the seed of sample 0).
         n: samples asked for; sample i uses seed + i.
         index: place in the input, from 0; results are returned in this order.
+        stop: strings that end the text; the first one found and what is behind it are left out of it.
+        max_tokens: tokens of the response that may be text, where the canvas is longer; None: all of them.
+        chat: whether the prompt is a conversation.
+        prefix_from_messages: whether `prefix_len` follows from the conversation rather than being given.
     """
 
     id: str
@@ -72,6 +76,20 @@ class Request:
     sampling: SamplingConfig = SamplingConfig()
     n: int = 1
     index: int = 0
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    chat: bool = False
+    prefix_from_messages: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt_ids, str | bytes):
+            raise TypeError('prompt_ids must be token ids, got text: a prompt in words is {"prompt": text}')
+        if not isinstance(self.sampling, SamplingConfig):
+            raise TypeError(f"sampling must be a SamplingConfig, got {self.sampling!r:.80}")
+        if not isinstance(self.prompt_ids, tuple):  # lists and arrays have no hash
+            object.__setattr__(self, "prompt_ids", tuple(map(int, self.prompt_ids)))
+        if not isinstance(self.stop, tuple):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +100,10 @@ class Result:
         id: id of the request.
         sample: number of the sample, 0..n-1.
         token_ids: the whole response canvas [gen_length], masks included where a stream shows it unfinished.
-        text: decoded up to the end of text, a hole for each masked position; None without a tokenizer.
-        finish_reason: `stop` (an end-of-text token is in the response), `length`, or `error`; None while unfinished.
+        text: decoded up to the end of text or a stop string, a hole for each masked position; None without a
+            tokenizer.
+        finish_reason: `stop` (the response holds an end-of-text token or a stop string), `length`, or `error`; None
+            while unfinished.
         prefix_len: P, prompt tokens served from the prefix cache.
         prefix_ratio: r = round(100 P / (P + U)).
         boundary: b used for the request.
@@ -92,6 +112,9 @@ class Result:
         forward_passes: forward passes made for the row, the encoding of its prefix not counted.
         error: what is wrong with the request, one line; None if all is well.
         masked: positions of the canvas that are still undecided, in a stream's unfinished results.
+        prompt_len: tokens of the prompt, prefix included.
+        text_len: tokens of the canvas that `text` is made of.
+        chat: whether the request is a conversation.
     """
 
     id: str
@@ -107,22 +130,40 @@ class Result:
     forward_passes: int = 0
     error: str | None = None
     masked: tuple[int, ...] = ()
+    prompt_len: int = 0
+    text_len: int = 0
+    chat: bool = False
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"Result(id={self.id!r}, error={_short(self.error, 200)!r})"
+        shown = [f"id={self.id!r}", f"sample={self.sample}", f"finish_reason={self.finish_reason!r}"]
+        shown += [] if self.text is None else [f"text={_short(self.text, 80)!r}"]
+        counts = ("prefix_len", "prefix_ratio", "boundary", "steps", "forward_passes")
+        shown += [f"tokens={len(self.token_ids)}", *(f"{name}={getattr(self, name)}" for name in counts)]
+        return f"Result({', '.join(shown)})"
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; `error` stands only where there is one, `masked` while it is unfinished."""
+        """The result as a JSON object; `error` and `chat` only where they say something, `masked` while unfinished."""
         record = dataclasses.asdict(self)
         record["token_ids"] = list(self.token_ids)
         if self.error is None:
             del record["error"]
+        if not self.chat:
+            del record["chat"]
         masked = record.pop("masked")
         if self.finish_reason is None:
             record["masked"] = list(masked)
         return record
 
 
-@dataclasses.dataclass(frozen=True)
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded checkpoint.
+    """A loaded checkpoint. Two models are equal only if they are the same object: parameters are arrays.
 
     Attributes:
         config: its architecture.
@@ -141,3 +182,15 @@ class Model:
     name: str = ""
     boundaries: Mapping[int, int] | None = None
     note: str = ""
+
+    def __repr__(self) -> str:
+        import jax  # whoever made the parameters has it
+
+        config, leaves = self.config, jax.tree.leaves(self.params)
+        sizes = sum(leaf.size for leaf in leaves)
+        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+        tokenizer = "no tokenizer" if self.tokenizer is None else "tokenizer"
+        return (
+            f"Model({self.name!r}, {config.family}, {config.num_layers} layers of {config.d_model},"
+            f" {sizes:,} parameters, {'/'.join(dtypes)}, {tokenizer})"
+        )

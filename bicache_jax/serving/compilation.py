@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+ENVIRONMENT = "BICACHE_COMPILATION_CACHE"
+"""Environment variable: the folder of compiled programs where no call and no flag names one, or `off`."""
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 _totals = {"count": 0, "seconds": 0.0}
@@ -39,14 +45,79 @@ class CompileCounter:
         return _totals["seconds"] - self._start["seconds"]
 
 
-def use_persistent_cache(folder: str | Path) -> None:
-    """Keeps compiled programs for this process and the next. Changes jax's configuration: for commands.
+# The setting belongs to jax, which has one for the whole process; here is only whether it was made, and by whom.
+_state: dict[str, Any] = {"chosen": False, "ours": None}
+
+
+def use_compilation_cache(folder: str | Path | Literal[False] | None = None) -> str | None:
+    """Keeps compiled programs on disk for this process and the next, or stops that.
+
+    The first `Engine` of a process does this with None, unless it was called before; importing the library never does.
+    It changes jax's configuration, and so holds for all of the process.
 
     Args:
-        folder: where; a string with `://` in it is a place in a bucket.
+        folder: where; a string with `://` in it is a place in a bucket. None: the folder that the environment variable
+            `BICACHE_COMPILATION_CACHE` names (`off`: none), else `bicache-jax/xla` in the user's cache folder; a cache
+            that jax was given otherwise (`JAX_COMPILATION_CACHE_DIR`, `jax.config`) stays. False: none, apart from one
+            that jax was given otherwise.
+
+    Returns:
+        The folder that jax now uses; None if there is none.
+
+    Raises:
+        OSError: a folder that was named cannot be written. A default folder that cannot be is left out.
     """
+    if not (folder is None or folder is False or isinstance(folder, str | os.PathLike)):
+        raise TypeError(f"folder must be a path, None for the default, or False for none, got {folder!r}")
+    _state["chosen"] = True
+    if folder is None and (named := os.environ.get(ENVIRONMENT)):
+        folder = False if named.lower() in ("off", "0", "false", "no") else named
+    current = _folder()
+    if folder is False:
+        if current is not None and current == _state["ours"]:
+            _set(None)
+    elif folder is not None:
+        _keep(folder)
+    elif current is None and (home := _cache_home()) is not None:
+        try:
+            _keep(home / "bicache-jax" / "xla")
+        except OSError:
+            return None
+    return _folder()
+
+
+def start_compilation_cache() -> None:
+    """The default of `use_compilation_cache`, if nobody has chosen."""
+    if not _state["chosen"]:
+        use_compilation_cache()
+
+
+def _folder() -> str | None:
+    found: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return found
+
+
+def _cache_home() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _keep(folder: str | Path) -> None:
     if "://" not in str(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    _set(str(folder))
+    # jax keeps what took a second to compile; of our programs the next process needs the small ones too.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _set(folder: str | None) -> None:
+    if _folder() not in (None, folder):
+        compilation_cache.reset_cache()  # one that jax has opened stays open whatever the configuration says
+    jax.config.update("jax_compilation_cache_dir", folder)
+    _state["ours"] = folder

@@ -7,27 +7,31 @@ What runs on the device are two programs, `encode` and `decode`; everything here
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bicache_jax.core.boundary import boundary_at
-from bicache_jax.core.config import CACHED_BLOCK, CacheConfig, SamplingConfig
+from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
+from bicache_jax.serving.admission import Asked, Errors, Settings, admit, open_block, settings
+from bicache_jax.serving.compilation import start_compilation_cache
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import SECONDS, Frames
 from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.serving.memory import Buffers, params_bytes
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, rows_fitting
-from bicache_jax.serving.requests import parse_requests
+from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.rounds import plan_rounds
 from bicache_jax.serving.stats import Counters, Stats
 from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.warmup import Warmup, warm_up
 from bicache_jax.sharding import check_mesh
 from bicache_jax.wiring import backbone_here, device_memory
 
@@ -35,9 +39,12 @@ from bicache_jax.wiring import backbone_here, device_memory
 class Engine:
     """Runs requests on a model.
 
-    A request's tokens never depend on its batch: not on neighbours, padding, order or batch size (with
-    `batch_boundary="min"` the boundary does). They do depend on its prefix; where that is not given, it is what the
-    request shares with the other requests of the same call.
+    A request gets the same tokens wherever its prefix is the same: they do not depend on neighbours, padding, order or
+    batch size (with `batch_boundary="min"` they do, through the boundary). The prefix of a request is its own where it
+    has one: its `prefix_len`, all messages but the last user message, the whole prompt for several samples. Where it
+    has none, `CacheConfig.prefix_detection` decides: with `auto` it is what the request shares with the other requests
+    of the same call, and another call may give another one; with `messages` or `off` there is none, and so a request
+    gets the same tokens alone and in any call.
     """
 
     def __init__(
@@ -52,21 +59,26 @@ class Engine:
     ) -> None:
         """Makes an engine.
 
+        The first one of a process starts the persistent compilation cache (`bicache_jax.use_compilation_cache`).
+
         Args:
             model: from `load_model`.
             cache: how prefixes are reused; the default is BiCache with the model's own boundary table.
-            sampling: how canvases are denoised, unless a request says otherwise.
+            sampling: how canvases are denoised, unless a call or a request says otherwise.
             batch_size: most rows of a batch (on a mesh: of each data shard's); None: planned from the shapes.
             attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
             mesh: mesh `("data", "model")` to run on (`bicache_jax.sharding.make_mesh`); None: the default device. A
                 model that was not loaded onto it is cut here.
 
         Raises:
+            TypeError: an argument is of another type.
             BicacheError: there is no boundary table for the model, the boundary is deeper than the model, the
                 implementation of attention does not run here, or the mesh has other axes.
         """
+        _check_types(model, cache, sampling, batch_size, attention, mesh)
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
+        start_compilation_cache()
         self.model = model
         self.cache = cache or CacheConfig()
         self.sampling = sampling or SamplingConfig()
@@ -78,27 +90,69 @@ class Engine:
         self._executor = Executor(model, self.cache, placement, backbone, params, self._counters)
         self._boundary_of = self._boundary_rule()
 
+    def __repr__(self) -> str:
+        return f"Engine({self.model!r}, policy={self.cache.policy!r}, batch_size={self.batch_size})"
+
     @property
     def stats(self) -> Stats:
         """What has been done so far."""
         return self._counters.stats
 
-    def generate(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> list[Result]:
+    def generate(
+        self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise", progress: bool = False
+    ) -> list[Result]:
         """Answers requests.
 
         Args:
-            requests: parsed requests, or objects as in a request file; an error `Result` passes through.
+            requests: one request or an iterable of them, in any mixture: a text, a conversation (a list of messages), a
+                list of token ids, a dict as in a request file (`bicache generate --help`), a `Request`. A `Result`
+                passes through.
+            sampling: decoding settings of this call in place of the engine's: a `SamplingConfig`, or a dict of the
+                fields that differ. What a request says itself comes first, and a `Request` says everything.
+            errors: what becomes of faulty requests. `raise`: an exception, before anything runs. `return`: each has an
+                error as its result, with its id, and the others run.
+            progress: show a bar over finished results.
 
         Returns:
-            Results in the order of the requests, samples of a request in order.
+            Results in the order of the requests, samples of a request in order; a list for a single request, too.
+
+        Raises:
+            TypeError: something is no request, or no settings.
+            ValueError: settings that do not go together.
+            BicacheError: a request is faulty: an unknown key, a bad value, a prompt too long for the model. The message
+                names its place.
         """
-        answers = sorted(self._answer(self._admit(requests)), key=lambda answer: answer[:2])
-        return [result for _, _, result in answers]
+        entries = self._admit(requests, sampling, errors)
+        found = []
+        with _bar(entries, shown=progress) as bar:
+            for answer in self._answer(entries):
+                found.append(answer)
+                bar.update()
+        return [result for _, _, result in sorted(found, key=lambda answer: answer[:2])]
+
+    def chat(self, messages: Asked, *, sampling: Settings = None) -> Result:
+        """Answers a conversation.
+
+        Args:
+            messages: its messages, `{"role", "content"}` each; a text is one message of the user.
+            sampling: as in `generate`.
+
+        Raises:
+            TypeError: these are no messages.
+            BicacheError: a message is faulty, or the model has no tokenizer or no chat template.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if isinstance(messages, Mapping | bytes) or not isinstance(messages, Sequence):
+            raise TypeError(f"messages must be a list of {{'role', 'content'}}, got {type(messages).__name__}")
+        return self.generate({"messages": messages}, sampling=sampling)[0]
 
     def stream(
         self,
-        requests: Iterable[Request | Result | Mapping[str, Any]],
+        requests: Asked,
         *,
+        sampling: Settings = None,
+        errors: Errors = "raise",
         partial: bool = True,
         every: int | None = None,
         frame_seconds: float = SECONDS,
@@ -106,44 +160,63 @@ class Engine:
         """Answers requests as they finish.
 
         Args:
-            requests: as in `generate`.
+            requests: as in `generate`; faulty ones raise when this is called.
+            sampling: as in `generate`.
+            errors: as in `generate`.
             partial: show every row while it is denoised too, its canvas as it is (mask tokens where it is undecided)
                 and `finish_reason` None. How often never changes a token.
             every: denoising steps between two such looks; None: as many as take about `frame_seconds`.
             frame_seconds: seconds between them.
 
-        Yields:
-            Results, errors first, then in the order of completion.
+        Returns:
+            An iterator of results, errors first, then in the order of completion.
         """
+        entries = self._admit(requests, sampling, errors)
         frames = Frames(every, seconds=frame_seconds) if partial else None
-        for _, _, result in self._answer(self._admit(requests), frames):
-            yield result
+        return (result for _, _, result in self._answer(entries, frames))
 
-    def plan(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> Plan:
-        """What `generate` would do; nothing is run."""
-        return self._plan([entry for entry in self._admit(requests) if isinstance(entry, Request)])
+    def plan(self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise") -> Plan:
+        """What `generate` would do with the same arguments; nothing is run."""
+        entries = self._admit(requests, sampling, errors)
+        return self._plan([entry for entry in entries if isinstance(entry, Request)])
 
-    def _admit(self, requests: Iterable[Request | Result | Mapping[str, Any]]) -> list[Request | Result]:
-        entries = list(requests)
-        parsed = [entry for entry in entries if isinstance(entry, Request | Result)]
-        if len(parsed) == len(entries):  # also what `parse_requests` returns
-            return [
-                dataclasses.replace(entry, index=place) if isinstance(entry, Request) else entry
-                for place, entry in enumerate(parsed)
-            ]
-        if parsed:
-            raise TypeError("requests must be all parsed (Request) or all raw (mappings)")
-        raw = [entry for entry in entries if not isinstance(entry, Request | Result)]
-        model, sampling = self.model, self.sampling
-        open_block = sampling.block_length is None and self.cache.block_cache != "off"
-        return parse_requests(
-            raw,
-            config=model.config,
-            tokenizer=model.tokenizer,
-            sampling=sampling,
-            source="requests",
-            auto_block=CACHED_BLOCK if open_block else None,
-        )
+    def warmup(
+        self,
+        requests: Asked | None = None,
+        *,
+        prompt_len: int | None = None,
+        prefix_len: int = 0,
+        gen_length: int | None = None,
+        rows: int = 1,
+        sampling: Settings = None,
+    ) -> Warmup:
+        """Compiles the programs that a `generate` of these requests, or of requests of this shape, will need.
+
+        Prefixes are encoded and no denoising step is made. Which programs a run needs follows from its shapes in
+        buckets and from its boundaries, so a run of another mixture may compile more.
+
+        Args:
+            requests: as in `generate`; excludes the following.
+            prompt_len: tokens of a prompt, prefix included.
+            prefix_len: tokens of the prefix, which the rows share.
+            gen_length: response tokens (default: the engine's).
+            rows: rows that run together.
+            sampling: as in `generate`.
+
+        Returns:
+            What was compiled, and how long that took.
+        """
+        if (requests is None) == (prompt_len is None):
+            raise ValueError("warmup takes either requests or a prompt_len")
+        if prompt_len is not None:
+            length: dict[str, Any] = {} if gen_length is None else {"gen_length": gen_length}
+            shape = {"prompt_ids": [0] * prompt_len, "prefix_len": prefix_len, "n": rows, **length}
+        return warm_up(self._executor, self.plan(shape if requests is None else requests, sampling=sampling))
+
+    def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
+        own = settings(sampling, self.sampling)
+        parser = Parser(self.model.config, self.model.tokenizer, own, open_block(own, self.cache.block_cache))
+        return admit(asked, parser, errors=errors)
 
     def _boundary_rule(self) -> Callable[[int], int]:
         """Boundary by prefix ratio."""
@@ -175,7 +248,10 @@ class Engine:
         lengths: Sequence[int] = [0] * len(requests)
         if self.cache.policy != "none":
             lengths = detect_prefixes(
-                requests, min_prefix=self.cache.min_prefix, min_suffix=self.model.config.shifted
+                requests,
+                min_prefix=self.cache.min_prefix,
+                min_suffix=self.model.config.shifted,
+                detection=self.cache.prefix_detection,
             )
         rows = []
         for request, prefix_len in zip(requests, lengths, strict=True):
@@ -209,3 +285,32 @@ class Engine:
         for batches in plan.rounds:
             for row, result in self._executor.run(batches, plan, store, frames):
                 yield places[id(row.request)], row.sample, result
+
+
+def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContextManager[Any]:
+    """A progress bar over results."""
+    from tqdm.auto import tqdm
+
+    total = sum(entry.n if isinstance(entry, Request) else 1 for entry in entries)
+    return tqdm(total=total, unit="result", disable=not shown)
+
+
+def _check_types(model: Any, cache: Any, sampling: Any, batch_size: Any, attention: Any, mesh: Any) -> None:
+    """Says which argument of an engine is of a wrong type, and what to give.
+
+    Raises:
+        TypeError: one is.
+    """
+    if isinstance(model, str | Path):
+        raise TypeError(f"model must be a loaded Model, got the path {str(model)!r}: bicache_jax.load_model reads it")
+    wanted = (
+        ("model", model, Model, "a Model, from bicache_jax.load_model"),
+        ("cache", cache, CacheConfig | None, "a CacheConfig"),
+        ("sampling", sampling, SamplingConfig | None, "a SamplingConfig"),
+        ("batch_size", batch_size, int | None, "an integer"),
+        ("attention", attention, str, f"one of {', '.join(ATTENTION)}"),
+        ("mesh", mesh, Mesh | None, "a jax.sharding.Mesh, from bicache_jax.sharding.make_mesh"),
+    )
+    for name, value, kinds, words in wanted:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {words}, got {type(value).__name__} {value!r:.60}")

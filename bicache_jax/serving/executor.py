@@ -27,6 +27,7 @@ from bicache_jax.serving.programs import DecodeCall, EncodeCall
 from bicache_jax.serving.rounds import Round
 from bicache_jax.serving.stats import Counters
 from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.texts import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,13 @@ class Executor:
     counters: Counters
 
     def run(
-        self, batches: Round, plan: Plan, store: PrefixStore, frames: Frames | None = None
+        self,
+        batches: Round,
+        plan: Plan,
+        store: PrefixStore,
+        frames: Frames | None = None,
+        *,
+        compile_only: bool = False,
     ) -> Iterator[tuple[Row, Result]]:
         """Runs a batch on every data shard, to its end.
 
@@ -59,6 +66,7 @@ class Executor:
             plan: the run that it is of.
             store: prefixes that are encoded already.
             frames: how often to look at the canvases; None: at the end.
+            compile_only: call every program, and make no step: the results are empty canvases.
 
         Yields:
             Each row's result, after unfinished ones where there are frames.
@@ -77,7 +85,7 @@ class Executor:
                     prefixes,
                     state,
                     decoding,
-                    jnp.asarray(frames.steps if frames else NO_LIMIT, jnp.int32),
+                    jnp.asarray(0 if compile_only else frames.steps if frames else NO_LIMIT, jnp.int32),
                     jnp.asarray(stage.stop_block, jnp.int32),
                     mesh=placement.mesh,
                     **call.sizes(stage),
@@ -162,16 +170,13 @@ class Executor:
         config, tokenizer = self.model.config, self.model.tokenizer
         response = values["tokens"][config.shifted :][: row.request.sampling.gen_length]
         tokens = tuple(map(int, response))
-        ends = [at for at, token in enumerate(tokens) if token in config.eos_ids]
-        text = None
-        if tokenizer is not None:
-            text = tokenizer.canvas(tokens[: ends[0] if ends else None], config.mask_id)
+        read = read_text(tokens, row.request, config, tokenizer)
         return Result(
             id=row.request.id,
             sample=row.sample,
             token_ids=tokens,
-            text=text,
-            finish_reason=("stop" if ends else "length") if finished else None,
+            text=read.text,
+            finish_reason=("stop" if read.ended else "length") if finished else None,
             prefix_len=row.prefix_len,
             prefix_ratio=row.ratio,
             boundary=boundary,
@@ -179,6 +184,9 @@ class Executor:
             steps=int(values["step"]),
             forward_passes=int(values["forward_passes"]),
             masked=() if finished else tuple(i for i, token in enumerate(tokens) if token == config.mask_id),
+            prompt_len=len(row.request.prompt_ids),
+            text_len=read.length,
+            chat=row.request.chat,
         )
 
     def _failure(self, row: Row, step: int) -> Result:
@@ -189,4 +197,5 @@ class Executor:
             finish_reason="error",
             error=f"request {row.request.id!r}: the model's logits are not finite at step {step}: its weights hold NaN"
             " or infinity, or overflow in this dtype; load it with --check-weights (check_weights=True) to see which",
+            chat=row.request.chat,
         )

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from bicache_jax.core.buckets import length_bucket
+from bicache_jax.core.config import PrefixDetection
 from bicache_jax.core.layout import suffix_length
 from bicache_jax.core.types import Request
 
@@ -89,10 +90,12 @@ def _shared(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else size
 
 
-def detect_prefixes(requests: Sequence[Request], *, min_prefix: int, min_suffix: int) -> list[int]:
+def detect_prefixes(
+    requests: Sequence[Request], *, min_prefix: int, min_suffix: int, detection: PrefixDetection = "auto"
+) -> list[int]:
     """Finds the shared prefix of each request.
 
-    A given `prefix_len` stands. A request for several samples shares its whole prompt with itself. For the others,
+    A given `prefix_len` is kept. A request for several samples shares its whole prompt with itself. For the others,
     prompts are sorted, and the common prefixes of neighbours form a tree. From its root down, a request takes the
     first prefix of at least `min_prefix` tokens that it shares with another, and then a longer one each time that is at
     least `DEEPER` times as long: a document below a common instruction is worth its own encoding, two questions that
@@ -102,6 +105,8 @@ def detect_prefixes(requests: Sequence[Request], *, min_prefix: int, min_suffix:
         requests: all requests of a run.
         min_prefix: shortest prefix worth a cache.
         min_suffix: prompt tokens that must stay out of the prefix (1 for families that shift logits).
+        detection: `messages` leaves out what requests share with each other, and `off` also the prefixes that follow
+            from messages and from several samples: a prefix is then a function of its request alone.
 
     Returns:
         Prefix length of each request, 0 for none.
@@ -110,11 +115,11 @@ def detect_prefixes(requests: Sequence[Request], *, min_prefix: int, min_suffix:
     open_places = []
     for place, request in enumerate(requests):
         most = max(0, len(request.prompt_ids) - min_suffix)
-        if request.prefix_len is not None:
+        if request.prefix_len is not None and not (detection == "off" and request.prefix_from_messages):
             lengths[place] = min(request.prefix_len, most)
-        elif request.n > 1:
+        elif request.n > 1 and detection != "off":
             lengths[place] = most
-        else:
+        elif detection == "auto":
             open_places.append(place)
     # As big-endian bytes, prompts compare at the speed of memory; ids are never negative.
     prompts = {place: np.asarray(requests[place].prompt_ids, ">i4") for place in open_places}

@@ -94,7 +94,7 @@ def plan_rounds(
             batch_boundary=cache.batch_boundary,
             rows_of=rows_of,
         ):
-            of_shard = classes.setdefault(_program(batch, cache), [[] for _ in range(shards)])
+            of_shard = classes.setdefault(program_key(batch, cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)
     rounds = []
     for _, of_shard in sorted(classes.items(), key=lambda item: str(item[0])):
@@ -103,7 +103,7 @@ def plan_rounds(
     return rounds
 
 
-def _program(batch: Batch, cache: CacheConfig) -> tuple[object, ...]:
+def program_key(batch: Batch, cache: CacheConfig) -> tuple[object, ...]:
     """What batches of a round must have in common."""
     sampling = batch.rows[0].request.sampling
     _, prefix, _, suffix = round_shape((batch,))

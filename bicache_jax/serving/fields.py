@@ -1,0 +1,214 @@
+"""Keys and values of a request as a user wrote them: which keys there are, and what each may hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import numbers
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.types import Tokenizer
+
+PROMPTS = ("prompt", "messages", "prompt_ids")
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+NOTES = ("answer", "kind", "metadata")
+"""Keys that say nothing about the run: what is right, what sort of question it is, and whatever else the user notes."""
+KEYS = ("id", *PROMPTS, "prefix_len", "n", "stop", *SAMPLING, *NOTES)
+
+# What other programs call the same thing.
+_ALIASES = {
+    "max_tokens": "gen_length",
+    "max_new_tokens": "gen_length",
+    "max_completion_tokens": "gen_length",
+    "max_length": "gen_length",
+    "num_samples": "n",
+    "num_return_sequences": "n",
+    "num_steps": "steps",
+    "diffusion_steps": "steps",
+    "alg": "remasking",
+    "alg_temp": "alg_temperature",
+    "confidence_threshold": "threshold",
+    "cfg": "cfg_scale",
+    "custom_id": "id",
+    "text": "prompt",
+    "input": "prompt",
+    "question": "prompt",
+    "token_ids": "prompt_ids",
+    "input_ids": "prompt_ids",
+    "stop_strings": "stop",
+}
+# Two rules for how many tokens a step unmasks: a request that gives one of them does not mean the run's other one too.
+_ALTERNATIVES = {"threshold": "factor", "factor": "threshold"}
+
+SEED_LIMIT = 2**63
+MOST_SAMPLES = 2**16
+MOST_STOPS = 16
+_LARGEST = 3.4e38  # of a float32
+_INT_LIMIT = 2**31
+
+
+class BadRequest(Exception):
+    """What is wrong with a request, in one line."""
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer, numpy's included; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, not too long."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown key: the known one that may be meant, or all of them."""
+    meant = _ALIASES.get(key)
+    if meant not in known:
+        meant = next(iter(difflib.get_close_matches(key, known, n=1)), None)
+    return f"did you mean {meant!r}?" if meant is not None else f"known are {', '.join(known)}"
+
+
+def check_keys(record: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    """Refuses keys that nothing would read.
+
+    Args:
+        record: the object.
+        known: the keys it may have.
+        what: what the object is, for messages.
+
+    Raises:
+        BadRequest: there is another key.
+    """
+    for key in record:
+        if key not in known:
+            raise BadRequest(f"{shown(key)} is not a key of {what}: {nearest(str(key), known)}")
+
+
+def encodable(text: str, field: str) -> None:
+    """Refuses what cannot be written as UTF-8.
+
+    Raises:
+        BadRequest: the text holds half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"{field!r} holds a lone surrogate, which no UTF-8 text can") from None
+
+
+def integer(record: Mapping[str, Any], field: str, least: int, below: int) -> int | None:
+    """An integer field from `least` to `below - 1`; None where it is missing or null.
+
+    Raises:
+        BadRequest: it is something else.
+    """
+    value = record.get(field)
+    if value is None:
+        return None
+    if not is_int(value) or not least <= value < below:
+        raise BadRequest(f"{field!r} must be an integer from {least} to {below - 1}, got {shown(value)}")
+    return int(value)
+
+
+def _number(record: Mapping[str, Any], field: str) -> float | None:
+    value = record.get(field)
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
+        number = float("inf")
+    if not abs(number) < _LARGEST:
+        raise BadRequest(f"{field!r} must be a finite number, got {shown(value)}")
+    return number
+
+
+def _flag(record: Mapping[str, Any], field: str) -> bool | None:
+    value = record.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{field!r} must be true or false, got {shown(value)}")
+    return value
+
+
+def _choice(record: Mapping[str, Any], field: str, choices: Iterable[Any]) -> Any:
+    value = record.get(field)
+    if value is not None and (not isinstance(value, str) or value not in choices):
+        raise BadRequest(f"{field!r} must be one of {', '.join(choices)}, got {shown(value)}")
+    return value
+
+
+@functools.cache
+def _kinds() -> dict[str, tuple[Any, ...]]:
+    """The types that each decoding setting may have besides None; of a choice, its words."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(SamplingConfig).items():
+        members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
+        kinds[name] = tuple(word for member in members for word in typing.get_args(member) or (member,))
+    return kinds
+
+
+def given_sampling(record: Mapping[str, Any], config: ModelConfig | None = None) -> dict[str, Any]:
+    """The decoding settings that an object names, each by the name of its field of `SamplingConfig`.
+
+    Args:
+        record: the object; null is a setting that is not given.
+        config: architecture of the model, whose sizes bound lengths.
+
+    Raises:
+        BadRequest: a value is not of its kind.
+    """
+    length = _INT_LIMIT if config is None else config.max_length + 1
+    limits = {"seed": (0, SEED_LIMIT), "top_k": (1, _INT_LIMIT)}
+    given: dict[str, Any] = {}
+    for name, kinds in _kinds().items():
+        if bool in kinds:
+            value: Any = _flag(record, name)
+        elif int in kinds:
+            value = integer(record, name, *limits.get(name, (1, length)))
+        elif float in kinds:
+            value = _number(record, name)
+        else:
+            value = _choice(record, name, kinds)
+        if value is not None:
+            given[name] = value
+    return given
+
+
+def with_settings(sampling: SamplingConfig, given: Mapping[str, Any]) -> SamplingConfig:
+    """Settings with some of them replaced.
+
+    Raises:
+        BadRequest: they do not go together.
+    """
+    dropped = {other: None for name, other in _ALTERNATIVES.items() if name in given and other not in given}
+    try:
+        return dataclasses.replace(sampling, **{**dropped, **given})
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
+def stops(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """The strings that end a text.
+
+    Raises:
+        BadRequest: they are no strings, or the model writes no text.
+    """
+    value = record.get("stop")
+    if value is None:
+        return ()
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(text, str) and text for text in found):
+        raise BadRequest(f"'stop' must be a string or a list of strings, none of them empty, got {shown(value)}")
+    if len(found) > MOST_STOPS:
+        raise BadRequest(f"'stop' must have at most {MOST_STOPS} strings, got {len(found)}")
+    if found and tokenizer is None:
+        raise BadRequest("the model has no tokenizer files and so writes no text that 'stop' could end")
+    for text in found:
+        encodable(text, "stop")
+    return tuple(dict.fromkeys(found))

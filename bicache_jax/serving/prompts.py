@@ -1,0 +1,95 @@
+"""Prompts as tokens: token ids, a text, or a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.types import Tokenizer
+from bicache_jax.serving.fields import BadRequest, encodable, is_int, shown
+
+
+def token_prompt(value: Any, config: ModelConfig) -> tuple[int, ...]:
+    """Token ids that were given as such: a list, or an array of one axis.
+
+    Raises:
+        BadRequest: they are no tokens of the model.
+    """
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(map(is_int, ids)):
+        raise BadRequest("'prompt_ids' must be a list of integers")
+    outside = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if outside is not None:
+        raise BadRequest(
+            f"'prompt_ids' holds {str(outside)[:40]}, outside the vocabulary (0 to {config.vocab_size - 1})"
+        )
+    return tuple(map(int, ids))
+
+
+def text_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Tokens of a text.
+
+    Raises:
+        BadRequest: it is no text, or there is no tokenizer.
+    """
+    if not isinstance(value, str):
+        raise BadRequest(f"'prompt' must be a string, got {shown(value)}")
+    if tokenizer is None:
+        raise BadRequest("the model has no tokenizer files; give 'prompt_ids' instead of 'prompt'")
+    encodable(value, "prompt")
+    return tokenizer.encode(value)
+
+
+def chat_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], int | None]:
+    """Tokens of a conversation, and how many it shares with the template of all but its last user message.
+
+    None where there is no other message: such a request shares what it shares with others, like any prompt.
+
+    Raises:
+        BadRequest: it is no conversation, or the template refuses it.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise BadRequest('\'messages\' must be a non-empty list of {"role", "content"}')
+    messages = [_message(message, place) for place, message in enumerate(value)]
+    if tokenizer is None:
+        raise BadRequest("the model has no tokenizer files; give 'prompt_ids' instead of 'messages'")
+    try:
+        ids = tokenizer.chat_ids(messages)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    user = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    others = [message for place, message in enumerate(messages) if not user or place != user[-1]]
+    try:
+        return ids, _shared(ids, tokenizer.chat_ids(others, generate=False)) if others else None
+    except ValueError:  # a template may insist on a user message
+        return ids, None
+
+
+def _message(message: Any, place: int) -> dict[str, Any]:
+    """A message whose content is one string; parts of text stand on lines of their own, as vLLM joins them."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        content = "\n".join(_part(part, f"messages[{place}].content[{at}]") for at, part in enumerate(content))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BadRequest(
+            f"every message must be an object with the strings 'role' and 'content', messages[{place}] is not"
+        )
+    encodable(role + content, "messages")
+    return {**message, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text":
+        said = f"a part of type {shown(kind)}" if isinstance(kind, str) else shown(part)
+        raise BadRequest(f"{where} is {said}: the model reads parts of type 'text' only")
+    if not isinstance(part.get("text"), str):
+        raise BadRequest(f"{where} must have a string 'text'")
+    return str(part["text"])
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))

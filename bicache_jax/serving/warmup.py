@@ -1,0 +1,53 @@
+"""Warming up: every program that a run needs is called once, and makes no step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bicache_jax.serving.compilation import CompileCounter
+from bicache_jax.serving.executor import Executor
+from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.rounds import program_key
+from bicache_jax.serving.stats import Counters
+from bicache_jax.serving.store import PrefixStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmup:
+    """What warming up did.
+
+    Attributes:
+        shapes: shapes of the batches whose programs are ready now: prefixes G, prefix tokens P, rows B, suffix tokens
+            U, in buckets.
+        compilations: programs compiled, or fetched from the compilation cache.
+        seconds: time spent on that.
+    """
+
+    shapes: tuple[tuple[int, int, int, int], ...]
+    compilations: int
+    seconds: float
+
+
+def warm_up(executor: Executor, plan: Plan) -> Warmup:
+    """Compiles what a plan needs.
+
+    Each program of a run is called as the run calls it, prefixes are encoded, and the decoding loop ends before its
+    first step; so a run of the plan finds all of them.
+
+    Args:
+        executor: what runs the plan; its counts do not change.
+        plan: the plan.
+    """
+    executor = dataclasses.replace(executor, counters=Counters())
+    compiled, done, shapes = CompileCounter(), set(), []
+    for batches in plan.rounds:
+        shape = plan.shape(*batches)
+        key = (shape, *(program_key(batch, plan.cache) for batch in batches if batch.rows))
+        if key in done:
+            continue
+        done.add(key)
+        shapes.append(shape)
+        alone = dataclasses.replace(plan, rounds=(batches,))
+        for _ in executor.run(batches, alone, PrefixStore(alone), compile_only=True):
+            pass
+    return Warmup(tuple(shapes), compiled.count, compiled.seconds)
