@@ -13,9 +13,10 @@ from pathlib import Path
 
 from bicache_jax.cli import backend, entry
 from bicache_jax.core.types import BicacheError, Request, Result
+from bicache_jax.serving.inputs import remaining
 
 
-class FakeRun(backend.Run):
+class FakeSession:
     """Answers each prompt with its own letters turned round; the last request finishes first.
 
     `--model` is taken as options: `error=ID` lets the engine fail on a request, `missing` is no model at all,
@@ -68,8 +69,8 @@ class FakeRun(backend.Run):
     def identity(self, requests):
         return {"model": "fake", "seed": self.sampling.seed, "input": requests.digest}
 
-    def stream(self, requests, finished, *, partial):
-        for request, first in reversed(backend.remaining(requests, finished)):
+    def stream(self, requests, finished, *, partial, every=None, frame_seconds=0.1):
+        for request, first in reversed(remaining(requests, finished)):
             for sample in range(request.n):
                 text = bytes(request.prompt_ids).decode()[::-1]
                 result = Result(
@@ -112,5 +113,5 @@ def write_requests(path: Path, count: int, **more) -> Path:
 
 
 if __name__ == "__main__":
-    backend.Run = FakeRun  # type: ignore[misc, assignment]
+    backend.open_session = FakeSession  # type: ignore[assignment]
     entry()

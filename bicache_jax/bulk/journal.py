@@ -54,12 +54,13 @@ class Journal:
         finished: results by (id, sample), those of earlier runs included.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         """Opens and locks a journal, and reads what an earlier run left in it.
 
         Args:
             path: where it is to be, beside the output.
             resume: whether to go on with the journal that is there; if none is there, a new one begins.
+            overwrite: whether to drop what is there.
 
         Raises:
             BicacheError: it cannot be written, another process is writing it, or it holds results and `resume` is not
@@ -74,11 +75,14 @@ class Journal:
             raise BicacheError(f"cannot write {self.path}: {error.strerror}") from error
         try:
             self._lock()
+            if overwrite:
+                with self._faults():
+                    self._file.truncate(0)
             good = self._read()
             if self.finished and not resume:
                 raise BicacheError(
                     f"{self.path} holds {len(self.finished)} finished results of an earlier run: go on with it by"
-                    " --resume, or delete it to begin again"
+                    " --resume, or begin again by --overwrite"
                 )
             with self._faults():
                 self._file.truncate(good)  # the next record must not run into a torn last line
@@ -270,8 +274,18 @@ def header_of(run: Mapping[str, Any]) -> Record:
     return {"format": FORMAT, "run": json.loads(json.dumps(run))}
 
 
-def check_same_run(path: object, found: Record, header: Record) -> None:
+OVERWRITE = "--overwrite begins again"
+_REPEAT = "repeat the first command with --resume, or delete the journal to begin again"
+
+
+def check_same_run(path: object, found: Record, header: Record, *, hint: str = _REPEAT) -> None:
     """Compares the header of a journal with that of the run that wants to go on with it.
+
+    Args:
+        path: what holds the header, for messages.
+        found: the header that is there.
+        header: that of this run.
+        hint: what to do where they differ.
 
     Raises:
         BicacheError: they differ; the message names the first thing in which they do.
@@ -286,8 +300,7 @@ def check_same_run(path: object, found: Record, header: Record) -> None:
         was, now = there.get(name), here.get(name)
         if was != now:
             raise BicacheError(
-                f"{path} belongs to another run: {name} was {_show(was)} and is {_show(now)} now;"
-                " repeat the first command with --resume, or delete the journal to begin again"
+                f"{path} belongs to another run: {name} was {_show(was)} and is {_show(now)} now; {hint}"
             )
 
 

@@ -24,6 +24,9 @@ STATISTICS = (
     "seconds",
 )
 
+BURST_SECONDS = 0.2  # results that come closer together are of one batch
+LONG_SECONDS = 10.0  # of a burst in which results keep coming: then it counts as it is
+
 
 class Progress:
     """Counts results, and reports when it is time to.
@@ -33,7 +36,15 @@ class Progress:
     """
 
     def __init__(
-        self, path: AnyPath, worker: str, total: int, *, every: float, say: bool, stats: Callable[[], Any]
+        self,
+        path: AnyPath,
+        worker: str,
+        total: int,
+        *,
+        every: float,
+        say: bool,
+        stats: Callable[[], Any],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begins to count.
 
@@ -44,10 +55,14 @@ class Progress:
             every: seconds between reports.
             say: whether to tell people, too.
             stats: gives the engine's counts.
+            clock: tells the time.
         """
         self._path, self._worker, self._total = path, worker, max(1, total)
         self._every, self._say, self._stats = every, say, stats
-        self._started = self._reported = time.monotonic()
+        self._clock = clock
+        self._started = self._reported = self._burst = self._last = clock()
+        self._worked = 0.0
+        self._paced = (0.0, 0.0)  # seconds of work, and bytes done in them, up to the last burst of results
         self._results = self._resumed = 0
         self._skipped = 0.0  # share of the input that earlier runs have done
         self.place = 0.0
@@ -63,10 +78,31 @@ class Progress:
 
     def advance(self, size: float, results: int = 1) -> None:
         """Bytes of the input, and results, that are done now; reports if it is time to."""
+        now = self._clock()
+        # Results of a batch come in a burst, long after the one before: in the middle of it, its time has passed and
+        # most of its results have not come. So the pace is that up to the end of the last whole burst.
+        if now - self._last > BURST_SECONDS or now - self._burst > LONG_SECONDS:
+            if self._results:
+                self._paced = (self._worked, self.place - self._skipped)
+            self._burst = now
+        self._last, self._worked = now, self._work(now)
         self.place += size
         self._results += results
-        if time.monotonic() - self._reported >= self._every:
+        if now - self._reported >= self._every:
             self.report()
+
+    def _work(self, now: float) -> float:
+        """Seconds of work so far: compilation is over some time, and says nothing of what is left."""
+        return now - self._started - float(getattr(self._stats(), "compile_seconds", 0.0))
+
+    def _left(self, share: float) -> float | None:
+        """Seconds left; None as long as nothing tells."""
+        if share >= 1.0:
+            return 0.0
+        seconds, done = self._paced
+        if done <= 0 or seconds <= 0:
+            return None
+        return seconds * (1.0 - share) * self._total / done
 
     def rest(self, beyond: float = 0.0) -> float:
         """Share of the input that lies ahead, but for the next `beyond` bytes."""
@@ -74,11 +110,10 @@ class Progress:
 
     def report(self, **more: Any) -> None:
         """Writes a line of statistics; `more` goes into it."""
-        self._reported = now = time.monotonic()
+        self._reported = now = self._clock()
         seconds = now - self._started
         share = min(1.0, self.place / self._total)
-        fresh = (self.place - self._skipped) / self._total
-        left = 0.0 if share >= 1.0 else seconds * (1.0 - share) / fresh if fresh > 0 else None
+        left = self._left(share)
         stats = self._stats()
         counts = {name: getattr(stats, name) for name in STATISTICS if hasattr(stats, name)}
         line = {

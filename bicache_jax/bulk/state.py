@@ -4,6 +4,8 @@
     OUTPUT/_state/run.json                                  what determines results; a restart must agree
     OUTPUT/_state/requests.jsonl/000003.00001-of-00002.journal    window 3's results of worker 1 of 2, as they came
     OUTPUT/_state/00001-of-00002.done                       worker 1 has finished
+    OUTPUT/_state/inputs.json                               what outputs are put together from, just before they are
+    OUTPUT/_manifest.json                                   what finished outputs were made from
 
 Workers share nothing else. Whoever finds that all have finished puts the outputs together and removes the state; should
 two find it at once, they write the same bytes. A slice (`--shard 1/4`) has `-00001-of-00004` behind every name.
@@ -18,13 +20,15 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bicache_jax.bulk.journal import Journal, check_same_run, dump, header_of, read_journal
+from bicache_jax.bulk.manifest import Entry, check_finished, digest_of, read_manifest, write_manifest
 from bicache_jax.bulk.storage import (
     AnyPath,
+    Lines,
     exists,
     faults,
     is_remote,
@@ -36,7 +40,16 @@ from bicache_jax.bulk.storage import (
     upload,
     write_whole,
 )
-from bicache_jax.core.types import BicacheError, Key, Record
+from bicache_jax.core.types import BicacheError, Key, Record, native
+
+Form = Callable[[Iterable[Record | None]], Iterator[Record | None]]
+"""A format of results: turns records in input order into the lines that are written."""
+
+
+def native_form(records: Iterable[Record | None]) -> Iterator[Record | None]:
+    """Our own format: a line for each result; None where the next one is not there yet."""
+    return (None if record is None else native(record) for record in records)
+
 
 UPLOAD_SECONDS = 30.0
 """Objects in buckets cannot be appended to: journals are uploaded anew, at most this often."""
@@ -74,7 +87,9 @@ class Worker:
 class State:
     """The state of a job, as one worker sees it."""
 
-    def __init__(self, output: str, files: Sequence[AnyPath], worker: Worker, *, resume: bool) -> None:
+    def __init__(
+        self, output: str, files: Sequence[AnyPath], worker: Worker, *, resume: bool, overwrite: bool = False
+    ) -> None:
         """Looks at what there is.
 
         Args:
@@ -82,6 +97,7 @@ class State:
             files: the input files.
             worker: which worker this is.
             resume: whether to go on with what an earlier run left.
+            overwrite: whether to delete that, and outputs of these inputs.
 
         Raises:
             BicacheError: the folder cannot be written, or holds results of an earlier run and `resume` is not set.
@@ -90,7 +106,11 @@ class State:
         self.output = path_of(output)
         self._folder = self.output / f"_state{worker.suffix}"
         self._files = {path.name: path for path in files}
+        self._manifest = self.output / f"_manifest{worker.suffix}.json"
+        self.form: Form = native_form
         with self._faults():
+            if overwrite:
+                self._delete_earlier()
             if not is_remote(output):
                 self._folder.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -103,7 +123,7 @@ class State:
 
     def _refuse_earlier(self) -> None:
         """Other workers of this very job may have begun already; what is refused is what they cannot have written."""
-        hint = "go on with it by --resume, delete it, or choose another --output"
+        hint = "go on with it by --resume, begin again by --overwrite, or choose another --output"
         for name in self._files:
             if exists(self.final(name)):
                 raise BicacheError(f"{self.final(name)} exists already: {hint}")
@@ -113,17 +133,43 @@ class State:
             if found and (int(found[2]) != self.worker.count or int(found[1]) == self.worker.number):
                 raise BicacheError(f"{self._folder} holds results of an earlier run: {hint}")
 
-    def begin(self, run: Mapping[str, Any]) -> None:
+    def _delete_earlier(self) -> None:
+        entries = read_manifest(self._manifest)
+        for name in self._files:
+            entries.pop(self.final(name).name, None)
+        remove(self._manifest)  # first: it must never speak of what is no longer there
+        if entries:
+            write_manifest(self._manifest, entries)
+        for name in self._files:
+            remove(self.final(name))
+        remove_folder(self._folder)
+
+    def begin(self, run: Mapping[str, Any]) -> list[Entry]:
         """Checks that what is there belongs to this run, or says what run this is.
 
         Args:
-            run: everything that determines results but the input, by name; JSON values only.
+            run: everything that determines results except the input, by name; JSON values only.
+
+        Returns:
+            What earlier runs say of the outputs that are finished.
 
         Raises:
-            BicacheError: it is another run's.
+            BicacheError: it is another run's, or an input or an output was changed since.
         """
+        self._run = run
+        finished = [self._check_finished(name) for name in self._files if self.is_complete(name)]
         with self.unless_over(), self._faults():
-            self._begin(self._folder / "run.json", header_of(run))
+            self._begin(self._folder / "run.json", header_of({**run, "input": list(self._files)}))
+        return finished
+
+    def _check_finished(self, name: str) -> Entry:
+        final, said = self.final(name), {}
+        # In this order: who finishes the job writes the one before it removes the other.
+        for path in (self._folder / "inputs.json", self._manifest):
+            said.update(read_manifest(path))
+        with self._faults():
+            digest = digest_of(Lines(self._files[name]))
+        return check_finished(self._manifest, final, said.get(final.name), self._run, digest)
 
     def _begin(self, path: AnyPath, header: Record) -> None:
         if exists(path):
@@ -137,9 +183,9 @@ class State:
             write_whole(path, [dump(header)], self._temporary("run.json"))
 
     def final(self, name: str) -> AnyPath:
-        """The output of an input file."""
-        stem, dot, kind = name.rpartition(".")
-        return self.output / (f"{stem}{self.worker.suffix}.{kind}" if dot else f"{name}{self.worker.suffix}")
+        """The output of an input file; that of `x.jsonl.gz` is not compressed."""
+        stem, dot, kind = name.removesuffix(".gz").rpartition(".")
+        return self.output / (f"{stem}{self.worker.suffix}.{kind}" if dot else f"{kind}{self.worker.suffix}")
 
     def is_complete(self, name: str) -> bool:
         """Whether an earlier run has finished an input file.
@@ -194,11 +240,12 @@ class State:
                 path.write_bytes(read_bytes(target))
         return WindowJournal(Journal(path, resume=True), others, target if path != target else None)
 
-    def finish(self, windows: Mapping[str, Sequence[int]]) -> list[AnyPath]:
+    def finish(self, windows: Mapping[str, Sequence[int]], read: Mapping[str, tuple[str, int]]) -> list[AnyPath]:
         """Says that this worker has finished, and if all have, puts the outputs together.
 
         Args:
             windows: windows that have requests, by input file, of the files that had to be worked on.
+            read: the SHA-256 and the number of requests of each of these files.
 
         Returns:
             The outputs written; none as long as another worker is at work.
@@ -207,17 +254,21 @@ class State:
             BicacheError: they cannot be written, or results are missing.
         """
         with self.unless_over(), self._faults():
-            if not self._put_together(windows):
+            if not self._put_together(windows, read):
                 return []
         remove_folder(self._folder)
         return [self.final(name) for name in self._files]
 
-    def _put_together(self, windows: Mapping[str, Sequence[int]]) -> bool:
+    def _put_together(self, windows: Mapping[str, Sequence[int]], read: Mapping[str, tuple[str, int]]) -> bool:
         if self.is_over():
             return True
         write_whole(self._done(self.worker.number), [b"done\n"])
         if not all(exists(self._done(number)) for number in range(self.worker.count)) and not self.is_over():
             return False
+        # Kept before the first output appears: a restart in the middle must know what it was made from.
+        made = {self.final(name).name: Entry(self._run, *read[name]) for name in windows}
+        noted = self._folder / "inputs.json"
+        write_manifest(noted, {**read_manifest(noted), **made}, self._temporary("inputs.json"))
         for name, numbers in windows.items():
             if not self.is_complete(name):
                 try:
@@ -225,6 +276,11 @@ class State:
                 except BicacheError:
                     if not self.is_complete(name):  # else: another worker was faster
                         raise
+        entries = {**read_manifest(self._manifest), **read_manifest(noted)}
+        for final in map(self.final, self._files):
+            if not entries[final.name].output:
+                entries[final.name] = entries[final.name].with_output(final)
+        write_manifest(self._manifest, entries, self._temporary("manifest.json"))
         return True
 
     def is_over(self) -> bool:
@@ -254,6 +310,9 @@ class State:
 
     def _results(self, name: str, windows: Sequence[int]) -> Iterator[bytes]:
         """Yields the lines of an output, a window in memory at a time."""
+        return (dump(line) for line in self.form(self._records(name, windows)) if line is not None)
+
+    def _records(self, name: str, windows: Sequence[int]) -> Iterator[Record]:
         folder = self._folder / name
         for number in windows:
             requests = 0
@@ -337,8 +396,8 @@ def _read(path: AnyPath) -> tuple[Record, list[Record]]:
     return header, [record for record in records if {"index", "of", "finish_reason"} <= record.keys()]
 
 
-def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[bytes]:
-    """Yields the results of a request by sample, as they are written for users.
+def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[Record]:
+    """Yields the results of a request by sample, as users see them.
 
     Raises:
         BicacheError: some are missing.
@@ -348,4 +407,4 @@ def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[bytes]:
     if not failed and len(records) != (records[0]["of"] if records else 1):
         raise BicacheError(f"{source}: results are missing; run again with --resume")
     for record in records:
-        yield dump({name: value for name, value in record.items() if name not in ("index", "of")})
+        yield {name: value for name, value in record.items() if name not in ("index", "of")}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import gzip
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,6 +114,38 @@ def opened(path: AnyPath) -> contextlib.AbstractContextManager[Any]:
     return file
 
 
+def is_gzip(path: AnyPath) -> bool:
+    """Whether a file is compressed, by its name."""
+    return str(path).endswith(".gz")
+
+
+class Lines:
+    """The lines of an input file, decompressed where it is a `.gz`.
+
+    Attributes:
+        bytes: how much of the file, as it is stored, has been read.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self._path = path
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        with faults(f"cannot read --input {self._path}"), opened(self._path) as stream:
+            if not is_gzip(self._path):
+                for line in stream:
+                    self.bytes += len(line)
+                    yield line
+                return
+            try:
+                for line in gzip.GzipFile(fileobj=stream):
+                    self.bytes = stream.tell()
+                    yield line
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise BicacheError(f"--input {self._path}: not a whole gzip file ({error})") from None
+            self.bytes = stream.tell()
+
+
 def remove(path: AnyPath) -> None:
     """Deletes a file, if it is there."""
     if not is_remote(path):
@@ -177,7 +211,7 @@ def inputs(patterns: Iterable[str]) -> list[AnyPath]:
                 found[str(path)] = path
     names: dict[str, AnyPath] = {}
     for path in found.values():
-        other = names.setdefault(path.name, path)
+        other = names.setdefault(path.name.removesuffix(".gz"), path)
         if other is not path:
             raise BicacheError(f"--input names both {other} and {path}: results are named after files, rename one")
     return list(found.values())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from bicache_jax.bulk.storage import AnyPath, faults, opened
+from bicache_jax.bulk.storage import AnyPath, Lines
 from bicache_jax.core.types import Request, Result
 from bicache_jax.serving.inputs import Requests
 
@@ -26,12 +26,14 @@ class Window:
         requests: what they are; their digest is that of the window's lines.
         first: place of the first request in the file.
         end: bytes of the file up to its end.
+        digest: hash of the file's lines up to its end, blank ones left out.
     """
 
     number: int
     requests: Requests
     first: int
     end: int
+    digest: str
 
     @property
     def responses(self) -> int:
@@ -43,16 +45,25 @@ class _Lines:
     """Lines of a file, hashed and counted as they pass."""
 
     def __init__(self, path: AnyPath) -> None:
-        self._path = path
-        self._digest = hashlib.sha256()
-        self.bytes = 0
+        self._lines = Lines(path)
+        self._digest, self._whole = hashlib.sha256(), hashlib.sha256()
 
     def __iter__(self) -> Iterator[bytes]:
-        with faults(f"cannot read --input {self._path}"), opened(self._path) as stream:
-            for line in stream:
-                self._digest.update(line)
-                self.bytes += len(line)
-                yield line
+        for line in self._lines:
+            self._digest.update(line)
+            if line.strip():
+                self._whole.update(line)
+            yield line
+
+    @property
+    def bytes(self) -> int:
+        """How much of the file has been read."""
+        return self._lines.bytes
+
+    @property
+    def whole(self) -> str:
+        """The hash of all lines so far, as `bicache_jax.bulk.manifest.digest_of` gives it."""
+        return self._whole.hexdigest()
 
     def digest(self) -> str:
         """The hash of the lines since the last call."""
@@ -76,7 +87,7 @@ def windows(path: AnyPath, parse: Parse, size: int) -> Iterator[Window]:
     items = iter(parse(lines, str(path)))
     number = first = 0
     while batch := list(islice(items, size)):
-        yield Window(number, Requests(str(path), [], lines.digest(), batch), first, lines.bytes)
+        yield Window(number, Requests(str(path), [], lines.digest(), batch), first, lines.bytes, lines.whole)
         number, first = number + 1, first + len(batch)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
-from bicache_jax.cli import aot, benchmark, convert, evaluate, generate, plan, profile
+from bicache_jax.cli import aot, batch, benchmark, convert, evaluate, generate, plan, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.cli.outputs import abandon
@@ -22,6 +24,7 @@ from bicache_jax.core.types import BicacheError
 
 COMMANDS = {
     "generate": generate,
+    "batch": batch,
     "plan": plan,
     "profile": profile,
     "evaluate": evaluate,
@@ -63,11 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all is well, 1 where programs do not fit a device, 2 for bad flags and unreadable files, 3 if some results
         are errors, 130 after Ctrl-C, 141 where the reader of standard output went away.
     """
+    def command() -> int:
+        args = build_parser().parse_args(argv)
+        return COMMANDS[args.command].run(args)
+
+    return say_faults(command)
+
+
+def say_faults(command: Callable[[], int]) -> int:
+    """Runs a command; returns its exit status, or that of a fault that is told in one line."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            args = build_parser().parse_args(argv)
-            status = COMMANDS[args.command].run(args)
+            status = command()
             sys.stdout.flush()  # a closed pipe shows up here, not in the interpreter's last breath
             return status
     except BicacheError as error:
@@ -84,8 +95,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Runs the command as a process of its own."""
     expect_no_tpu()
-    status = main()
-    if status == EXIT_INTERRUPTED:  # shutting down in the middle of XLA's work may crash
+    leave_process(main)
+
+
+def leave_process(command: Callable[[], int]) -> NoReturn:
+    """Ends the process with a command's status, whatever jax still has running."""
+    try:
+        status = command()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    jax = sys.modules.get("jax")
+    # Shutting down in the middle of XLA's work may crash, and jax's threads for other processes would wait for them.
+    if status == EXIT_INTERRUPTED or (jax is not None and jax.distributed.is_initialized()):
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from bicache_jax.cli.options import fraction, from_flags, integer
-from bicache_jax.core.config import CACHED_BLOCK, REMASKING, BlockCache, SamplingConfig
+from bicache_jax.core.config import REMASKING, SamplingConfig
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_from_flags(
-    args: argparse.Namespace, *, gen_length: int, seed: int, block_cache: BlockCache = "off", **more: Any
+    args: argparse.Namespace, *, gen_length: int, seed: int, **more: Any
 ) -> SamplingConfig:
     """Decoding settings from the flags.
 
@@ -85,7 +85,6 @@ def sampling_from_flags(
         args: the flags, `steps` and `block_length` among them.
         gen_length: response tokens.
         seed: seed of the noise.
-        block_cache: the block cache in use; with one, blocks have `CACHED_BLOCK` tokens unless a flag says otherwise.
         **more: further fields.
 
     Raises:
@@ -95,7 +94,7 @@ def sampling_from_flags(
         SamplingConfig,
         gen_length=gen_length,
         steps=args.steps,
-        block_length=args.block_length or (None if block_cache == "off" else min(CACHED_BLOCK, gen_length)),
+        block_length=args.block_length,
         remasking=args.remasking,
         alg_temperature=args.alg_temperature,
         threshold=args.threshold,

@@ -10,12 +10,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from bicache_jax.bulk.manifest import Entry
+from bicache_jax.bulk.state import native_form
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import Parser, add_weights_flag, auto_or_integer, boundary, from_flags, integer
-from bicache_jax.cli.outputs import Output, open_output, write_event
+from bicache_jax.cli.outputs import Form, Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
 from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, PREFIX_DETECTIONS, CacheConfig, SamplingConfig
@@ -67,12 +69,27 @@ def add_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="results, JSON lines in input order, written whole at the end; - writes standard output (default: -)",
     )
-    files.add_argument("--resume", action="store_true", help="go on with OUTPUT.journal after a run that was cut short")
+    again = files.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with OUTPUT.journal after a run that was cut short; where OUTPUT is complete, check by"
+        " OUTPUT.manifest.json that it is this run's",
+    )
+    again.add_argument("--overwrite", action="store_true", help="begin again, whatever an earlier run left")
     files.add_argument(
         "--stream",
         action="store_true",
         help="show results on standard output as they happen, unfinished ones too: on a terminal the canvases fill in,"
         " anything else gets JSON lines, with finish_reason null and the masked positions where one is unfinished",
+    )
+    files.add_argument(
+        "--stream-every",
+        type=auto_or_integer(1),
+        default="auto",
+        metavar="auto|K",
+        help="denoising steps between two looks at the canvases, which change no token; auto: as many as take a tenth"
+        " of a second (default: %(default)s)",
     )
 
     add_running_arguments(parser)
@@ -212,13 +229,16 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(ends_at_once(last_words))
         requests = read_requests(args.input)
         # The output comes before the model: a fault of its must not cost a load.
-        output = open_output(args.output, args.input, resume=args.resume, stream=args.stream)
+        output = open_output(
+            args.output, args.input, resume=args.resume, stream=args.stream, overwrite=args.overwrite
+        )
         stack.callback(output.close)
-        run = backend.Run(args, cache, sampling)
+        run = backend.open_session(args, cache, sampling)
         requests.items = run.parse(requests)
-        if args.output_format == "openai":
-            output.form = functools.partial(to_openai, model=args.model, created=int(time.time()))
-        output.begin(requests, run.identity(requests))
+        output.form = output_form(args)
+        output.begin(requests, {**run.identity(requests), "output_format": args.output_format})
+        if output.complete is not None:
+            return _already(args, output.complete)
         resumed = len(output.finished)
         drawn = args.stream and is_terminal(sys.stdout)
         show = Canvas().show if drawn else write_event
@@ -228,8 +248,9 @@ def run(args: argparse.Namespace) -> int:
                     show(item.to_json())
         progress = Progress(requests, resumed, quiet=args.quiet or drawn)
         stack.callback(progress.close)
+        every = None if args.stream_every == "auto" else args.stream_every
         try:
-            for record in run.stream(requests.valid, output.finished, partial=args.stream):
+            for record in run.stream(requests.valid, output.finished, partial=args.stream, every=every):
                 if args.stream:
                     show(record)
                 if record["finish_reason"] is not None:
@@ -268,10 +289,18 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         args,
         gen_length=args.gen_length,
         seed=args.seed,
-        block_cache=args.block_cache,
         early_stop=bool(args.early_stop),
     )
+    lengths = {"gen_length": args.gen_length, "steps": args.steps, "block_length": args.block_length}
+    from_flags(lambda **_: cache.with_blocks(sampling), **lengths)  # what does not go together is refused here
     return cache, sampling
+
+
+def output_form(args: argparse.Namespace) -> Form:
+    """The format of results that the flags name."""
+    if args.output_format == "openai":
+        return functools.partial(to_openai, model=args.model, created=int(time.time()))
+    return native_form
 
 
 def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:
@@ -279,7 +308,7 @@ def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:
     cache, sampling = configurations(args)
     with ends_at_once(lambda: ""):
         requests = read_requests(args.input)
-        run = backend.Run(args, cache, sampling)
+        run = backend.open_session(args, cache, sampling)
         requests.items = run.parse(requests)
         valid = requests.valid
         print(json.dumps(run.plan(valid).to_json(), indent=1) if as_json else run.describe(valid))
@@ -287,6 +316,14 @@ def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:
     for error in errors:
         print(f"bicache: {error['error']}", file=sys.stderr)
     return _status(errors)
+
+
+def _already(args: argparse.Namespace, entry: Entry) -> int:
+    """What `--resume` says where there is nothing left to do."""
+    if not args.quiet:
+        errors = f", {entry.errors} of them errors" if entry.errors else ""
+        print(f"bicache: {args.output} is complete: {entry.results} results{errors}", file=sys.stderr)
+    return EXIT_ERRORS if entry.errors else 0
 
 
 def _status(records: Sequence[Record]) -> int:

@@ -133,7 +133,7 @@ def boundary(text: str) -> int | str:
     return auto_or_integer(0)(text)
 
 
-def add_weights_flag(group: argparse._ActionsContainer) -> None:
+def add_weights_flag(group: FlagGroup) -> None:
     """Adds the flag that has weights looked at while they are loaded."""
     group.add_argument(
         "--check-weights",

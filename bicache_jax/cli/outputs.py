@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bicache_jax.bulk.journal import Journal, dump, journal_path, write_atomic
-from bicache_jax.core.types import BicacheError, Key, Record
+from bicache_jax.bulk.manifest import Entry, check_finished, read_manifest, write_manifest
+from bicache_jax.bulk.state import Form, native_form
+from bicache_jax.bulk.storage import faults, remove
+from bicache_jax.core.types import BicacheError, Key, Record, native
 from bicache_jax.serving.inputs import STANDARD, Requests
 
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Other names of standard output: where it is redirected to a file, that file must not be replaced by a rename."""
-
-
-Form = Callable[[Iterable[Record | None]], Iterator[Record | None]]
-"""A format of results; None where the next one is not there yet."""
 
 
 class Output:
@@ -27,11 +26,13 @@ class Output:
     Attributes:
         finished: results by (id, sample).
         form: turns results in input order into the lines that are written.
+        complete: what an earlier run has said of the output that it finished; None where there is something to do.
     """
 
     def __init__(self) -> None:
         self.finished: dict[Key, Record] = {}
-        self.form: Form = iter
+        self.form: Form = native_form
+        self.complete: Entry | None = None
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
         """Called once, when it is known what is to be run.
@@ -92,20 +93,31 @@ class StreamOutput(Output):
 class FileOutput(Output):
     """Writes a file by one rename at the end, and until then a journal."""
 
-    def __init__(self, path: str, *, resume: bool) -> None:
+    def __init__(self, path: str, *, resume: bool, overwrite: bool = False) -> None:
         """Opens the journal, so that a fault shows before anything is computed."""
         super().__init__()
         self.path = path
-        self._written = False
+        self._manifest = Path(f"{path}.manifest.json")
+        self._resume, self._written = resume, False
         if os.path.isdir(path):
             raise BicacheError(f"--output {path} is a folder: name a file in it")
         if not os.path.isdir(Path(path).parent):
             raise BicacheError(f"--output {path}: there is no folder {Path(path).parent}: create it first")
-        self._journal = Journal(journal_path(path), resume=resume)
+        self._journal = Journal(journal_path(path), resume=resume, overwrite=overwrite)
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
-        """Takes in what an earlier run has finished."""
+        """Takes in what an earlier run has finished, be it all.
+
+        Raises:
+            BicacheError: that was another run.
+        """
         super().begin(requests, run)
+        self._entry = Entry(run, requests.digest, len(requests.items))
+        if self._resume and not self._journal.finished and os.path.exists(self.path):
+            found = read_manifest(self._manifest).get(Path(self.path).name)
+            self.complete = check_finished(self._manifest, Path(self.path), found, run, requests.digest)
+            self._written = True
+            return
         self._journal.begin(run)
         self.finished.update(self._journal.finished)
 
@@ -116,9 +128,12 @@ class FileOutput(Output):
             self._journal.add(record)
 
     def finish(self) -> list[Record]:
-        """Writes the file, then deletes the journal."""
+        """Writes the file, says what it was made from, then deletes the journal, with which a killed run goes on."""
         records = super().finish()
+        with faults(f"cannot write {self._manifest}"):
+            remove(self._manifest)  # whatever it says is of the file that is replaced now
         write_atomic(self.path, (dump(line) for line in self.form(records) if line is not None))
+        write_manifest(self._manifest, {Path(self.path).name: self._entry.with_output(Path(self.path))})
         self._journal.remove()
         self._written = True
         return records
@@ -140,7 +155,7 @@ class FileOutput(Output):
         )
 
 
-def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output:
+def open_output(name: str, source: str, *, resume: bool, stream: bool, overwrite: bool = False) -> Output:
     """Opens the output.
 
     Args:
@@ -148,6 +163,7 @@ def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output
         source: `--input`, which must not be overwritten.
         resume: `--resume`.
         stream: `--stream`: standard output is taken by events.
+        overwrite: `--overwrite`.
 
     Raises:
         BicacheError: the output cannot be written there.
@@ -167,12 +183,12 @@ def open_output(name: str, source: str, *, resume: bool, stream: bool) -> Output
             raise BicacheError(f"cannot write --output {name}: {error.strerror}") from error
     if os.path.exists(name) and os.path.exists(source) and os.path.samefile(name, source):
         raise BicacheError(f"--output {name} is the --input: results would replace the requests")
-    return FileOutput(name, resume=resume)
+    return FileOutput(name, resume=resume, overwrite=overwrite)
 
 
 def write_event(record: Record) -> None:
     """Writes a result, finished or not, to standard output at once."""
-    _write(sys.stdout.buffer, dump(record), "standard output")
+    _write(sys.stdout.buffer, dump(native(record)), "standard output")
 
 
 def _write(stream: BinaryIO, data: bytes, name: str) -> None:

@@ -156,6 +156,21 @@ class CacheConfig:
                 f"prefix_detection must be one of {', '.join(PREFIX_DETECTIONS)}, got {self.prefix_detection!r}"
             )
 
+    def open_block(self, sampling: SamplingConfig) -> int | None:
+        """Most tokens of a block where settings name none: `CACHED_BLOCK` with a block cache, None without one."""
+        return CACHED_BLOCK if sampling.block_length is None and self.block_cache != "off" else None
+
+    def with_blocks(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The settings with the block length that a block cache implies where they name none.
+
+        Raises:
+            ValueError: lengths and steps do not go together.
+        """
+        block = self.open_block(sampling)
+        if block is None:
+            return sampling
+        return dataclasses.replace(sampling, block_length=min(block, sampling.gen_length))
+
     def interval(self, sampling: SamplingConfig) -> int:
         """N of rows with these decoding settings.
 

@@ -143,8 +143,12 @@ class Result:
         shown += [f"tokens={len(self.token_ids)}", *(f"{name}={getattr(self, name)}" for name in counts)]
         return f"Result({', '.join(shown)})"
 
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; `error` and `chat` only where they say something, `masked` while unfinished."""
+    def to_json(self) -> Record:
+        """The result as a JSON object, as files have it; `error` only where there is one, `masked` while unfinished."""
+        return native(self.to_record())
+
+    def to_record(self) -> Record:
+        """The result as journals keep it, with what other formats need."""
         record = dataclasses.asdict(self)
         record["token_ids"] = list(self.token_ids)
         if self.error is None:
@@ -155,6 +159,14 @@ class Result:
         if self.finish_reason is None:
             record["masked"] = list(masked)
         return record
+
+
+_NOTES = ("prompt_len", "text_len", "chat")
+
+
+def native(record: Record) -> Record:
+    """A record in our own format of results."""
+    return {name: value for name, value in record.items() if name not in _NOTES}
 
 
 def _short(text: str, most: int) -> str:
@@ -191,6 +203,6 @@ class Model:
         dtypes = sorted({str(leaf.dtype) for leaf in leaves})
         tokenizer = "no tokenizer" if self.tokenizer is None else "tokenizer"
         return (
-            f"Model({self.name!r}, {config.family}, {config.num_layers} layers of {config.d_model},"
+            f"Model({self.name!r}, {config.num_layers} layers of {config.d_model},"
             f" {sizes:,} parameters, {'/'.join(dtypes)}, {tokenizer})"
         )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from bicache_jax.core.config import CACHED_BLOCK, SamplingConfig
+from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError, Request, Result
 from bicache_jax.serving.fields import SAMPLING, BadRequest, given_sampling, is_int, nearest, shown, with_settings
 from bicache_jax.serving.requests import Parser, error_result, request_name
@@ -103,11 +103,6 @@ def admit(asked: Asked, parser: Parser, *, errors: Errors) -> list[Request | Res
         more = f" (and {others} more of the {len(entries)} requests {'is' if others == 1 else 'are'} faulty)"
         raise type(first)(f"{first}{more}" if others else str(first))
     return admitted
-
-
-def open_block(sampling: SamplingConfig, block_cache: str) -> int | None:
-    """Most tokens of a block where no block length was given; None where settings alone decide."""
-    return CACHED_BLOCK if sampling.block_length is None and block_cache != "off" else None
 
 
 def _is_one(asked: Any) -> bool:

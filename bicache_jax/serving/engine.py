@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
-from bicache_jax.serving.admission import Asked, Errors, Settings, admit, open_block, settings
+from bicache_jax.serving.admission import Asked, Errors, Settings, admit, settings
 from bicache_jax.serving.compilation import start_compilation_cache
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import SECONDS, Frames
@@ -213,10 +213,13 @@ class Engine:
             shape = {"prompt_ids": [0] * prompt_len, "prefix_len": prefix_len, "n": rows, **length}
         return warm_up(self._executor, self.plan(shape if requests is None else requests, sampling=sampling))
 
-    def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
+    def parser(self, sampling: Settings = None) -> Parser:
+        """What makes requests of objects; `sampling` as in `generate`."""
         own = settings(sampling, self.sampling)
-        parser = Parser(self.model.config, self.model.tokenizer, own, open_block(own, self.cache.block_cache))
-        return admit(asked, parser, errors=errors)
+        return Parser(self.model.config, self.model.tokenizer, own, self.cache.open_block(own))
+
+    def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
+        return admit(asked, self.parser(sampling), errors=errors)
 
     def _boundary_rule(self) -> Callable[[int], int]:
         """Boundary by prefix ratio."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bicache_jax.core.types import BicacheError, Key, Record, Request, Result
 
 STANDARD = "-"
+_GZIP = b"\x1f\x8b"  # how gzip files begin, and no JSON
 
 
 @dataclasses.dataclass
@@ -85,6 +89,33 @@ def read_requests(name: str, flag: str = "--input") -> Requests:
     source = "standard input" if name == STANDARD else name
     try:
         data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
+        if data.startswith(_GZIP):
+            data = gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BicacheError(f"{flag} {source}: not a whole gzip file ({error})") from None
     except OSError as error:
         raise BicacheError(f"cannot read {flag} {source}: {error.strerror}") from error
     return Requests(source, data.split(b"\n"), hashlib.sha256(data).hexdigest())
+
+
+def remaining(requests: Sequence[Request], finished: Mapping[Key, Any]) -> list[tuple[Request, int]]:
+    """What is left to run.
+
+    Args:
+        requests: all requests.
+        finished: finished (id, sample).
+
+    Returns:
+        Requests, each with the number of its first sample: one gapless stretch of samples per request, so that the
+        engine's sample numbers can be told apart. Where there are gaps, call again when that is done.
+    """
+    todo = []
+    for request in requests:
+        missing = [sample for sample in range(request.n) if (request.id, sample) not in finished]
+        if not missing:
+            continue
+        first = missing[0]
+        n = next((i for i, sample in enumerate(missing) if sample != first + i), len(missing))
+        sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + first)
+        todo.append((dataclasses.replace(request, sampling=sampling, n=n), first))
+    return todo

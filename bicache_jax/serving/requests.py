@@ -1,4 +1,4 @@
-"""Requests as they stand in a file, one JSON object a line; a bad line becomes an error result, never an exception."""
+"""Requests of a file, one JSON object a line; a bad line becomes an error result, never an exception."""
 
 from __future__ import annotations
 
@@ -114,6 +114,35 @@ class Parser:
         if request.stop:
             stops({"stop": request.stop}, self.tokenizer)
 
+    def lines(self, lines: Iterable[Any], source: str = "<input>") -> Iterator[Request | Result]:
+        """Parses the lines of a request file one by one.
+
+        Args:
+            lines: text or bytes, or objects already read; blank lines count as lines and are skipped, anything else is
+                a fault.
+            source: what messages call the file.
+
+        Yields:
+            A request, or an error result that names the line and the fault, for each line, in order.
+        """
+        seen: set[str] = set()
+        index = 0
+        for number, line in enumerate(lines, 1):
+            if is_blank(line):
+                continue
+            name = str(number)
+            try:
+                record = _object(line)
+                name = request_name(record, number)
+                if name in seen:
+                    repeated, name = name, str(number)
+                    raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request an id of its own")
+                seen.add(name)
+                yield self.parse(record, name, index)
+            except BadRequest as fault:
+                yield error_result(name, f"{source}, line {number}: {fault}")
+            index += 1
+
     def _sampling(self, record: Mapping[str, Any]) -> SamplingConfig:
         given = given_sampling(record, self.config)
         if self.auto_block is not None and "block_length" not in given:
@@ -130,55 +159,8 @@ def parse_requests(
     source: str = "<input>",
     auto_block: int | None = None,
 ) -> list[Request | Result]:
-    """Parses a request file.
-
-    Args:
-        lines: its lines (text or bytes), or objects already read; blank lines count as lines and are skipped, anything
-            else is a fault.
-        config: architecture of the model the requests are for.
-        tokenizer: its tokenizer; without one only `prompt_ids` can be served.
-        sampling: settings of a request that names none.
-        source: what messages call the file.
-        auto_block: see `Parser`.
-
-    Returns:
-        A request, or an error result that names the line and the fault, for each line, in order.
-    """
-    return list(
-        iter_requests(
-            lines, config=config, tokenizer=tokenizer, sampling=sampling, source=source, auto_block=auto_block
-        )
-    )
-
-
-def iter_requests(
-    lines: Iterable[Any],
-    *,
-    config: ModelConfig,
-    tokenizer: Tokenizer | None,
-    sampling: SamplingConfig,
-    source: str = "<input>",
-    auto_block: int | None = None,
-) -> Iterator[Request | Result]:
-    """`parse_requests`, one at a time."""
-    parser = Parser(config, tokenizer, sampling, auto_block)
-    seen: set[str] = set()
-    index = 0
-    for number, line in enumerate(lines, 1):
-        if is_blank(line):
-            continue
-        name = str(number)
-        try:
-            record = _object(line)
-            name = request_name(record, number)
-            if name in seen:
-                repeated, name = name, str(number)
-                raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request an id of its own")
-            seen.add(name)
-            yield parser.parse(record, name, index)
-        except BadRequest as fault:
-            yield error_result(name, f"{source}, line {number}: {fault}")
-        index += 1
+    """`Parser.lines` of a whole file, by a parser of these attributes."""
+    return list(Parser(config, tokenizer, sampling, auto_block).lines(lines, source))
 
 
 def error_result(name: str, message: str) -> Result:

@@ -39,27 +39,45 @@ def row_costs(config: ModelConfig, cache: CacheConfig, rows: Sequence[Row]) -> l
     return [row_flops(config, dataclasses.replace(job, rows_per_prefix=math.inf)) for job in jobs(rows, cache)]
 
 
+def divide(config: ModelConfig, cache: CacheConfig, items: Sequence[Sequence[Row]], parts: int) -> list[int]:
+    """Divides work into parts of equal cost, that of one prefix together as far as equal parts allow.
+
+    Args:
+        config: the architecture.
+        cache: how prefixes are reused.
+        items: what stays together, each some rows of one prefix: the samples of a request for one.
+        parts: data shards, workers or slices.
+
+    Returns:
+        The part of each item.
+    """
+    costs = iter(row_costs(config, cache, [row for item in items for row in item]))
+    of_item = [sum(next(costs) for _ in item) for item in items]
+    members: dict[tuple[int, ...], list[int]] = {}
+    for number, item in enumerate(items):  # without a prefix nothing is shared
+        members.setdefault(item[0].prefix or (-1 - number,), []).append(number)
+    groups = [
+        Group(
+            setup=max(float(encode_flops(config, row.prefix_len, row.boundary)) for n in numbers for row in items[n]),
+            costs=tuple(of_item[n] for n in numbers),
+        )
+        for numbers in members.values()
+    ]
+    found = [0] * len(items)
+    for numbers, assigned in zip(members.values(), pack(groups, parts), strict=True):
+        for number, part in zip(numbers, assigned, strict=True):
+            found[number] = part
+    return found
+
+
 def share_out(config: ModelConfig, cache: CacheConfig, rows: Sequence[Row], shards: int) -> list[list[Row]]:
     """The rows of each data shard, those of one prefix together as far as shares allow."""
     if shards == 1:
         return [list(rows)]
-    by_prefix: dict[tuple[int, ...], list[int]] = {}
-    for place in sorted(range(len(rows)), key=lambda place: (rows[place].prefix, rows[place].request.index, place)):
-        row = rows[place]
-        # Rows without a prefix have nothing in common.
-        by_prefix.setdefault(row.prefix or (-1 - place,), []).append(place)
-    costs = row_costs(config, cache, rows)
-    groups = [
-        Group(
-            setup=max(float(encode_flops(config, rows[place].prefix_len, rows[place].boundary)) for place in places),
-            costs=tuple(costs[place] for place in places),
-        )
-        for places in by_prefix.values()
-    ]
+    ordered = sorted(rows, key=lambda row: (row.prefix, row.request.index))
     shares: list[list[Row]] = [[] for _ in range(shards)]
-    for places, assigned in zip(by_prefix.values(), pack(groups, shards), strict=True):
-        for place, shard in zip(places, assigned, strict=True):
-            shares[shard].append(rows[place])
+    for row, shard in zip(ordered, divide(config, cache, [[row] for row in ordered], shards), strict=True):
+        shares[shard].append(row)
     return shares
 
 

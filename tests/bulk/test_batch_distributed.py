@@ -123,7 +123,7 @@ def test_two_processes_killed_and_stopped_end_in_the_bytes_of_one_undisturbed(tm
     killed, stopped = run_killed_and_stopped(source, output, 2, 2000, victim=1, some=200)
     assert 200 <= killed < stopped < 2000
     assert (output / source.name).read_bytes() == expected
-    assert sorted(path.name for path in output.iterdir()) == ["_stats", source.name]
+    assert sorted(path.name for path in output.iterdir()) == ["_manifest.json", "_stats", source.name]
     lines = (output / "_stats" / "00000-of-00002.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     assert last["progress"] == 1.0 and last["results_resumed"] > 0

@@ -60,7 +60,8 @@ def files(tmp_path) -> list[Path]:
 def check(output: Path, files: list[Path]) -> None:
     for path in files:
         assert (output / path.name).read_bytes() == expected(path)
-    assert sorted(path.name for path in output.iterdir()) == ["_stats", *(path.name for path in files)]
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["_manifest.json", "_stats", *(path.name for path in files)]
 
 
 def test_outputs_are_those_of_generate_and_statistics_are_json(tmp_path, files):

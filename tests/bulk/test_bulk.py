@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from etils import epath
-from fake_run import FakeRun, write_requests
+from fake_run import FakeSession, write_requests
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -24,6 +24,8 @@ from bicache_jax.core.types import BicacheError, Request
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import batch_inference  # noqa: E402
+
+from bicache_jax.bulk import workers  # noqa: E402
 
 
 class Endless:
@@ -97,7 +99,7 @@ def bucket(monkeypatch) -> epath.Path:
 
 @pytest.fixture(autouse=True)
 def fake_run(monkeypatch) -> None:
-    monkeypatch.setattr(backend, "Run", FakeRun)
+    monkeypatch.setattr(backend, "open_session", FakeSession)
 
 
 def run(model: str, *flags: str) -> int:
@@ -122,7 +124,7 @@ def test_buckets_in_and_out_and_through_an_interruption(bucket, monkeypatch, tmp
     capsys.readouterr()
     assert len(log.read_text().split()) == 17 * 2 + 8 + 10
     names = {path.removeprefix("/bucket/out/") for path in Bucket.store if path.startswith("/bucket/out/")}
-    assert names == {"a.jsonl", "b.jsonl", "_stats/00000-of-00001.jsonl"}
+    assert names == {"a.jsonl", "b.jsonl", "_manifest.json", "_stats/00000-of-00001.jsonl"}
     ids = [json.loads(line)["id"] for line in (bucket / "out" / "b.jsonl").read_bytes().splitlines()]
     assert ids == [f"r{number}" for number in range(10)]
     samples = [json.loads(line)["sample"] for line in (bucket / "out" / "a.jsonl").read_bytes().splitlines()]
@@ -138,6 +140,7 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
         inputs(["s3://nowhere/x"])
 
 
+READ = dict.fromkeys(("a.jsonl", "a", "b"), ("digest of the input", 1))
 IDENTITY = {"model": "x"}
 
 
@@ -158,8 +161,8 @@ def test_a_journal_that_vanishes_while_it_is_read_is_empty(tmp_path):
     second = finished_state(tmp_path, 1)
     with second.window("a.jsonl", 0, IDENTITY, 2) as journal:
         assert sorted(journal.finished) == [("r0", 0), ("r1", 0)]
-    assert first.finish({"a.jsonl": [0]}) == []
-    assert second.finish({"a.jsonl": [0]}) == [tmp_path / "a.jsonl"]
+    assert first.finish({"a.jsonl": [0]}, READ) == []
+    assert second.finish({"a.jsonl": [0]}, READ) == [tmp_path / "a.jsonl"]
     assert len((tmp_path / "a.jsonl").read_bytes().splitlines()) == 2
     unreadable = tmp_path / "_state" / "a.jsonl" / "000000.00001-of-00003.journal"
     unreadable.mkdir(parents=True)  # is there, but not to be read
@@ -169,8 +172,8 @@ def test_a_journal_that_vanishes_while_it_is_read_is_empty(tmp_path):
 
 def test_workers_on_a_bucket_see_what_others_have_just_written(bucket):
     first, second = (finished_state(bucket / "out", number) for number in range(2))
-    assert first.finish({"a.jsonl": [0]}) == []
-    assert second.finish({"a.jsonl": [0]}) == [bucket / "out" / "a.jsonl"]
+    assert first.finish({"a.jsonl": [0]}, READ) == []
+    assert second.finish({"a.jsonl": [0]}, READ) == [bucket / "out" / "a.jsonl"]
     assert first.is_over() and len((bucket / "out" / "a.jsonl").read_bytes().splitlines()) == 2
     assert not [path for path in Bucket.store if "_state" in path]
     first.close()
@@ -189,8 +192,8 @@ def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
         return found and put_together(*args)
 
     monkeypatch.setattr(state.State, "_put_together", look)
-    monkeypatch.setattr(batch_inference, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(batch_inference, "POLLS", 5)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(workers, "POLLS", 5)
     overs = iter([True, False, True, True] * 10)  # a look that fails now and then
     is_over = state.State.is_over
 
@@ -207,7 +210,7 @@ def test_workers_that_could_not_see_each_other_finish(tmp_path, monkeypatch):
 
 def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
     workers = [finished_state(tmp_path, number) for number in range(2)]
-    assert workers[0].finish({"a.jsonl": [0]}) == []
+    assert workers[0].finish({"a.jsonl": [0]}, READ) == []
     whole = workers[1]._results
 
     def dies(name, numbers):
@@ -218,13 +221,13 @@ def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
         first, *rest = whole(name, numbers)
         yield first
         with pytest.raises(KeyboardInterrupt):
-            workers[0].finish({"a.jsonl": [0]})
+            workers[0].finish({"a.jsonl": [0]}, READ)
         assert not (tmp_path / "a.jsonl").exists()
         yield from rest
 
     monkeypatch.setattr(workers[0], "_results", dies)
     monkeypatch.setattr(workers[1], "_results", slow)
-    assert workers[1].finish({"a.jsonl": [0]}) == [tmp_path / "a.jsonl"]
+    assert workers[1].finish({"a.jsonl": [0]}, READ) == [tmp_path / "a.jsonl"]
     ids = [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_bytes().splitlines()]
     assert ids == ["r0", "r1"] and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -245,14 +248,14 @@ def test_what_another_writes_and_removes_meanwhile_is_not_written_over(bucket, m
 
     def overtaken(self, name, numbers):
         monkeypatch.setattr(state.State, "_results", results)
-        assert second.finish({"a": [0], "b": [0]}) == [bucket / "out" / name for name in "ab"]
+        assert second.finish({"a": [0], "b": [0]}, READ) == [bucket / "out" / name for name in "ab"]
         for journal in ("a", "b"):  # all but one of them are gone
             state.write_whole(bucket / "out" / "_state" / journal / "000000.00000-of-00002.journal", [error])
         yield from results(self, name, numbers)
 
     error = (bucket / "out" / "_state" / "a" / "000000.00000-of-00002.journal").read_bytes()
     monkeypatch.setattr(state.State, "_results", overtaken)
-    assert len(first.finish({"a": [0], "b": [0]})) == 2
+    assert len(first.finish({"a": [0], "b": [0]}, READ)) == 2
     for name in "ab":
         assert json.loads((bucket / "out" / name).read_bytes())["finish_reason"] == "eos"
     first.close()
@@ -341,7 +344,7 @@ def test_names_with_wildcards_in_them_are_names(bucket, tmp_path, capsys):
     command = ["--model", "x", "--quiet", "--input", names[0], "--output", "s3://bucket/out[1]", "--resume"]
     assert batch_inference.main([*command, "--window", "2"]) == 0, capsys.readouterr().err
     names = {path.removeprefix("/bucket/") for path in Bucket.store if path.startswith("/bucket/out")}
-    assert names - {"out[1]/_stats/00000-of-00001.jsonl"} == {
+    assert names - {"out[1]/_stats/00000-of-00001.jsonl", "out[1]/_manifest.json"} == {
         "out1/_state/00000-of-00001.done",
         *(f"out[1]/{folder}[0].jsonl" for folder in ("day1", "day2")),
     }
@@ -354,7 +357,8 @@ def test_colons_in_names_are_of_the_name(bucket, tmp_path):
     command = ["--model", "x", "--quiet", "--input", "s3://bucket/in/*", "--output", "s3://bucket/run::1"]
     assert batch_inference.main(command) == 0
     names = {path for path in Bucket.store if not path.startswith("/bucket/in/")}
-    assert names == {"/bucket/run::1/a::b.jsonl", "/bucket/run::1/_stats/00000-of-00001.jsonl"}
+    made = ("a::b.jsonl", "_manifest.json", "_stats/00000-of-00001.jsonl")
+    assert names == {f"/bucket/run::1/{name}" for name in made}
 
 
 def test_workers_whose_inputs_differ_are_told(tmp_path):
@@ -366,9 +370,9 @@ def test_workers_whose_inputs_differ_are_told(tmp_path):
     ):
         here.add({"id": "r0", "sample": 0, "finish_reason": "eos"}, index=0, of=1)
         there.add({"id": "r1", "sample": 0, "finish_reason": "eos"}, index=1, of=1)
-    assert first.finish({"a.jsonl": [0]}) == []
+    assert first.finish({"a.jsonl": [0]}, READ) == []
     with pytest.raises(BicacheError, match='input was "y" and is "x" now'):
-        second.finish({"a.jsonl": [0]})
+        second.finish({"a.jsonl": [0]}, READ)
     assert not (tmp_path / "a.jsonl").exists()
 
 

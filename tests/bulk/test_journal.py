@@ -76,7 +76,7 @@ def test_existing_results_are_never_lost_silently(path):
     with begin(path) as journal:
         journal.add(record("a"))
     before = path.read_bytes()
-    with pytest.raises(BicacheError, match=r"out\.jsonl\.journal holds 1 finished.*--resume.*delete"):
+    with pytest.raises(BicacheError, match=r"out\.jsonl\.journal holds 1 finished.*--resume.*--overwrite"):
         Journal(path)
     assert path.read_bytes() == before
 

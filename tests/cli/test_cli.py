@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_run import FakeRun, write_requests
+from fake_run import FakeSession, write_requests
 
 from bicache_jax.cli import COMMANDS, backend, build_parser, main
-from bicache_jax.cli.backend import remaining
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import Request
+from bicache_jax.serving.inputs import remaining
 
 PYTHON = [sys.executable, "-m", "bicache_jax"]
 FAKE = [sys.executable, str(Path(__file__).parents[1].joinpath("fake_run.py")), "generate"]
@@ -24,7 +24,7 @@ FAKE = [sys.executable, str(Path(__file__).parents[1].joinpath("fake_run.py")), 
 @pytest.fixture
 def generate(monkeypatch, capfdbinary, tmp_path):
     """Runs `bicache generate` on the stand-in; gives (status, standard output, standard error)."""
-    monkeypatch.setattr(backend, "Run", FakeRun)
+    monkeypatch.setattr(backend, "open_session", FakeSession)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str, model: str = "fake"):
