@@ -108,6 +108,7 @@ class State:
         self._files = {path.name: path for path in files}
         self._manifest = self.output / f"_manifest{worker.suffix}.json"
         self.form: Form = native_form
+        self._run: Mapping[str, Any] = {}
         with self._faults():
             if overwrite:
                 self._delete_earlier()

@@ -38,7 +38,7 @@ where content is a text or a list of {"type": "text", "text": ...}, and optional
   "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor", "logits_eos_inf",
   "confidence_eos_eot_inf"
   notes, which change no result: "answer" (a string or a list of strings that are right), "kind", "metadata"
-Any other key is an error. Lines of OpenAI's batch format work too, alone or among these:
+Any other key is an error. Alone or among these, lines of OpenAI's batch format work, such as
   {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": {...}}
 with messages or prompt, max_tokens or max_completion_tokens, temperature, top_p, seed, n, stop and the settings above
 in the body; model is ignored, stream must be false. max_tokens takes the smallest canvas of whole blocks that holds as

@@ -165,6 +165,7 @@ def test_a_journal_that_vanishes_while_it_is_read_is_empty(tmp_path):
     assert second.finish({"a.jsonl": [0]}, READ) == [tmp_path / "a.jsonl"]
     assert len((tmp_path / "a.jsonl").read_bytes().splitlines()) == 2
     unreadable = tmp_path / "_state" / "a.jsonl" / "000000.00001-of-00003.journal"
+    (tmp_path / "a.jsonl").unlink()
     unreadable.mkdir(parents=True)  # is there, but not to be read
     with pytest.raises(BicacheError, match="cannot write --output .*: Is a directory"):
         finished_state(tmp_path, 0)
@@ -229,7 +230,7 @@ def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
     monkeypatch.setattr(workers[1], "_results", slow)
     assert workers[1].finish({"a.jsonl": [0]}, READ) == [tmp_path / "a.jsonl"]
     ids = [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_bytes().splitlines()]
-    assert ids == ["r0", "r1"] and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert ids == ["r0", "r1"] and {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "_manifest.json"}
 
 
 def test_what_another_writes_and_removes_meanwhile_is_not_written_over(bucket, monkeypatch):

@@ -61,7 +61,7 @@ def test_results_are_in_input_order_and_complete(generate, tmp_path):
         "refresh_interval", "steps", "forward_passes",
     ]  # fmt: skip
     assert results[0]["text"] == "\u2028 0 tpmorp"
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.jsonl.manifest.json"]
     assert err.count("\n") == 1
 
 
