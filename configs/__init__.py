@@ -1,4 +1,4 @@
-"""Numbers that are data: model shapes, boundary tables, TPU slices, decoding presets (`bicache_jax.cli.presets`)."""
+"""Settings kept as data: model shapes, boundary tables, TPU generations, presets (`bicache_jax.cli.presets`)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def names(folder: str) -> list[str]:
 
 
 def model_shape(name: str) -> ModelConfig:
-    """A published architecture (`llada_8b`, `dream_7b`), or `small`, one for CPUs.
+    """A published architecture (`llada_8b`, `dream_7b`), or `small`, which runs on CPUs.
 
     Raises:
-        BicacheError: there is no such shape.
+        BicacheError: the name is unknown.
     """
     if name not in names("models"):
         raise BicacheError(f"no model shape {name!r}; there are {', '.join(names('models'))}")
@@ -38,18 +38,18 @@ def model_shape(name: str) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What a TPU generation offers; figures of one device, of which some generations have two on a chip.
+    """A TPU generation. Figures are per device; some generations have two devices on a chip.
 
     Attributes:
         platform: name of the generation, as in `v5e:2x4`.
         hbm_gib: memory that programs can use.
-        tflops_bfloat16: peak arithmetic in 10^12 operations a second.
-        hbm_gb_per_second: memory bandwidth in 10^9 bytes a second.
-        devices_per_chip: devices that a chip appears as.
-        device_kind: what JAX calls them.
-        mlp_copies: activations as wide as the MLP that its compiler holds at a time (`scripts/what_fits.py` shows it).
-        weight_copies: copies of all parameters that it makes in front of a program: on TPU7x it tiles them again.
-        source: where the figures are from.
+        tflops_bfloat16: peak arithmetic in 10^12 operations per second.
+        hbm_gb_per_second: memory bandwidth in 10^9 bytes per second.
+        devices_per_chip: number of JAX devices per chip.
+        device_kind: JAX's name for the device.
+        mlp_copies: activations as wide as the MLP that its compiler keeps at the same time (`scripts/what_fits.py`).
+        weight_copies: copies of all parameters that its compiler makes before a program; TPU7x changes their tiling.
+        source: source of the figures.
     """
 
     platform: str
@@ -64,15 +64,15 @@ class Topology:
 
     @property
     def copies(self) -> Copies:
-        """What its compiler holds besides the arrays of a program."""
+        """What its compiler keeps in memory in addition to a program's arrays."""
         return Copies(self.mlp_copies, self.weight_copies)
 
 
 def topology(name: str) -> Topology:
-    """The generation of a slice `v5e:2x4`.
+    """The generation of a slice such as `v5e:2x4`.
 
     Raises:
-        BicacheError: it is unknown.
+        BicacheError: the generation is unknown.
     """
     generation = name.split(":")[0]
     if generation not in names("topologies"):
@@ -80,9 +80,9 @@ def topology(name: str) -> Topology:
     return Topology(**_read("topologies", generation))
 
 
-@functools.cache  # every plan asks
+@functools.cache  # every plan calls it
 def topology_of(device_kind: str) -> Topology | None:
-    """The TPU generation that a device is of; None for anything else."""
+    """The TPU generation of a device; None for any other device."""
     known = (topology(name) for name in names("topologies"))
     return next((one for one in known if one.device_kind == device_kind), None)
 

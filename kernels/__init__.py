@@ -1,4 +1,4 @@
-"""Prefix attention behind one function: which implementation runs is decided here and nowhere else."""
+"""Prefix attention behind one function. The choice of implementation is made here and nowhere else."""
 
 from bicache_jax.kernels.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from bicache_jax.kernels.dispatch import PrefixAttention as PrefixAttention

@@ -1,7 +1,7 @@
 """Dispatch of prefix attention to an implementation.
 
-The platform that counts is the one a computation is lowered for, not the one of the process: a program for a TPU
-topology that is not here gets the TPU's kernel. So the choice is made when it is lowered (`lax.platform_dependent`).
+What counts is the platform that a computation is lowered for, not the platform of the process: a program compiled for
+a remote TPU topology gets the TPU kernel. So the choice is made at lowering time (`lax.platform_dependent`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bicache_jax.kernels.axes import spread
 from bicache_jax.kernels.support import PLATFORM, check, elsewhere, refusal
 
 Call = Callable[..., Array]
-# A nested jit is traced once for the same shapes: a program has attention in four places, on platforms of no use to it.
+# A nested jit is traced once per shape: a program calls attention in four places, each with branches it never runs.
 _traced_once = functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 _KERNELS: dict[str, Call] = {
     "pallas_tpu": _traced_once(tpu.prefix_attention),
@@ -50,10 +50,10 @@ def prefix_attention(
 ) -> Float[Array, "B N T H"]:
     """Prefix attention; `bicache_jax.core.attention.prefix_attention` is its specification.
 
-    Works under `jit` and `shard_map` and in loops with a traced `layer`. Against the specification in float64 on the
-    concatenated keys and values, for normal inputs, results are off by at most 2e-6 in float32 and 2e-2 in bfloat16,
-    whatever the implementation. `auto` and `xla` have the gradient of the plain-JAX form; kernels asked for by name
-    have none, and say so.
+    Works under `jit` and `shard_map` and in loops with a traced `layer`. Compared with the specification in float64 on
+    the concatenated keys and values, for normally distributed inputs, every implementation is off by at most 2e-6 in
+    float32 and 2e-2 in bfloat16. `auto` and `xla` have the gradient of the plain-JAX form. Kernels requested by name
+    have no gradient and raise an error.
 
     Args:
         q: queries, rotated.
@@ -61,22 +61,22 @@ def prefix_attention(
         v_prefix: prefix values, like `k_prefix`.
         k_suffix: suffix keys, rotated.
         v_suffix: suffix values.
-        prefix_index: which prefix a row uses; None: each row its own (G = B).
+        prefix_index: which prefix each row uses; None: each row has its own (G = B).
         prefix_len: valid tokens of each prefix, 0 allowed.
         suffix_valid: which suffix tokens may be attended to.
         scale: factor of the scores; None: `H ** -0.5`.
         layer: layer of a stacked prefix cache; may be traced.
-        implementation: `auto`: by the platform that the computation is for, plain JAX where its kernel cannot serve
-            (said once); `xla`: plain JAX; `pallas_tpu`, `pallas_gpu`: that kernel or an error.
-        interpret: run a kernel that is asked for by name in Pallas's interpreter, on any platform.
+        implementation: `auto`: the kernel of the platform the computation is for, or plain JAX if that kernel cannot
+            serve the call (with one warning); `xla`: plain JAX; `pallas_tpu`, `pallas_gpu`: that kernel or an error.
+        interpret: run a kernel requested by name in Pallas's interpreter, on any platform.
 
     Returns:
         Attended values in `q`'s dtype.
 
     Raises:
-        ValueError: the implementation is unknown, or shapes do not fit each other.
-        NotImplementedError: the implementation asked for by name cannot serve: dtypes or sizes (raised here), the
-            platform (raised when the computation is lowered), a gradient.
+        ValueError: the implementation is unknown, or the shapes do not match.
+        NotImplementedError: the implementation requested by name does not support the dtypes or sizes (raised here),
+            the platform (raised when the computation is lowered), or a gradient.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -97,7 +97,7 @@ def prefix_attention(
 
 
 def _or_plain(implementation: str, plain: Call, arrays: tuple[Array, ...], scale: float | None) -> Call:
-    """The kernel of a platform, or the plain form where it cannot serve."""
+    """The kernel of a platform, or the plain form if the kernel does not support the call."""
     why = refusal(implementation, *arrays)
     if why is None:
         return functools.partial(_KERNELS[implementation], scale=scale)
@@ -112,7 +112,7 @@ def _say_once(why: str) -> None:
 
 
 def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
-    """Picks when the computation is lowered; the gradient is the plain form's, everywhere."""
+    """Picks the implementation at lowering time; the gradient is always the plain form's."""
 
     @jax.custom_jvp
     def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
@@ -133,7 +133,7 @@ def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[Array, ...
 def _named(
     implementation: str, kernel: Call, arrays: tuple[Array, ...], named: dict[str, Any], *, anywhere: bool
 ) -> Array:
-    """A kernel on its platform (interpreted: anywhere), a refusal on the others, and no gradient."""
+    """A kernel that runs on its own platform (interpreted: on any), raises an error on others and has no gradient."""
 
     @jax.custom_jvp
     def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
@@ -154,7 +154,7 @@ def _named(
 
 
 def _refused(implementation: str, arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
-    """Has the kernel's type, and cannot be lowered."""
+    """A result with the kernel's type that cannot be lowered."""
     (q, *_), _ = spread([*arrays, *jax.tree.leaves(named)])
     return _refused_p.bind(q, implementation=implementation)
 
@@ -174,7 +174,7 @@ mlir.register_lowering(
 
 @dataclasses.dataclass(frozen=True)
 class PrefixAttention:
-    """`prefix_attention` with its implementation chosen: a hashable value, so that it can be a static argument.
+    """`prefix_attention` with a fixed implementation: hashable, so it can be a static argument.
 
     Attributes:
         implementation: as `prefix_attention` takes it.

@@ -1,18 +1,18 @@
-"""Prefix attention on NVIDIA GPUs: a Pallas kernel in Triton, and the form that needs no kernel of ours.
+"""Prefix attention on NVIDIA GPUs: a Pallas kernel in Triton, and a form built on JAX's own attention.
 
-*Triton*: a program holds a block of queries of one row and one KV head (query heads of that KV head folded into more
-queries) and walks over the row's prefix and suffix, softmax online in float32. Layer and prefix are read from memory,
-so the stacked cache is neither sliced nor gathered, padding is not walked over, and rows of one prefix that run at the
-same time find its KV in L2 (LLaDA-8B, P = 1024: 0.5 MB a KV head; an H100 has 50 MB).
+*Triton*: a program holds a block of queries of one row and one KV head (the query heads of that KV head are folded into
+more queries). It loops over the row's prefix and suffix with an online softmax in float32. Layer and prefix indices are
+read from memory, so the stacked cache is neither sliced nor gathered and padding is skipped. Rows with the same prefix
+that run at the same time find its KV in L2 (LLaDA-8B, P = 1024: 0.5 MB per KV head; an H100 has 50 MB).
 
-*Library*: `jax.nn.dot_product_attention` for the prefix and for the suffix, merged by their log-sum-exps. Rows that
-share the only prefix are folded into its queries, so it is read once for all. Its price, by what the library does: KV
-are transposed to `[..., P, K, H]` first, a copy of the layer's prefix in every call, and log-sum-exps come rounded to
-the queries' dtype, in bfloat16 an error of up to 1/64 at 4 < |lse| < 8, which shifts weight between the parts by
-up to 0.4 %.
+*Library*: `jax.nn.dot_product_attention` for the prefix and for the suffix, merged by their log-sum-exps. If there is
+only one prefix, all rows are folded into its queries, so it is read once. This has two costs. The library transposes KV
+to `[..., P, K, H]` first, which copies the layer's prefix in every call. And it rounds the log-sum-exps to the queries'
+dtype: in bfloat16 an error of up to 1/64 at 4 < |lse| < 8, which shifts weight between the parts by up to 0.4 %.
 
-`gpu_forms.json` says which form serves what, and why. The rooflines of `bicache_jax.kernels.tpu` hold with the ratio of
-the card: an H100 (989e12 / 3.35e12 = 295 operations a byte) turns to arithmetic at about a v5e's shapes.
+`gpu_forms.json` says which form is used for which shapes, and why. The rooflines in `bicache_jax.kernels.tpu` apply
+with the card's own ratio: an H100 (989e12 / 3.35e12 = 295 operations per byte) becomes compute-bound at about the same
+shapes as a v5e.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
-SMALLEST = 16  # Triton's smallest side of a matrix product
+SMALLEST = 16  # the smallest dimension of a matrix product in Triton
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a call is served; a row of `gpu_forms.json`.
+    """How a call is computed; a row of `gpu_forms.json`.
 
     Attributes:
         form: `triton` or `library`.
-        queries: queries of a program's block, a power of two (Triton).
-        keys: keys of a block, likewise.
-        warps: warps of a program.
+        queries: queries in a program's block, a power of two (Triton).
+        keys: keys in a block, a power of two (Triton).
+        warps: warps per program.
         stages: stages of the compiler's software pipeline.
-        library: what `jax.nn.dot_product_attention` runs.
+        library: the implementation that `jax.nn.dot_product_attention` uses.
     """
 
     form: Literal["triton", "library"]
@@ -64,15 +64,15 @@ def _table() -> list[dict[str, Any]]:
 
 
 def form_for(num_queries: int, head_dim: int, dtype: Any) -> Form:
-    """The table's form.
+    """Looks up the form for a shape.
 
     Args:
-        num_queries: queries of a row and KV head, `N / K * T`.
+        num_queries: queries per row and KV head, `N / K * T`.
         head_dim: H.
         dtype: dtype of the operands.
 
     Returns:
-        The first row that fits.
+        The first row of the table that fits.
     """
     for row in _table():
         limits = ((num_queries, row["max_queries"]), (head_dim, row["max_head_dim"]))
@@ -109,14 +109,14 @@ def _kernel(
     layer, prefix = plgpu.load(layer_ref.at[row]), plgpu.load(index_ref.at[row])
 
     def walk(k_ref: Any, v_ref: Any, where: tuple[Any, ...], length: Array, mask_ref: Any, carry: Any) -> Any:
-        """Takes in the first `length` keys that lie at `where`."""
+        """Attends to the first `length` keys at `where`."""
 
         def body(step: Array, carry: Any) -> Any:
             peak, total, out = carry
             keys = pl.ds(step * form.keys, form.keys)
             there = step * form.keys + jnp.arange(form.keys) < length
-            place = (*where, keys, pl.ds(0, width))
-            k = plgpu.load(k_ref.at[place], mask=there[:, None] & in_head, other=0.0)
+            slot = (*where, keys, pl.ds(0, width))
+            k = plgpu.load(k_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
             if mask_ref is None:
                 seen = there
             else:
@@ -124,7 +124,7 @@ def _kernel(
             scores = jnp.where(seen, plgpu.dot(q, k.T, precision=high) * (scale * math.log2(math.e)), UNSEEN)
             higher = jnp.maximum(peak, jnp.max(scores, axis=-1))
             shrink, weights = jnp.exp2(peak - higher), jnp.exp2(scores - higher[:, None])
-            v = plgpu.load(v_ref.at[place], mask=there[:, None] & in_head, other=0.0)
+            v = plgpu.load(v_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
             out = shrink[:, None] * out + plgpu.dot(weights.astype(v.dtype), v, precision=high)
             return higher, shrink * total + jnp.sum(weights, axis=-1), out
 
@@ -171,7 +171,7 @@ def _triton(
     )
 
     def at_least_one(array: Array) -> Array:
-        """A pointer to something, which is not read where there are no keys."""
+        """A non-empty array to point to; it is not read if there are no keys."""
         return array if array.shape[-2] else jnp.zeros((*array.shape[:-2], 1, head_dim), array.dtype)
 
     kv = (at_least_one(array) for array in (k_prefix, v_prefix, k_suffix, v_suffix))
@@ -273,7 +273,7 @@ def prefix_attention(
         suffix_valid: which suffix tokens may be attended to.
         scale: factor of the scores.
         layer: layer of the stack.
-        form: how to serve the call; None: as the table has it.
+        form: how to compute the call; None: looked up in the table.
         interpret: run the Triton kernel in Pallas's interpreter.
 
     Returns:

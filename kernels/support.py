@@ -1,4 +1,4 @@
-"""What can be asked of prefix attention, and which implementation cannot serve it: every refusal is a line here."""
+"""Argument checks of prefix attention, and the calls that each kernel does not support."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 _DTYPES = {"pallas_tpu": ("float32", "bfloat16"), "pallas_gpu": ("float32", "bfloat16", "float16")}
-_WIDEST = 256  # lanes of two registers; wider heads were never compiled
+_WIDEST = 256  # lanes of two registers; wider heads have not been compiled
 
 
 def check(
@@ -23,17 +23,17 @@ def check(
     suffix_valid: Any,
     layer: Any,
 ) -> None:
-    """Checks shapes against each other.
+    """Checks that shapes match.
 
     Raises:
-        ValueError: the caller is wrong; the message names the argument.
+        ValueError: a shape is wrong; the message names the argument.
     """
     stacked = layer is not None
     rank = 5 if stacked else 4
     if q.ndim != 4 or k_suffix.ndim != 4:
         raise ValueError(f"q must be [B, N, T, H] and k_suffix [B, K, S, H], got {q.shape} and {k_suffix.shape}")
     if k_prefix.ndim != rank:
-        wanted = "[L, G, K, P, H], as there is a layer" if stacked else "[G, K, P, H], or a layer be given"
+        wanted = "[L, G, K, P, H] with a layer" if stacked else "[G, K, P, H] without a layer"
         raise ValueError(f"k_prefix must be {wanted}, got {k_prefix.shape}")
     if v_prefix.shape != k_prefix.shape:
         raise ValueError(f"v_prefix must have k_prefix's shape {k_prefix.shape}, got {v_prefix.shape}")
@@ -58,7 +58,7 @@ def check(
 
 
 def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:
-    """Why a kernel cannot serve a call, whatever the platform; None if it can.
+    """Why a kernel does not support a call, on any platform; None if it does.
 
     Args:
         implementation: `pallas_tpu` or `pallas_gpu`.
@@ -76,7 +76,7 @@ def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:
 
 
 def elsewhere(implementation: str, platform: str) -> str | None:
-    """Why a kernel is none for a platform, whatever the call; None if it is, or if `implementation` names no kernel.
+    """Why a kernel does not run on a platform; None if it does, or if `implementation` is not a kernel.
 
     Args:
         implementation: as `prefix_attention` takes it.
@@ -85,4 +85,4 @@ def elsewhere(implementation: str, platform: str) -> str | None:
     wanted = PLATFORM.get(implementation)
     if wanted is None or platform == wanted or (platform, wanted) == ("gpu", "cuda"):
         return None
-    return f"{implementation} runs on {wanted}, and this is for {platform}; 'auto' or 'xla' serves it"
+    return f"{implementation} runs on {wanted}, and this is for {platform}; use 'auto' or 'xla'"

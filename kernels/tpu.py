@@ -1,15 +1,15 @@
 """Prefix attention on TPUs: one Mosaic kernel, KV streamed through VMEM, softmax online over prefix and suffix.
 
-A grid step holds a block of queries of one row and one KV head (query heads of that KV head are folded into more
-queries) and takes a stretch of the row's prefix and a block of its suffix. The prefix comes in *chunks*: as many
-operands as the stretch has, all the same array, each with an index map of its own that points at
-`[layer, prefix_index[row], head, chunk]` of the stacked cache. So nothing is sliced or gathered first; a chunk of
-padding keeps the place that its operand had before, which the pipeline does not fetch again; and as rows follow each
-other inside a head, a prefix that fits into one stretch stays in VMEM for all consecutive rows that share it.
+A grid step holds a block of queries of one row and one KV head (the query heads of that KV head are folded into more
+queries). It reads a stretch of the row's prefix and a block of its suffix. The prefix arrives in *chunks*: one operand
+per chunk of the stretch, all the same array, each with its own index map that points to
+`[layer, prefix_index[row], head, chunk]` of the stacked cache. So nothing is sliced or gathered first. A chunk of
+padding keeps the index that its operand had before, so the pipeline does not fetch it again. And because a head
+processes rows in order, a prefix that fits into one stretch stays in VMEM for all consecutive rows that share it.
 
-What bounds it, for one layer and one row in bfloat16 (operations `4 N T (P + S) H`; bytes: queries and results
-`4 N T H`, KV `4 K (P + S) H`, a shared prefix counted once for all rows that share it). The ratio at which a v5e turns
-from memory to arithmetic is 197e12 / 819e9 = 241 operations a byte, a v5p 166, a v6e 560, a TPU7x 313:
+What limits it, for one layer and one row in bfloat16 (operations `4 N T (P + S) H`; bytes: queries and results
+`4 N T H`, KV `4 K (P + S) H`, a shared prefix counted once for all rows that share it). A v5e changes from memory-bound
+to compute-bound at 197e12 / 819e9 = 241 operations per byte, a v5p at 166, a v6e at 560, a TPU7x at 313:
 
 | model, P = 1024 | T = S | GFLOP | MB own prefix | op/byte | MB shared by 8 | op/byte | bound on v5e |
 |---|---|---|---|---|---|---|---|
@@ -18,10 +18,10 @@ from memory to arithmetic is 197e12 / 819e9 = 241 operations a byte, a v5p 166, 
 | Dream-7B (N 28, K 4, H 128) | 384 | 7.75 | 8.4 | 924 | 6.6 | 1183 | arithmetic |
 | Dream-7B | 32 | 0.48 | 2.6 | 185 | 0.8 | 616 | memory, arithmetic if shared |
 
-Sharing a prefix between rows pays where memory bounds: blocks of a block cache (T = 32), long prefixes, models with
-as many KV heads as query heads. With whole suffixes as queries (T = 384) arithmetic bounds already, and sharing saves
-memory traffic that was hidden behind it. Scores never leave VMEM: in HBM they would be another 4 N T (P + S) bytes,
-69 MB a row for LLaDA-8B at T = 384, more than twice all other traffic.
+Sharing a prefix between rows pays off if the call is memory-bound: blocks of a block cache (T = 32), long prefixes,
+models with as many KV heads as query heads. With whole suffixes as queries (T = 384) the call is compute-bound, and
+sharing saves memory traffic that was already hidden. Scores never leave VMEM: in HBM they would be another
+4 N T (P + S) bytes, 69 MB per row for LLaDA-8B at T = 384, more than twice all other traffic.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of what a grid step holds; a row of `tpu_blocks.json`.
+    """Block sizes of a grid step; a row of `tpu_blocks.json`.
 
     Attributes:
-        queries: most queries of a block.
-        keys: most keys of a prefix chunk or of a suffix block; a multiple of 128.
-        chunks: most chunks of a stretch of the prefix; `chunks * keys` is the longest prefix that stays in VMEM from
-            one row to the next.
-        vmem_mib: what the compiler may use of VMEM.
+        queries: largest number of queries in a block.
+        keys: largest number of keys in a prefix chunk or a suffix block; a multiple of 128.
+        chunks: largest number of chunks in a stretch of the prefix; `chunks * keys` is the longest prefix that stays in
+            VMEM from one row to the next.
+        vmem_mib: VMEM that the compiler may use.
     """
 
     queries: int
@@ -77,22 +77,22 @@ def _table() -> list[dict[str, Any]]:
 
 
 def device_kind() -> str | None:
-    """Kind of the TPU that a computation is traced for; None where that is not known (a topology that is not here)."""
+    """Kind of TPU that a computation is traced for; None if unknown (a remote topology)."""
     if jax.default_backend() != "tpu":
         return None
     return jax.devices()[0].device_kind
 
 
 def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
-    """The table's blocks.
+    """Looks up the block sizes for a call.
 
     Args:
         kind: device kind as JAX names it; None or unknown: sizes that fit every generation.
-        num_queries: queries of a row and KV head, `N / K * T`.
-        itemsize: bytes of a number.
+        num_queries: queries per row and KV head, `N / K * T`.
+        itemsize: bytes per number.
 
     Returns:
-        The first row that fits.
+        The first row of the table that fits.
     """
     for row in _table():
         if (
@@ -105,22 +105,22 @@ def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
 
 
 def _cut(length: int, most: int, multiple: int) -> tuple[int, int]:
-    """Even blocks of at most `most`: (size, how many). A single block has the size of what there is."""
+    """Even blocks of at most `most`: (size, count). A single block has size `length`."""
     count = pl.cdiv(length, most)
     return (length, count) if count <= 1 else (pl.cdiv(pl.cdiv(length, count), multiple) * multiple, count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What is static about a call.
+    """The static sizes of a call.
 
     Attributes:
-        size_q: queries of a block.
-        size_p: keys of a prefix chunk.
-        chunks: chunks of a stretch; 0: no prefix.
-        size_s: keys of a suffix block; 0: no suffix.
-        num_p: keys of the prefix.
-        num_s: keys of the suffix.
+        size_q: queries per block.
+        size_p: keys per prefix chunk.
+        chunks: chunks per stretch; 0: no prefix.
+        size_s: keys per suffix block; 0: no suffix.
+        num_p: keys in the prefix.
+        num_s: keys in the suffix.
         steps: steps over the keys.
         count_q: blocks of queries.
     """
@@ -166,7 +166,7 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def attend(k_ref: Any, v_ref: Any, valid: Array, rest: Array | None) -> None:
-        """Takes keys in. `rest` counts keys that lie inside the array: what a block holds beyond it may be anything."""
+        """Attends to one block of keys; only its first `rest` are inside the array, and the others may be anything."""
         scores = jax.lax.dot_general(
             q_ref[...], k_ref[...], (((1,), (1,)), ((), ())), precision=high, preferred_element_type=jnp.float32
         )
@@ -209,26 +209,26 @@ def _kernel(
 
 
 def _blocks(length: Any, size: int) -> Any:
-    """How many blocks `length` takes; `//` would ask the chip for its generation, which is not known for all."""
+    """Number of blocks that cover `length`; `//` would query the chip's generation, which is not always known."""
     return jax.lax.div(length + (size - 1), size)
 
 
 def block_specs(tiling: Tiling, head_dim: int) -> tuple[list[Any], Any]:
-    """Block specs of the operands and of the result. Grid: head, row, block of queries, stretch of the keys."""
+    """Block specs of the operands and the result. Grid: head, row, block of queries, stretch of the keys."""
 
     def queries(k: Any, b: Any, m: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return b, k, m, 0
 
     def chunk(i: int) -> Any:
-        def place(k: Any, b: Any, m: Any, j: Any, layer: Any, index: Any, prefix_len: Any, _: Any) -> tuple[Any, ...]:
+        def at(k: Any, b: Any, m: Any, j: Any, layer: Any, index: Any, prefix_len: Any, _: Any) -> tuple[Any, ...]:
             del m
-            last = _blocks(prefix_len[b], tiling.size_p) - 1  # the row's last chunk that is no padding
+            last = _blocks(prefix_len[b], tiling.size_p) - 1  # the row's last chunk that is not padding
             there = last >= i
             stay = jnp.minimum(j, jax.lax.div(jnp.maximum(last - i, 0), tiling.chunks))
             where = (layer[0], index[b], k, stay * tiling.chunks + i)
-            return (*(jnp.where(there, at, 0) for at in where), 0)
+            return (*(jnp.where(there, part, 0) for part in where), 0)
 
-        return place
+        return at
 
     def suffix_block(b: Any, j: Any, suffix_len: Any) -> Any:
         return jnp.minimum(j, jnp.maximum(_blocks(suffix_len[b], tiling.size_s) - 1, 0))
@@ -276,8 +276,8 @@ def prefix_attention(
         suffix_valid: which suffix tokens may be attended to.
         scale: factor of the scores.
         layer: layer of the stack.
-        blocks: block sizes; None: the table's.
-        interpret: run in an interpreter: True in Pallas's own, `InterpretParams` in that of TPUs.
+        blocks: block sizes; None: looked up in the table.
+        interpret: run in an interpreter: True: Pallas's generic one; `InterpretParams`: the TPU interpreter.
 
     Returns:
         Attended values.
@@ -327,7 +327,7 @@ def prefix_attention(
                 ],
             ),
             out_shape=jax.ShapeDtypeStruct((num_rows, num_kv_heads, folded, head_dim), q.dtype, manual_axis_type=axes),
-            # Heads, rows and queries are independent, so chips that join two cores may split any of them.
+            # Heads, rows and queries are independent, so chips with two cores may split any of them.
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
                 vmem_limit_bytes=blocks.vmem_mib << 20,

@@ -11,7 +11,7 @@ from bicache_jax.core.config import ModelConfig
 MODEL_TYPES = ("dream",)
 PUBLISHED_MASK_ID = 151666
 
-# What its published loop does (`generation_utils.py` of the checkpoints); fields of `ModelConfig`.
+# Settings of its published loop (`generation_utils.py` of the checkpoints); fields of `ModelConfig`.
 LOOP: Mapping[str, Any] = {
     "shift_logits": True,
     "remasking": "entropy",
@@ -20,19 +20,18 @@ LOOP: Mapping[str, Any] = {
     "tempered_confidence": True,
 }
 
-
-# Fields of the published configs that change no result.
+# Fields of the published configs that do not change any result.
 _HARMLESS = (
     # unused while use_sliding_window is off
     "sliding_window",
     "max_window_layers",
-    # told by the names of the tensors
+    # known from the tensor names
     "attention_bias",
 )
 
 
 def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str) -> ModelConfig:
-    """Reads a `config.json`; arguments and errors as `bicache_jax.models.llada.config_from_hf`."""
+    """Reads a `config.json`; same arguments and errors as `bicache_jax.models.llada.config_from_hf`."""
     file = Fields(fields, source)
     file.read("hidden_act", default="silu", allowed=("silu",))
     d_model = file.read("hidden_size", int)

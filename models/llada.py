@@ -11,7 +11,7 @@ from bicache_jax.core.config import ModelConfig
 MODEL_TYPES = ("llada",)
 PUBLISHED_MASK_ID = 126336
 
-# What its published loop does (`generate.py`); fields of `ModelConfig`.
+# Settings of its published loop (`generate.py`); fields of `ModelConfig`.
 LOOP: Mapping[str, Any] = {
     "shift_logits": False,
     "remasking": "low_confidence",
@@ -20,7 +20,7 @@ LOOP: Mapping[str, Any] = {
     "tempered_confidence": False,
 }
 
-# Settings of the published modelling code that this block is built for.
+# Settings of the published modelling code that the shared block implements.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "activation_type": ("silu", "swiglu"),
@@ -32,24 +32,24 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "attention_layer_norm": (False,),
 }
 
-# Fields of the published configs that change no result.
+# Fields of the published configs that do not change any result.
 _HARMLESS = (
-    # of variants that are refused above
+    # only used by variants that are rejected above
     "alibi_bias_max",
     "attention_layer_norm_with_affine",
-    # told by the names of the tensors
+    # known from the tensor names
     "bias_for_layer_norm",
     "layer_norm_with_affine",
-    # how the modelling code computes the same numbers, and how it begins a training
+    # how the modelling code computes the same numbers, and how it initialises training
     "block_group_size",
     "precision",
-    "rope_full_precision",  # it always is, here
+    "rope_full_precision",  # always on here
     "init_device",
     "init_fn",
     "init_std",
     "init_cutoff_factor",
     "train_max_sequence_length",
-    # transformers' own names, which the modelling code does not look at
+    # names of transformers that the modelling code does not read
     "max_position_embeddings",
     "tie_word_embeddings",
 )
@@ -60,14 +60,14 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
 
     Args:
         fields: its fields.
-        names: tensor names of the checkpoint; they tell which biases exist.
+        names: tensor names of the checkpoint; they show which biases exist.
         source: file name for messages.
 
     Returns:
         The architecture.
 
     Raises:
-        BicacheError: a field is missing, has the wrong type, asks for a variant that is not LLaDA's, or is unknown.
+        BicacheError: a field is missing, has the wrong type, is unknown, or selects a variant that LLaDA does not use.
     """
     file = Fields(fields, source)
     for field, allowed in _REQUIRED.items():
@@ -101,7 +101,7 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         tied=file.read("weight_tying", bool, default=False),
         **LOOP,
     )
-    for alias, value in {  # the modelling code has these names too, and some tools write them
+    for alias, value in {  # the modelling code also accepts these names, and some tools write them
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,

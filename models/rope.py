@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 def rotate(x_bnth: Float[Array, "B n T H"], positions_bt: Int[Array, "B T"], theta: float) -> Float[Array, "B n T H"]:
     """Rotates queries or keys to their positions.
 
-    Angles and products are float32 whatever the dtype of `x_bnth`: bfloat16 rounds position 257 to 256.
+    Angles and products are float32 for every dtype of `x_bnth`: bfloat16 would round position 257 to 256.
     """
     half = x_bnth.shape[-1] // 2
     frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

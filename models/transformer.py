@@ -1,8 +1,8 @@
 """The transformer that LLaDA and Dream share: one NNX block, stacked over layers, run by pure functions.
 
-`Block` defines and initialises one layer. Its parameters are stacked with a leading `L`, split from the static graph
-once, and from then on a plain pytree: `{"embed": [V, D], "layers": {... [L, ...]}, "norm": {...}, "head": [V, D]}`
-(no `head` where it is tied to the embedding; a `head_bias` where the checkpoint has one).
+`Block` defines and initialises one layer. Its parameters are stacked with a leading `L` and split from the static graph
+once. After that they are a plain pytree: `{"embed": [V, D], "layers": {... [L, ...]}, "norm": {...}, "head": [V, D]}`
+(no `head` if it is tied to the embedding; a `head_bias` if the checkpoint has one).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bicache_jax.models.rope import rotate
 
 
 class Norm(nnx.Module):
-    """RMSNorm as the published code has it: statistics in float32, rounded before scale and bias are applied."""
+    """RMSNorm as in the published code: statistics in float32, rounded before scale and bias are applied."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype):
-        """Initialises the scale to one and the bias, where there is one, to zero."""
+        """Initialises the scale to one and the bias, if any, to zero."""
         self.epsilon = config.norm_eps
         self.scale = nnx.Param(jnp.ones((config.d_model,), dtype))
         self.bias = nnx.Param(jnp.zeros((config.d_model,), dtype)) if config.norm_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Norms the last axis."""
+        """Normalises the last axis."""
         x32 = x.astype(jnp.float32)
         x = (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)).astype(x.dtype)
         x = x * self.scale[...]
@@ -42,14 +42,14 @@ class Norm(nnx.Module):
 
 
 class HeadLinear(nnx.Module):
-    """A linear map to heads, its weight `[out, in]` as in checkpoints.
+    """A linear map to heads with its weight stored as `[out, in]`, as in checkpoints.
 
-    TPUs make `[B, N, T, H]` of it in one go. From a weight `[in, out]` they do so as well, but re-lay it for that, in
-    every layer of every step.
+    With this weight TPUs produce `[B, N, T, H]` directly. With a weight `[in, out]` they would first change its memory
+    layout, in every layer of every step.
     """
 
     def __init__(self, features_in: int, features_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Initialises the weight like `Block`'s other ones, the bias to zero."""
+        """Initialises the weight like the other weights of `Block`, and the bias to zero."""
         weight = jax.random.normal(rngs.params(), (features_out, features_in), dtype)
         self.weight = nnx.Param(weight * jnp.asarray(features_in**-0.5, dtype))
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         self.down = linear(config.d_mlp, config.d_model, config.bias)
 
     def gated(self, x_btd: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """SwiGLU of the normed residual stream, in front of the down projection."""
+        """SwiGLU of the normalised residual stream, before the down projection."""
         normed = self.mlp_norm(x_btd)
         return jax.nn.silu(self.gate(normed)) * self.up(normed)
 
@@ -122,7 +122,7 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
         for part in ("kernel", "bias")
     },
 }
-"""Logical axes of every parameter, for both families; `bicache_jax.sharding.RULES` says where each lies on a mesh."""
+"""Logical axes of every parameter of both families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,7 +133,7 @@ def _graphs(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[Block],
 
 
 def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters, normal with standard deviation `D ** -0.5`; `abstract` gives their shapes."""
+    """Random parameters, normal with standard deviation `D ** -0.5`; `abstract` returns their shapes."""
     dtype = jnp.dtype(dtype)
     embed_key, head_key, layer_key = jax.random.split(key, 3)
 
@@ -158,18 +158,18 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 
 
 def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """Shapes and dtypes of the parameters, nothing computed: the one declaration that loaders and shardings follow."""
+    """Shapes and dtypes of the parameters without computing them; loaders and shardings follow this declaration."""
     return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """`bicache_jax.core.backbone.Backbone` for the LLaDA and Dream block; static and hashable, parameters apart.
+    """`bicache_jax.core.backbone.Backbone` for the LLaDA and Dream block; static and hashable, without parameters.
 
     Attributes:
         config: the architecture, or a shard's part of it (`bicache_jax.sharding.Partition.local`).
         attention: prefix attention to use.
-        axis: mesh axis over which heads, MLP and vocabulary are split; None: they are whole.
+        axis: mesh axis over which heads, MLP and vocabulary are split; None: they are not split.
     """
 
     config: ModelConfig
@@ -194,13 +194,13 @@ class Transformer:
         return psum(linear(x), self.axis)
 
     def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Token embeddings; a shard has those of its own part of the vocabulary, and zeros for the others."""
+        """Token embeddings, summed over shards: each shard looks up its own part of the vocabulary, zeros elsewhere."""
         table = params["embed"]
         if self.axis is None:
             return table[ids]
-        place = ids - jax.lax.axis_index(self.axis) * table.shape[0]
-        inside = (place >= 0) & (place < table.shape[0])
-        return psum(jnp.where(inside[..., None], table[jnp.where(inside, place, 0)], 0), self.axis)
+        index = ids - jax.lax.axis_index(self.axis) * table.shape[0]
+        inside = (index >= 0) & (index < table.shape[0])
+        return psum(jnp.where(inside[..., None], table[jnp.where(inside, index, 0)], 0), self.axis)
 
     def _heads(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:2], heads, self.config.head_dim).swapaxes(1, 2)
@@ -217,7 +217,7 @@ class Transformer:
     def key_value(
         self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """Rotated keys, and values, of a layer."""
+        """Rotated keys and (unrotated) values of a layer."""
         with jax.named_scope("key_value"):
             block = self._block(layer)
             normed = block.attention_norm(x_btd)
@@ -227,7 +227,7 @@ class Transformer:
     def finish(
         self, layer: LayerParams, x_btd: Float[Array, "B T D"], attended_bnth: Float[Array, "B N T H"]
     ) -> Float[Array, "B T D"]:
-        """The rest of a layer once its heads have attended: output projection, residuals, MLP."""
+        """The rest of a layer after attention: output projection, residuals, MLP."""
         with jax.named_scope("finish"):
             block = self._block(layer)
             width = self.config.num_heads * self.config.head_dim
@@ -236,9 +236,9 @@ class Transformer:
             return x_btd + self._sum(block.down, block.gated(x_btd))
 
     def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """The norm in front of the head."""
+        """The norm before the head."""
         return nnx.merge(_graphs(self.config, x.dtype)[1], nnx.State(params["norm"]))(x)
 
     def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
-        """Rows of the LM head, and its bias where there is one; a shard's are its part of the vocabulary."""
+        """Rows of the LM head, and its bias if any; on a shard, its part of the vocabulary."""
         return params["embed"] if self.config.tied else params["head"], params.get("head_bias")

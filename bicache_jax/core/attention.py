@@ -1,7 +1,7 @@
 """Prefix attention: its signature, and the plain-JAX form that is its specification and the CPU path.
 
-Suffix queries attend to the KV of a prefix and to their own, bidirectionally, in one softmax. Several rows may point
-at the same prefix, whose KV are then stored once and never copied per row.
+Suffix queries attend to the KV of a prefix and of their own suffix, bidirectionally, in one softmax. Several rows may
+use the same prefix. Its KV are then stored once and never copied per row.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.numerics import precision
 
-# Scores held at a time. On CPUs 6 MiB: a core's cache holds less, but several cores share products that are larger.
+# Scores held at a time. On CPUs 6 MiB: more than a core's cache, but large enough for products that use several cores.
 SCORES = {"cpu": 3 << 19, "accelerator": 1 << 26}
 
 
 @runtime_checkable
 class Attention(Protocol):
-    """The signature that every implementation has; see `prefix_attention`."""
+    """The signature of every implementation; see `prefix_attention`."""
 
     def __call__(
         self,
@@ -55,8 +55,8 @@ def prefix_attention(
 ) -> Float[Array, "B N T H"]:
     """Attention of suffix queries over a shared prefix and their own suffix, one softmax over both.
 
-    Taken are a few heads of one row at a time, or some queries of one head, as many as `SCORES` allows: their scores
-    are all that is ever held, and a prefix that rows share is never copied for all of them.
+    It processes a few heads of one row at a time, or some queries of one head, as many as `SCORES` allows. Only their
+    scores are held in memory, and a shared prefix is never copied for every row.
 
     Args:
         q: queries, rotated.
@@ -64,14 +64,14 @@ def prefix_attention(
         v_prefix: prefix values, like `k_prefix`.
         k_suffix: suffix keys, rotated.
         v_suffix: suffix values.
-        prefix_index: which prefix a row uses; None: each row its own (G = B).
+        prefix_index: which prefix each row uses; None: each row has its own (G = B).
         prefix_len: valid tokens of each prefix, 0 allowed.
         suffix_valid: which suffix tokens may be attended to.
         scale: factor of the scores; None: `H ** -0.5`.
         layer: layer of a stacked prefix cache; may be traced.
 
     Returns:
-        Attended values in `q`'s dtype; softmax statistics are float32; a row with nothing valid gives zeros.
+        Attended values in `q`'s dtype. Softmax statistics are float32. A row without valid keys gives zeros.
     """
     num_rows, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix = k_suffix.shape[1], k_prefix.shape[-2]
@@ -81,13 +81,13 @@ def prefix_attention(
     scale = head_dim**-0.5 if scale is None else scale
     high = precision(q.dtype)
     lowest = float(jnp.finfo(jnp.float32).min)  # finite: with nothing valid, -inf - -inf would be nan
-    # Query heads of one KV head stand together: they are more queries on the same keys.
+    # Query heads of one KV head are adjacent: they act as more queries on the same keys.
     q_bkmh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
     heads, tile = _tiles(num_kv_heads, q_bkmh.shape[2], num_keys)
     prefix_valid = jnp.arange(num_prefix) < prefix_len[:, None]
 
     def keys(prefix: Array, suffix: Array, g: Array, b: Array, k: Array) -> Float[Array, "n S H"]:
-        """The heads' keys or values, prefix and suffix joined: small beside their scores."""
+        """The heads' keys or values, prefix and suffix joined; small compared with their scores."""
         own = jax.lax.dynamic_slice(suffix, (b, k, 0, 0), (1, heads, *suffix.shape[2:]))[0]
         stack = prefix if layer is not None else prefix[None]
         at = (0 if layer is None else layer, g, k, 0, 0)
@@ -95,15 +95,15 @@ def prefix_attention(
         return jnp.concatenate([shared, own], axis=1)
 
     def some_heads(index: Array, out_bkmh: Array) -> Array:
-        k, b = jnp.divmod(index, num_rows)  # rows innermost: neighbours find the prefix they share in the cache
+        k, b = jnp.divmod(index, num_rows)  # rows innermost: adjacent rows find their shared prefix in the CPU cache
         k, g = k * heads, b if prefix_index is None else prefix_index[b]
         k_nsh, v_nsh = keys(k_prefix, k_suffix, g, b, k), keys(v_prefix, v_suffix, g, b, k)
         valid_s = jnp.concatenate([prefix_valid[g], suffix_valid[b]])
 
         def some_queries(index: Array, out_bkmh: Array) -> Array:
-            # The last tile overlaps the one before it: a whole one again, with the same result.
-            place = (b, k, jnp.minimum(index * tile, q_bkmh.shape[2] - tile), 0)
-            q_nmh = jax.lax.dynamic_slice(q_bkmh, place, (1, heads, tile, head_dim))[0]
+            # The last tile is a full one too: it overlaps the tile before it and computes the same result there.
+            start = (b, k, jnp.minimum(index * tile, q_bkmh.shape[2] - tile), 0)
+            q_nmh = jax.lax.dynamic_slice(q_bkmh, start, (1, heads, tile, head_dim))[0]
             s_nms = jnp.einsum("nmh,nsh->nms", q_nmh, k_nsh, precision=high, preferred_element_type=jnp.float32)
             s_nms = jnp.where(valid_s, s_nms * scale, -jnp.inf)
             p_nms = jnp.exp(s_nms - jnp.max(s_nms, axis=-1, keepdims=True, initial=lowest))
@@ -116,18 +116,18 @@ def prefix_attention(
                 preferred_element_type=jnp.float32,
             )
             out_nmh = (out_nmh / jnp.where(total == 0, 1, total)).astype(q.dtype)
-            return jax.lax.dynamic_update_slice(out_bkmh, out_nmh[None], place)
+            return jax.lax.dynamic_update_slice(out_bkmh, out_nmh[None], start)
 
         return jax.lax.fori_loop(0, -(-q_bkmh.shape[2] // tile), some_queries, out_bkmh)
 
     with jax.named_scope("prefix_attention"):
         turns = num_kv_heads // heads * num_rows
-        # Queries give their place to what they attend to: the same shape, and under `shard_map` the same type.
+        # The results overwrite the queries: they have the same shape, and under `shard_map` the same type.
         return jax.lax.fori_loop(0, turns, some_heads, q_bkmh).reshape(q.shape)
 
 
 def _tiles(num_heads: int, num_queries: int, num_keys: int) -> tuple[int, int]:
-    """KV heads taken at once, and queries of each: about `SCORES` scores, whatever the number of rows."""
+    """KV heads processed at once, and queries of each: about `SCORES` scores for any number of rows."""
     limit = SCORES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     fitting = max(1, limit // num_keys)  # rows of scores
     if fitting < num_queries:

@@ -1,7 +1,7 @@
-"""What the cache and the denoiser ask of a model: five pieces of a layer, none of which knows about caches.
+"""The interface between models and the decoding code: the pieces of a transformer, none of which knows about caches.
 
-The core never imports a model. A backbone is a static argument (frozen, hashable) of the jitted programs; parameters
-travel beside it as a pytree whose `layers` leaves are stacked `[L, ...]`.
+The core never imports a model. A backbone is a static argument (frozen, hashable) of the jitted programs. Parameters
+are passed separately, as a pytree with `layers` leaves stacked as `[L, ...]`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bicache_jax.core.config import ModelConfig
 Params = Any
 LayerParams = Any
 Path = tuple[str, ...]
-"""Names that lead to a parameter in its tree."""
+"""Keys that lead to a parameter in its tree."""
 Table = Mapping[Path, tuple[str, ...]]
 """Logical axes of every parameter, by path."""
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """The pieces of a transformer; shapes in the alphabet of `bicache_jax`."""
+    """The pieces of a transformer; shapes use the letters defined in `bicache_jax`."""
 
     @property
     def config(self) -> ModelConfig:
@@ -39,7 +39,7 @@ class Backbone(Protocol):
 
     @property
     def axis(self) -> str | None:
-        """Mesh axis over which heads, MLP and vocabulary are split; None: they are whole."""
+        """Mesh axis over which heads, MLP and vocabulary are split; None: they are not split."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Backbone(Protocol):
     def key_value(
         self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-        """Rotated keys, and values, of a layer."""
+        """Rotated keys and (unrotated) values of a layer."""
         ...
 
     def finish(
@@ -70,11 +70,11 @@ class Backbone(Protocol):
         ...
 
     def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """The norm in front of the head."""
+        """The norm before the head."""
         ...
 
     def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
-        """Rows of the LM head, and its bias where there is one."""
+        """Rows of the LM head, and its bias if any."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Shape buckets: the few sizes that arrays come in, so that a request mix compiles a handful of programs.
+"""Shape buckets: array sizes are rounded up to a few values, so that a mix of requests compiles only a few programs.
 
 | what | sizes | most waste |
 |---|---|---|

@@ -1,7 +1,7 @@
-"""The pytrees that travel through the jitted programs; all frozen, none ever changed in place.
+"""The pytrees that the jitted programs take and return; all are frozen and never changed in place.
 
-Layout `[..., K, P, H]`, heads before tokens: a layer's KV are read by head as contiguous `[P, H]` tiles. Keys are
-cached after rotary embedding, since a prefix's positions never move.
+KV have the layout `[..., K, P, H]`, heads before tokens: a layer's KV are read per head as contiguous `[P, H]` tiles.
+Keys are cached after rotary embedding, since a prefix's positions never change.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefixCache:
-    """What G prefixes leave behind when each is encoded alone.
+    """The encodings of G prefixes, each encoded alone.
 
     Attributes:
-        k: rotated keys of layers 0.. (as many as the largest boundary in use needs, `b + 1`).
+        k: rotated keys of the first layers (as many as the largest boundary in use needs, `b + 1`).
         v: values of the same layers.
-        hidden: hidden states in front of the layers in `boundaries`.
-        boundaries: the layers whose input is kept; L marks an unused slot.
-        length: tokens of each prefix; the rest of P is padding.
+        hidden: hidden states before the layers in `boundaries`.
+        boundaries: layers for which the input is kept; L marks an unused slot.
+        length: tokens in each prefix; the rest of P is padding.
     """
 
     k: Float[Array, "Ls G K P H"]
@@ -38,7 +38,7 @@ class PrefixCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def hidden_at(self, boundary: Int[Array, ""] | int) -> Float[Array, "G P D"]:
-        """Hidden states in front of layer `boundary`, which must be one of `boundaries`."""
+        """Hidden states before layer `boundary`, which must be one of `boundaries`."""
         slot = jnp.argmax(self.boundaries == boundary)
         return jax.lax.dynamic_index_in_dim(self.hidden, slot, keepdims=False)
 
@@ -46,7 +46,7 @@ class PrefixCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeepCache:
-    """Prefix KV of layers `b + 1 .. L - 1` per row: written by a refresh step, read until the end of its interval.
+    """Prefix KV of layers `b + 1 .. L - 1`, per row. A refresh step writes them; later steps of its interval read them.
 
     Attributes:
         k: rotated keys; slot i holds layer `b + 1 + i`.
@@ -60,11 +60,11 @@ class DeepCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SuffixCache:
-    """Suffix KV of a block cache, per row; it outlives intervals, so it travels between dispatches.
+    """Suffix KV of a block cache, per row. It lasts longer than an interval, so it is passed between dispatches.
 
     Attributes:
-        k: rotated keys of all layers; no layers (L = 0) where there is no block cache.
-        v: values, likewise.
+        k: rotated keys of all layers; no layers (L = 0) without a block cache.
+        v: values of the same layers.
     """
 
     k: Float[Array, "L B K U H"]
@@ -74,14 +74,14 @@ class SuffixCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The denoising state of B rows: tokens, counters and keys, no KV.
+    """The denoising state of B rows: tokens, counters and keys, but no KV.
 
-    A row's suffix lies as `[response | rest of the prompt | padding]` (families that shift logits:
-    `[last prompt token | response | rest | padding]`). Attention sees positions only, so the order is free, and the
-    response stands at the same place in every row.
+    The suffix layout of a row is `[response | rest of the prompt | padding]` (families that shift logits:
+    `[last prompt token | response | rest | padding]`). Attention only uses positions, so the order does not matter, and
+    the response starts at the same index in every row.
 
-    Under classifier-free guidance the second half of the rows are *twins* of the first: the same response behind a
-    prompt of masks, and behind a prefix of as many masks as the row's own prefix has tokens, cached like any other.
+    Under classifier-free guidance the second half of the rows are *twins* of the first: the same response after a
+    prompt of masks, and after a prefix of as many masks as the row's own prefix has tokens, cached like any other.
 
     Attributes:
         tokens: suffix tokens in that order.
@@ -90,11 +90,11 @@ class Rows:
         prefix_index: the prefix (of the batch's G) that the row uses.
         key: noise key of the request.
         step: denoising steps made since the row began; the refresh counter.
-        block: current block; that of the end where a row is complete, an earlier one where it stopped early.
+        block: current block; `num_blocks` if the row is complete, less if it stopped early.
         block_step: denoising steps made in the current block.
         done: the response is complete, or the row is padding.
         forward_passes: forward passes made for the row.
-        failed: the row met logits that are not finite, and was ended.
+        failed: the row had logits that are not finite, and was stopped.
     """
 
     tokens: Int[Array, "B U"]
@@ -113,13 +113,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What travels from one dispatch of the decode program to the next, and is donated to it.
+    """The state that one dispatch of the decode program passes to the next, which receives it as a donated argument.
 
     Attributes:
         rows: the rows.
-        deep: the rows' deep prefix KV, of use while an interval goes on.
-        suffix: their suffix KV where there is a block cache.
-        index: the step of the refresh interval that comes next; 0 refreshes. One for each data shard.
+        deep: the rows' deep prefix KV, valid until the end of an interval.
+        suffix: their suffix KV if there is a block cache.
+        index: the next step of the refresh interval; step 0 refreshes. One per data shard.
     """
 
     rows: Rows
@@ -131,16 +131,16 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from a position's logits, all of it traced.
+    """How a token is drawn from a position's logits; all fields are traced.
 
     Attributes:
         scale: factor of the logits.
-        noise: factor of the Gumbel noise that is added to the scaled logits; 0 draws none.
-        top_p: share of the probability that the kept tokens hold; 1 keeps all.
-        top_k: tokens that are kept; V or more keeps all.
-        guidance: factor w + 1 of the difference that the prompt makes; 1 where rows run once.
+        noise: factor of the Gumbel noise added to the scaled logits; 0 adds none.
+        top_p: probability mass of the tokens that are kept; 1 keeps all.
+        top_k: number of tokens that are kept; V or more keeps all.
+        guidance: factor w + 1 of the difference that the prompt makes; 1 without guidance.
         ban_eos: whether end-of-text tokens are never drawn.
-        defer_eos: whether end-of-text and end-of-turn tokens have no confidence.
+        defer_eos: whether end-of-text and end-of-turn tokens get no confidence.
     """
 
     scale: Float[Array, ""]
@@ -155,23 +155,24 @@ class Draw:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What the rows of a batch share, all of it traced: changing a value never compiles anew.
+    """Settings that the rows of a batch share. All are traced, so changing a value never recompiles.
 
     Attributes:
         boundary: b.
         refresh_interval: N.
-        num_blocks: blocks of the response.
-        block_length: tokens of a block.
-        counts: tokens that each step of a block unmasks; behind the last one padding.
-        bars: noise that a token must exceed in each step, where chance alone unmasks it; else infinite.
+        num_blocks: blocks in the response.
+        block_length: tokens per block.
+        counts: tokens that each step of a block unmasks, padded at the end.
+        bars: noise that a token must exceed in each step if chance alone unmasks it; otherwise infinite.
         draw: how tokens are drawn.
         remasking: index into `bicache_jax.decoding.rules.RULES`.
         alg_temperature: temperature of the order in which tokens are unmasked; 0: by rank.
-        threshold: probability from which a token is unmasked at once; infinite where the schedule decides.
-        factor: what the n-th most probable token may lack of the threshold, times n + 1; 0 but for the factor rule.
-        early_stop: whether a row ends with the first block that holds an end-of-text token.
+        threshold: probability from which a token is unmasked at once; infinite if the schedule decides.
+        factor: n + 1 times how far the n-th most probable token may be below the threshold; 0 except for the factor
+            rule.
+        early_stop: whether a row ends with the first block that contains an end-of-text token.
         anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
-        dual: whether a block cache freezes what lies behind the block, too.
+        dual: whether a block cache also freezes the tokens after the block.
     """
 
     boundary: Int[Array, ""]

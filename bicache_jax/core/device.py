@@ -1,4 +1,4 @@
-"""What a device offers to a plan."""
+"""What the planner knows about a device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """What a compiler holds besides the arrays that a program names.
+    """What a compiler keeps in memory in addition to a program's own arrays.
 
     Attributes:
-        mlp: activations as wide as the MLP at a time: gate and up, unless they are multiplied as they come.
+        mlp: activations as wide as the MLP held at the same time: gate and up, unless the compiler fuses their product.
         weights: copies of all parameters.
     """
 
@@ -20,11 +20,11 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """What a device offers to a plan.
+    """Memory of a device.
 
     Attributes:
         nbytes: its memory.
-        copies: what its compiler holds.
+        copies: what its compiler keeps in addition to a program's arrays.
     """
 
     nbytes: int

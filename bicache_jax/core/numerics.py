@@ -1,4 +1,4 @@
-"""What `float32` and `bfloat16` mean here."""
+"""Matmul precision for each dtype, and sums over mesh axes."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def precision(dtype: Any) -> jax.lax.Precision:
 
 
 def psum(x: jax.Array, axis: str | None) -> jax.Array:
-    """The sum over a mesh axis; `x` itself where there is none."""
+    """The sum over a mesh axis; `x` itself without an axis."""
     return x if axis is None else jax.lax.psum(x, axis)

@@ -26,7 +26,7 @@ def encode(
     num_layers: int,
     mesh: Mesh | None = None,
 ) -> PrefixCache:
-    """`encode_alone` as a program: on one device, or with prefixes and `boundaries` of its own on every data shard."""
+    """`encode_alone` as a program: on one device, or on a mesh where each data shard has its own prefixes."""
     run = functools.partial(encode_alone, backbone, num_layers=num_layers)
     specs = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD)
     return on_shards(run, mesh, specs, PREFIX)(params, prefix_ids, prefix_len, boundaries)
@@ -43,16 +43,16 @@ def encode_alone(
 ) -> PrefixCache:
     """Runs G prefixes alone and keeps what later steps read.
 
-    Layers below the largest boundary run in full; of the layer at the boundary only K and V are computed, and nothing
-    above (its prefix input differs from row to row).
+    Layers below the largest boundary run in full. In the layer at the boundary only K and V are computed. Layers above
+    it are skipped, since their prefix input differs from row to row.
 
     Args:
         backbone: the model (static).
         params: its parameters.
         prefix_ids: prefix tokens, padded to P.
-        prefix_len: tokens of each prefix.
+        prefix_len: tokens in each prefix.
         boundaries: boundaries in use; entries of L or more are unused slots.
-        num_layers: layers of KV to make room for (static); larger than every boundary in use, at most L.
+        num_layers: layers of KV to allocate (static); larger than every boundary in use, at most L.
 
     Returns:
         The cache of the G prefixes.

@@ -1,8 +1,8 @@
-"""Top-k and nucleus (top-p, arXiv 1904.09751) filters: the one place that looks at whole distributions.
+"""Top-k and nucleus (top-p, arXiv 1904.09751) filters: the only code that needs whole distributions.
 
-A filter is a *floor* per position: tokens with lower logits are gone. Positions are taken in chunks, so that float32
-logits of the whole vocabulary exist for a few positions at a time, and the floor is found by bisection on the logits
-themselves: every step needs only sums and counts over the vocabulary, which add up over shards of it as well.
+A filter is a *floor* per position: tokens with lower logits are dropped. Positions are processed in chunks, so that
+float32 logits of the whole vocabulary exist for only a few positions at a time. The floor is found by bisection on the
+logits: every step needs only sums and counts over the vocabulary, which can also be added over its shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def _order(values: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Integers in the order of the floats, neighbours for neighbours; its own inverse on the integers' bits."""
+    """Maps floats to integers in the same order, adjacent floats to adjacent integers; its own inverse on the bits."""
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
@@ -42,16 +42,16 @@ def floors(
 ) -> Float[Array, " C"]:
     """Lowest logit that each position keeps, or a little less.
 
-    A token is kept while fewer than `top_k` tokens have a higher logit, and while those hold no more than `top_p` of
-    the softmax: the most probable token always is, and the one with which the nucleus exceeds `top_p` (Dream's
-    `top_p_logits` and `top_k_logits`). Tokens of equal logits share their fate.
+    A token is kept if fewer than `top_k` tokens have a higher logit and if those tokens hold no more than `top_p` of
+    the softmax. So the most probable token is always kept, and also the one with which the nucleus exceeds `top_p`
+    (Dream's `top_p_logits` and `top_k_logits`). Tokens with equal logits are all kept or all dropped.
 
     Args:
-        logits_cv: scaled logits; -inf for tokens that are out already and count for nothing.
-        sharpness: factor of the logits in the softmax that is meant.
+        logits_cv: scaled logits; -inf for tokens that are already excluded.
+        sharpness: factor of the logits in the softmax that `top_p` refers to.
         top_p: share of the probability; 1 keeps all.
-        top_k: tokens; V or more keeps all.
-        axis: mesh axis over which the vocabulary is split; None: it is whole.
+        top_k: number of tokens; V or more keeps all.
+        axis: mesh axis over which the vocabulary is split; None: it is not split.
 
     Returns:
         A value between the lowest kept logit and the highest dropped one.
@@ -63,7 +63,7 @@ def floors(
     everything = total(jnp.sum(weight, axis=-1))
     valid = total(jnp.sum(logits_cv > _LOWEST, axis=-1))
 
-    # `low` is dropped or below everything, `high` is kept; done where no logit lies between them.
+    # `low` is dropped or below everything, `high` is kept. A position is done if no logit is between them.
     low, high = vary_like(jnp.full(peak.shape, _order(jnp.float32(_LOWEST))), peak), _order(peak)
     from_high = total(jnp.sum(logits_cv >= peak[:, None], axis=-1))
 
@@ -75,7 +75,7 @@ def floors(
         share = total(jnp.sum(jnp.where(logits_cv > value, weight, 0), axis=-1))
         reaching = total(jnp.sum(logits_cv >= value, axis=-1))
         kept = ((share <= top_p * everything) | (top_p >= 1)) & (above < top_k)
-        open_ = above_low > from_high  # a position that is done stays, whatever its neighbours still need
+        open_ = above_low > from_high  # a position that is done does not change while others go on
         return (
             jnp.where(open_ & ~kept, middle, low),
             jnp.where(open_ & kept, middle, high),
@@ -96,7 +96,7 @@ def floors(
 def in_chunks(
     function: Callable[[Float[Array, "C D"]], Float[Array, " C"]], x_bwd: Float[Array, "B W D"], vocab_size: int
 ) -> Float[Array, "B W"]:
-    """Applies a function of whole distributions to all positions, as many at a time as `LOGITS` allows."""
+    """Applies a function of whole distributions to all positions, at most `LOGITS` logits at a time."""
     num_rows, width, size = x_bwd.shape
     positions = num_rows * width
     chunk = max(1, min(positions, LOGITS // vocab_size))

@@ -1,17 +1,18 @@
 """Forward passes over the suffixes of a batch, split at a dynamic layer boundary.
 
-Two kinds of step make an interval (BiCache, arXiv 2606.07571, section 4):
+An interval has two kinds of step (BiCache, arXiv 2606.07571, section 4):
 
-* refresh: layers `< b` run on suffix tokens against the shared prefix-alone KV. In front of layer b the prefix-alone
-  hidden states join, and layers `>= b` run on the whole sequence; the prefix KV they make are kept per row.
-* reuse: suffix tokens only, against the shared KV in layers `<= b` and the row's own above.
+* refresh: layers `< b` run on suffix tokens against the shared prefix-alone KV. Before layer b the prefix-alone hidden
+  states are added, and layers `>= b` run on the whole sequence. The prefix KV they compute are kept per row.
+* reuse: suffix tokens only, against the shared KV in layers `<= b` and the row's own KV above.
 
-Three savings follow exactly, without changing a token. Layer b's prefix input is the prefix-alone hidden state, so its
-prefix KV (and queries) are shared as well. In layer L - 1 the prefix gives K and V alone. And so b = L - 1 equals
-b = L: nothing deep is left. No prefix cache at all is the same program with P = 0.
+Three savings are exact and do not change a token. The prefix input of layer b is the prefix-alone hidden state, so its
+prefix KV (and queries) are shared too. In layer L - 1 the prefix only needs K and V. So b = L - 1 is the same as b = L:
+no deep layer is left. Running without a prefix cache is the same program with P = 0.
 
-A pass runs a *span* of each suffix. Without a block cache that is all of it. With one (Fast-dLLM, arXiv 2505.22618) the
-span is the current block, or all from it on, and the KV of everything else are in a `SuffixCache`.
+A pass runs a *span* of each suffix. Without a block cache that is the whole suffix. With one (Fast-dLLM, arXiv
+2505.22618) the span is the current block, or the current block and everything after it. The KV of the rest are in a
+`SuffixCache`.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class SuffixForward:
         cache: the G prefixes.
         rows: the rows.
         boundary: b, at most L - 1.
-        start: first suffix place of each row's span.
-        update: which KV of the span replace those of a suffix cache; the others were frozen earlier.
+        start: suffix index at which each row's span begins.
+        update: which KV of the span replace those in a suffix cache; the others were frozen earlier.
     """
 
     backbone: Backbone
@@ -60,19 +61,19 @@ class SuffixForward:
         return self.update.shape[1] == self.rows.tokens.shape[1]
 
     def _span(self, values: Array) -> Array:
-        """The span's part of per-row values [B, U]."""
+        """The part of per-row values [B, U] inside the span."""
         if self._whole:
             return values
         size = self.update.shape[1]
         return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(values, self.start)
 
     def _merge(self, index: Array, fresh: Array, cached: Array) -> tuple[Array, Array]:
-        """KV of the whole suffix in a layer, and the cache that holds them. An empty cache means: the span is all."""
+        """KV of the whole suffix in a layer, and the updated cache. An empty cache: the span is the whole suffix."""
         if not cached.shape[0]:
             return fresh, cached
 
         def write(row: Array, cached: Array) -> Array:
-            # Row by row into the stack: a batched update is a scatter, for which TPUs re-lay the whole cache.
+            # Row by row: a batched update is a scatter, for which TPUs change the memory layout of the whole cache.
             at = (index, row, 0, self.start[row], 0)
             old = jax.lax.dynamic_slice(cached, at, (1, 1, *fresh.shape[1:]))
             return jax.lax.dynamic_update_slice(cached, jnp.where(self.update[row][:, None], fresh[row], old), at)
@@ -102,7 +103,7 @@ class SuffixForward:
         )
 
     def _layer(self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool) -> Carry:
-        """A layer for the span's tokens alone."""
+        """One layer on the span's tokens only."""
         x, suffix = carry
         layer, positions = layer_params(self.params, index), self._span(self.rows.positions)
         k, v = self.backbone.key_value(layer, x, positions)
@@ -120,7 +121,7 @@ class SuffixForward:
         return self.backbone.embed(self.params, self._span(self.rows.tokens))
 
     def reuse(self, deep: DeepCache, suffix: SuffixCache) -> Carry:
-        """Span tokens only, in all layers.
+        """Runs the span's tokens through all layers.
 
         Returns:
             Hidden states of the span [B, T, D], and the suffix cache.
@@ -133,7 +134,7 @@ class SuffixForward:
         return carry
 
     def refresh(self, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
-        """The span below the boundary, prefix and span above it.
+        """Runs the span below the boundary, and prefix and span above it.
 
         Returns:
             Hidden states of the span [B, T, D], the fresh deep prefix KV, and the suffix cache.
@@ -145,7 +146,7 @@ class SuffixForward:
         x, suffix = jax.lax.fori_loop(
             0, jnp.where(split, self.boundary, self._last + 1), self._shared_layer, (self._embed(), suffix)
         )
-        # A loop of one turn or none rather than a conditional: its carry is updated in place.
+        # A loop that runs once or not at all, instead of a conditional: its carry is updated in place.
         return jax.lax.fori_loop(
             0, split.astype(jnp.int32), lambda _, carry: self._deep_layers(*carry), (x, deep, suffix)
         )
@@ -174,9 +175,9 @@ class SuffixForward:
         return x, deep, suffix
 
     def _boundary_layer(self, x: Float[Array, "B T D"], suffix: SuffixCache) -> Carry:
-        """Layer b: prefix KV and prefix queries are still one per prefix; what comes out is one per row."""
+        """Layer b: prefix KV and prefix queries are still per prefix; the output is per row."""
         rows, hidden = self.rows, self.cache.hidden_at(self.boundary)
-        # A layer that is the same in every refresh would be copied out of the stack in front of all loops.
+        # Without the barrier, XLA would hoist this layer out of the loops and copy it out of the stack.
         x, boundary = jax.lax.optimization_barrier((x, self.boundary))
         layer, positions = layer_params(self.params, boundary), self._span(rows.positions)
         q_prefix = self.backbone.query(layer, hidden, jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]))

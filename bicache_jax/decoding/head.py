@@ -1,8 +1,8 @@
-"""The LM head in vocabulary tiles: float32 logits of a whole vocabulary never exist for more than one tile.
+"""The LM head in vocabulary tiles: float32 logits exist for one tile of the vocabulary at a time.
 
-Each tile becomes a few running statistics and is forgotten; statistics of two sets of tokens merge with `|`. Confidence
-is ranked by the log-odds of the chosen token, `log p - log(1 - p)`: monotone in the softmax probability p, but it does
-not saturate where p rounds to 1.
+Each tile is reduced to a few running statistics and then dropped. Statistics of two sets of tokens merge with `|`.
+Confidence is ranked by the log-odds of the chosen token, `log p - log(1 - p)`: monotone in the softmax probability p,
+but without saturation where p rounds to 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bicache_jax.decoding.filters import floors, in_chunks
 
 TILE = 2048
 NOISE_BLOCK = 128
-"""Noise is drawn for this many tokens from one key, whatever tile or shard asks for it."""
+"""Noise is drawn for this many tokens from one key, independent of tiles and shards."""
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -31,11 +31,11 @@ class Choice(NamedTuple):
     """The token chosen at each position.
 
     Attributes:
-        token: argmax of the (noisy) logits, the mask token left out; the lowest id among equals.
-        log_odds: log-odds of its softmax probability without noise, the mask token kept in the sum; NaN where a logit
-            is not finite.
-        margin: probability of the most probable token less that of the runner-up.
-        entropy: of the softmax, in nats.
+        token: argmax of the (noisy) logits without the mask token; the lowest id among equals.
+        log_odds: log-odds of its softmax probability without noise, with the mask token in the sum; NaN if a logit is
+            not finite.
+        margin: probability of the most probable token minus that of the second.
+        entropy: entropy of the softmax, in nats.
     """
 
     token: Int[Array, "B W"]
@@ -45,9 +45,9 @@ class Choice(NamedTuple):
 
 
 class _Mass(NamedTuple):
-    """Softmax statistics of some logits, relative to their highest, each [B, W].
+    """Softmax statistics of some logits, relative to the highest of them, each [B, W].
 
-    The sums leave that one out: what is small beside it stays exact where it is all but certain.
+    The sums exclude the highest logit, so that small terms stay exact when that token is almost certain.
 
     Attributes:
         peak: highest logit.
@@ -67,14 +67,14 @@ class _Mass(NamedTuple):
             empty = jnp.isneginf(part.peak)
             shift = jnp.where(empty, 0, part.peak - peak)
             factor = jnp.where(empty, 0, jnp.exp(shift))
-            count = part.over + ~is_top  # a peak that is overtaken becomes one of the others
+            count = part.over + ~is_top  # the lower peak becomes one of the others
             over += factor * count
             weighted += factor * (part.weighted + count * shift)
         return _Mass(peak, over, weighted)
 
 
 class _Running(NamedTuple):
-    """Statistics of some of the tokens, each [B, W]; the mask token is left out of all but `mask`.
+    """Statistics of some of the tokens, each [B, W]; the mask token only counts in `mask`.
 
     Attributes:
         best: highest noisy logit.
@@ -83,7 +83,7 @@ class _Running(NamedTuple):
         top: token of the highest logit.
         second: highest of the other logits.
         mass: softmax statistics.
-        mask: logit of the mask token, -inf where it is not among the tokens.
+        mask: logit of the mask token, -inf if it is not among the tokens.
     """
 
     best: Array
@@ -96,12 +96,12 @@ class _Running(NamedTuple):
 
     @classmethod
     def of_nothing(cls, shape: tuple[int, ...]) -> _Running:
-        """Statistics of no token."""
+        """Statistics of an empty set of tokens."""
         unseen, zero, nothing = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
         return cls(unseen, nothing, unseen, nothing, unseen, _Mass(unseen, zero, zero), unseen)
 
     def __or__(self, other: _Running) -> _Running:
-        """Statistics of both sets of tokens; among equals those of `self` win, which must have the lower ids."""
+        """Statistics of both sets of tokens; `self` must hold the lower ids and wins ties."""
         wins = other.best > self.best
         return _Running(
             best=jnp.maximum(self.best, other.best),
@@ -114,13 +114,13 @@ class _Running(NamedTuple):
         )
 
     def choice(self, deferred: Bool[Array, "B W"]) -> Choice:
-        """The choice that statistics of the whole vocabulary come to; `deferred` tokens get no confidence."""
+        """The choice from statistics of the whole vocabulary; `deferred` tokens get no confidence."""
         zero = jnp.zeros_like(self.best)
         mass = self.mass | _Mass(self.mask, zero, zero)
         share = jnp.exp(self.raw - mass.peak)
         certain = (self.token == self.top) & (self.raw >= mass.peak)
         first, second = self.mass.peak, jnp.maximum(self.second, self.mask)
-        # The sum over the others is exact where the token is the peak, and no less than 1 where it is not.
+        # The sum over the others is exact if the token is the peak, and at least 1 if it is not.
         log_odds = self.raw - mass.peak - jnp.log(jnp.where(certain, mass.over, 1 + mass.over - share))
         margin = (jnp.exp(first - mass.peak) - jnp.exp(second - mass.peak)) / (1 + mass.over)
         return Choice(
@@ -132,7 +132,7 @@ class _Running(NamedTuple):
 
 
 def _merge_shards(mine: _Running, axis: str | None) -> _Running:
-    """Statistics of the whole vocabulary from those of its shards: a few numbers a position travel, never logits."""
+    """Merges the shards' statistics: only a few numbers per position are exchanged, never logits."""
     if axis is None:
         return mine
     everyone = jax.lax.all_gather(mine, axis)
@@ -143,14 +143,14 @@ def _merge_shards(mine: _Running, axis: str | None) -> _Running:
 def guide(
     with_bwd: Float[Array, "B W D"], without_bwd: Float[Array, "B W D"], guidance: Float[Array, ""]
 ) -> Float[Array, "B W D"]:
-    """Classifier-free guidance on what the head reads.
+    """Classifier-free guidance, applied to the input of the head.
 
-    The head is linear, so `u + (w + 1) * (c - u)` of normed hidden states gives that of their logits, biases included,
-    and the head runs once.
+    The head is linear, so `u + (w + 1) * (c - u)` of normalised hidden states gives the same combination of their
+    logits, biases included, and the head runs once.
 
     Args:
-        with_bwd: normed hidden states of the rows.
-        without_bwd: those of their twins, whose prompt is masked.
+        with_bwd: normalised hidden states of the rows.
+        without_bwd: those of their twins, which have a masked prompt.
         guidance: w + 1.
 
     Returns:
@@ -179,22 +179,22 @@ def choose(
 ) -> Choice:
     """Chooses a token at each position.
 
-    Logits are multiplied by `draw.scale`; the choice is made after Gumbel noise times `draw.noise` is added, in log
-    space and float32. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1;
-    `scale=1/t, noise=1` is sampling from the softmax at temperature t with confidence from it, as Dream has it. The
-    noise of a token depends on the position's key and the token alone, not on tiles or shards.
+    Logits are multiplied by `draw.scale`. Gumbel noise times `draw.noise` is added, in log space and float32, before
+    the choice. `scale=1, noise=t` is LLaDA's `exp(logits) / (-log u) ** t` with confidence at temperature 1.
+    `scale=1/t, noise=1` samples from the softmax at temperature t and takes the confidence from it, as Dream does. The
+    noise of a token depends only on the position's key and the token, not on tiles or shards.
 
-    Tokens that a filter drops, and end-of-text tokens where they are banned, are gone from choice and confidence alike.
-    Where they have no confidence (`draw.defer_eos`) they can be chosen, and are left out of the others' sums.
+    Tokens that a filter drops, and end-of-text tokens if they are banned, count for neither choice nor confidence. End
+    tokens without confidence (`draw.defer_eos`) can be chosen, but are excluded from the sums of the other tokens.
 
     Args:
-        x_bwd: normed hidden states of the block's positions.
+        x_bwd: normalised hidden states of the block's positions.
         head_vd: rows of the head; those beyond the vocabulary are padding.
         bias_v: bias of the head, if it has one.
-        config: the architecture; its mask token is never chosen, its end tokens are those above (static).
+        config: the architecture, which defines the mask token (never chosen) and the end tokens (static).
         draw: how tokens are drawn.
         keys_bw: noise key of each position.
-        axis: mesh axis over which the vocabulary is split, V rows to a shard; None: it is whole.
+        axis: mesh axis over which the vocabulary is split, V rows per shard; None: it is not split.
 
     Returns:
         Token and confidence of each position.
@@ -218,7 +218,7 @@ def choose(
 
     def floors_of(x_cd: Float[Array, "C D"]) -> Float[Array, " C"]:
         logits = scaled_logits(x_cd, jnp.asarray(0), num_rows)
-        # A logit that is not finite ends its row, see below; here it must not keep the search from ending.
+        # A logit that is not finite stops its row, see below. Here it must not keep the search from ending.
         usable = may_be_chosen(first + jnp.arange(num_rows)) & jnp.isfinite(logits)
         logits = jnp.where(usable, logits, -jnp.inf)
         sharpness = 1 / jnp.where(draw.noise > 0, draw.noise, 1)
@@ -236,7 +236,7 @@ def choose(
         return jax.vmap(jax.vmap(one))(keys_bw)
 
     def first_at(values: Array, highest: Array, ids: Array) -> Array:
-        """Lowest token with that value; a minimum vectorizes on CPUs, where an argmax does not."""
+        """Lowest token with that value; on CPUs a minimum vectorizes and an argmax does not."""
         return jnp.min(jnp.where(values == highest[..., None], ids, vocab_size), axis=-1)
 
     def of_tile(index: Array, floor_bw: Array) -> _Running:
@@ -244,10 +244,10 @@ def choose(
         start = jnp.minimum(begin, num_rows - tile)  # the last tile overlaps the one before it
         ids = first + start + jnp.arange(tile)
         logits = scaled_logits(x_bwd, start, tile)
-        mask_place = mask_id - first - start
-        mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_place, 0, tile - 1), axis=-1, keepdims=False)
-        # Written so that NaN is kept by the filters, and so reaches the statistics.
-        has_mask = (mask_place >= 0) & (mask_place < tile) & ~(mask < floor_bw)
+        mask_index = mask_id - first - start
+        mask = jax.lax.dynamic_index_in_dim(logits, jnp.clip(mask_index, 0, tile - 1), axis=-1, keepdims=False)
+        # The comparisons are negated so that the filters keep NaN and it reaches the statistics.
+        has_mask = (mask_index >= 0) & (mask_index < tile) & ~(mask < floor_bw)
         choosable = (ids >= first + begin) & may_be_chosen(ids) & ~(logits < floor_bw[..., None])
         allowed = jnp.where(choosable & ~(draw.defer_eos & _among(ids, config.eos_ids)), logits, -jnp.inf)
 
@@ -263,8 +263,8 @@ def choose(
             noisy = jnp.where(choosable, logits, -jnp.inf) + draw.noise * gumbel(first + start)
             best = jnp.max(noisy, axis=-1)
             token = first_at(noisy, best, ids)
-            place = jnp.clip(token - first - start, 0, tile - 1)
-            return best, token, jnp.take_along_axis(logits, place[..., None], -1)[..., 0]
+            index = jnp.clip(token - first - start, 0, tile - 1)
+            return best, token, jnp.take_along_axis(logits, index[..., None], -1)[..., 0]
 
         best, token, raw = jax.lax.cond((draw.noise > 0) | draw.defer_eos, drawn, lambda: (peak, top, peak))
         return _Running(best, token, raw, top, second, mass, jnp.where(has_mask, mask, -jnp.inf))

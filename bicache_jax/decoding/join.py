@@ -1,4 +1,4 @@
-"""Caches of single prefixes joined to the cache of a batch."""
+"""Joins caches of single prefixes into the cache of a batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bicache_jax.sharding import PER_SHARD, PREFIX, on_shards
 def join_prefixes(
     caches: tuple[PrefixCache, ...], boundary: Int[Array, " S"], *, mesh: Mesh | None = None
 ) -> PrefixCache:
-    """The caches of single prefixes as one of G, with the hidden states in front of one boundary.
+    """Joins G caches of one prefix into one cache of G prefixes, with the hidden states before one boundary.
 
     Args:
         caches: G caches of one prefix each; on a mesh, of one prefix on each data shard.
-        boundary: the boundary, of each data shard where there is a mesh.
-        mesh: where they lie.
+        boundary: the boundary; on a mesh, one per data shard.
+        mesh: the mesh that holds them; None: one device.
 
     Returns:
         The joined cache.

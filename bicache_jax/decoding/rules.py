@@ -1,8 +1,8 @@
-"""Rules that say which masked positions are unmasked first.
+"""Unmasking rules: which masked positions are unmasked first.
 
-A rule is a pure function `(choice, noise) -> Score` over the head's running statistics and standard Gumbel noise, both
-[B, W]; positions with the highest scores are unmasked. What the published code calls remasking is the same thing seen
-from the other side: all other candidates stay masks.
+A rule is a pure function `(choice, noise) -> Score` of the head's statistics and standard Gumbel noise, both [B, W].
+Positions with the highest scores are unmasked. The published code calls this remasking: all other candidates stay
+masked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Score(NamedTuple):
     """How early each position is unmasked.
 
     Attributes:
-        order: the rank by it, highest first.
-        confidence: the same in the published code's unit, which a temperature divides.
+        order: score to rank positions by, highest first.
+        confidence: the same score in the published code's unit, to be divided by a temperature.
     """
 
     order: Float[Array, "B W"]
@@ -41,16 +41,16 @@ def low_confidence(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
 
 
 def random(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
-    """Any order alike, as many as the schedule says (LLaDA's `random`).
+    """Random order; the schedule decides how many (LLaDA's `random`).
 
-    Dream's `origin` and algorithm 4 of LLaDA (arXiv 2502.09992) are the same order; there chance also decides how many
-    (`bicache_jax.decoding.schedule.chance_bars`).
+    Dream's `origin` and algorithm 4 of LLaDA (arXiv 2502.09992) use the same order, but there chance also decides how
+    many (`bicache_jax.decoding.schedule.chance_bars`).
     """
     return Score(noise_bw, vary_like(jnp.zeros_like(choice.log_odds), choice))
 
 
 def topk_margin(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
-    """Largest margin over the runner-up first (Dream, arXiv 2508.15487)."""
+    """Largest margin over the second token first (Dream, arXiv 2508.15487)."""
     del noise_bw
     return Score(choice.margin, choice.margin)
 
@@ -75,7 +75,7 @@ RULES: tuple[Rule, ...] = tuple(_RULES[name] for name in REMASKING)
 def order(
     remasking: Int[Array, ""], choice: Choice, noise_bw: Float[Array, "B W"], temperature: Float[Array, ""]
 ) -> Float[Array, "B W"]:
-    """Scores by the rule in use: its order, or above temperature 0 a draw.
+    """Scores by the rule in use: its own order, or random draws if the temperature is above 0.
 
     The n highest of `confidence / temperature + noise` are n draws without replacement with odds
     `exp(confidence / temperature)`: Dream's `alg_temp`.
@@ -86,24 +86,24 @@ def order(
 
 
 def ranks(score_bw: Float[Array, "B W"], candidate_bw: Bool[Array, "B W"]) -> Int[Array, "B W"]:
-    """How many candidates go before each position: those of higher score, and of equal score to its left.
+    """How many candidates come before each position: those with a higher score, or with an equal score to its left.
 
-    Counted in pairs: for the few hundred positions of a block that is quicker to run, and to compile, than sorting.
+    All pairs are compared: for the few hundred positions of a block that runs and compiles faster than sorting.
     """
     mine, other = score_bw[:, :, None], score_bw[:, None, :]
-    place = jnp.arange(score_bw.shape[1])
-    before = (other > mine) | ((other == mine) & (place < place[:, None]))
+    index = jnp.arange(score_bw.shape[1])
+    before = (other > mine) | ((other == mine) & (index < index[:, None]))
     return jnp.sum(candidate_bw[:, None, :] & before, axis=-1)
 
 
 def by_confidence(
     choice: Choice, candidate_bw: Bool[Array, "B W"], threshold: Float[Array, ""], factor: Float[Array, ""]
 ) -> Bool[Array, "B W"]:
-    """Candidates that confidence alone unmasks: the most probable one, and what Fast-dLLM (arXiv 2505.22618) adds.
+    """Candidates unmasked by confidence alone: the most probable one, and those of Fast-dLLM (arXiv 2505.22618).
 
-    Threshold (`factor` 0): all that reach it. Factor rule (`threshold` 1): the n-th most probable one if its
-    probability is at least `1 - factor / (n + 1)`; and a single one that would be left is taken along, as the published
-    loop has it.
+    Threshold (`factor` 0): all candidates that reach it. Factor rule (`threshold` 1): the n-th most probable candidate
+    if its probability is at least `1 - factor / (n + 1)`. If only one candidate would be left, it is unmasked too, as
+    in the published loop.
     """
     rank = ranks(choice.log_odds, candidate_bw)
     sure = jax.nn.sigmoid(choice.log_odds) >= threshold - factor / (rank + 2)

@@ -1,4 +1,4 @@
-"""How many tokens each step unmasks, worked out on the host: the device program only reads the counts."""
+"""How many tokens each step unmasks, computed on the host; the device program only reads the counts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def even_counts(masks: int, steps: int) -> np.ndarray:
 
 
 def time_counts(masks: int, steps: int, *, anchored: bool, eps: float) -> np.ndarray:
-    """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`, at the last step all.
+    """Dream's schedule: `int(left * (1 - s / t))` with t, s from `linspace(1, eps, steps + 1)`; the last takes all.
 
     Args:
-        masks: masked tokens of the block.
+        masks: masked tokens in the block.
         steps: its denoising steps.
-        anchored: the first step fixes one token and the others go on from step 1 (Fast-dLLM's loop for Dream).
+        anchored: the first step fixes one token and the schedule continues at step 1 (Fast-dLLM's loop for Dream).
         eps: time of the last step.
 
     Returns:
@@ -40,9 +40,9 @@ def time_counts(masks: int, steps: int, *, anchored: bool, eps: float) -> np.nda
 
 
 def chance_bars(steps: int, *, eps: float) -> np.ndarray:
-    """What standard Gumbel noise must exceed for a token to be unmasked, where chance alone decides (`origin`).
+    """The value that standard Gumbel noise must exceed to unmask a token, if chance alone decides (`origin`).
 
-    A step from time t to s unmasks each token with probability `1 - s / t`, at the last step all; times are
+    A step from time t to s unmasks each token with probability `1 - s / t`, and the last step unmasks all. Times are
     `linspace(1, eps, steps + 1)` (Dream; with `eps=0` LLaDA, arXiv 2502.09992, algorithm 4).
 
     Args:
@@ -59,7 +59,7 @@ def chance_bars(steps: int, *, eps: float) -> np.ndarray:
 
 
 def span_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> int:
-    """Tokens that steps inside block number `block` run under a block cache; 0 without one."""
+    """Tokens that steps inside block number `block` run with a block cache; 0 without one."""
     if block_cache == "off":
         return 0
     return sampling.block_size if block_cache == "dual" else sampling.gen_length - block * sampling.block_size
@@ -67,11 +67,11 @@ def span_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps of a run that are one program: without a block cache of the prefix kind there is one stage.
+    """Steps of a run that share one program. Only a block cache of the prefix kind has more than one stage.
 
     Attributes:
         span: tokens that steps inside a block run; 0 without a block cache.
-        stop_block: the block at which that number changes, or the run ends.
+        stop_block: the block at which the span changes or the run ends.
     """
 
     span: int
@@ -102,10 +102,10 @@ def make_decoding(
         boundary: b.
         refresh_interval: N.
         block_cache: the block cache in use.
-        num_counts: least number of entries of `counts`; a bucket, so that other step counts need no other program.
+        num_counts: smallest size of `counts`; a bucket, so that different step counts share a program.
 
     Returns:
-        What the rows share.
+        The settings that the rows share.
     """
     block_steps = sampling.num_steps // sampling.num_blocks
     anchored = config.shift_logits and block_cache != "off"
@@ -148,11 +148,11 @@ def make_decoding(
 
 
 def passes_saved(sampling: SamplingConfig, blocks: np.ndarray) -> int:
-    """Forward passes that rows did not make since they stopped early; where confidence decides, at least as many.
+    """Forward passes saved by rows that stopped early; a lower bound if confidence decides the number of passes.
 
     Args:
         sampling: settings of the rows.
-        blocks: blocks that each row finished [B].
+        blocks: number of blocks that each row finished [B].
     """
     skipped = int((sampling.num_blocks - blocks).sum())
     return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)

@@ -1,4 +1,4 @@
-"""One denoising step: tokens chosen in each row's current block, and the row's counters moved on."""
+"""One denoising step: chooses tokens in each row's current block and advances the row's counters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bicache_jax.decoding.rules import by_confidence, order, ranks
 def idle(rows: Rows, decoding: Decoding, index: Int[Array, ""]) -> Bool[Array, " B"]:
     """Rows that do nothing in step `index` of an interval.
 
-    Those are complete rows, and with a confidence threshold those that have finished their block: they wait for the
-    interval's end, since their refresh counter restarts with the next block.
+    These are complete rows and, with a confidence threshold, rows that have finished their block: they wait for the
+    end of the interval, since their refresh counter restarts with the next block.
     """
     return rows.done | (jnp.isfinite(decoding.threshold) & (index > 0) & (rows.block_step == 0))
 
@@ -33,16 +33,16 @@ def unmask(
     *,
     guided: bool = False,
 ) -> Rows:
-    """Unmasks a step's tokens in each row's current block and moves the row's counters.
+    """Unmasks a step's tokens in each row's current block and advances the row's counters.
 
-    A row whose logits are not finite at a position that it could unmask ends there: no token would mean anything.
+    A row is stopped if the logits of a candidate position are not finite, since any token would be meaningless.
 
     Args:
         backbone: the model (static).
         params: its parameters.
-        hidden_bwd: hidden states that predict the block's positions, in front of the final norm.
+        hidden_bwd: hidden states that predict the block's positions, before the final norm.
         rows: the rows.
-        decoding: what they share.
+        decoding: settings that they share.
         index: step within the interval.
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
@@ -56,8 +56,8 @@ def unmask(
     twins = jax.tree.map(lambda leaf: leaf[half:], rows)
     rows = jax.tree.map(lambda leaf: leaf[:half], rows)
     rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
-    place = jnp.arange(rows.tokens.shape[1]) - backbone.config.shifted
-    response = (place >= 0) & (place < decoding.num_blocks * decoding.block_length)
+    index = jnp.arange(rows.tokens.shape[1]) - backbone.config.shifted
+    response = (index >= 0) & (index < decoding.num_blocks * decoding.block_length)
     twins = dataclasses.replace(
         rows,
         tokens=jnp.where(response, rows.tokens, twins.tokens),
@@ -76,14 +76,14 @@ def _unmask(
     decoding: Decoding,
     index: Int[Array, ""],
 ) -> Rows:
-    """`unmask` of rows without twins, from normed hidden states."""
+    """`unmask` for rows without twins, from normalised hidden states."""
     config = backbone.config
     (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
     front = config.shifted
     active = ~idle(rows, decoding, index)
     offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
-    place = jnp.minimum(offset + front, length - 1)
-    tokens = jnp.take_along_axis(rows.tokens, place, axis=1)
+    slot = jnp.minimum(offset + front, length - 1)
+    tokens = jnp.take_along_axis(rows.tokens, slot, axis=1)
     in_block = (jnp.arange(width) < decoding.block_length) & active[:, None]
     candidate = (tokens == config.mask_id) & in_block
 
@@ -106,7 +106,7 @@ def _unmask(
         chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
         anchor = candidate & (jnp.arange(width) == 0)
         chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)
-        updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(chosen, place, length)].set(
+        updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(chosen, slot, length)].set(
             choice.token, mode="drop"
         )
 
@@ -138,7 +138,7 @@ def _unmask(
 
 
 def _keys(rows: Rows, offset_bw: Int[Array, "B W"]) -> tuple[Key[Array, "B W"], Key[Array, "B W"]]:
-    """Keys of a step's positions, for tokens and for their order: made of request, step and position alone."""
+    """Keys of a step's positions, for tokens and for their order; they depend only on request, step and position."""
 
     def of_row(key: Array, step: Array, offsets: Array) -> Array:
         keys = jax.vmap(lambda at: jax.random.fold_in(jax.random.fold_in(key, step), at))(offsets)

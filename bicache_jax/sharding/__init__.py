@@ -1,4 +1,4 @@
-"""Meshes `("data", "model")`, and how parameters and the arrays of the programs lie on them."""
+"""Meshes `("data", "model")`, and how parameters and the programs' arrays are placed on them."""
 
 from bicache_jax.sharding.meshes import DATA as DATA
 from bicache_jax.sharding.meshes import MODEL as MODEL

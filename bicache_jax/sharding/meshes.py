@@ -19,14 +19,14 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh from its description.
 
     Args:
-        spec: `data=4,model=2`; an axis left out has size 1.
-        devices: devices to use; None: all of this job, or the first ones of a single process if fewer are needed.
+        spec: `data=4,model=2`; an axis that is left out has size 1.
+        devices: devices to use; None: all devices of the job (a single process may use only the first ones).
 
     Returns:
         The mesh, axes `("data", "model")`.
 
     Raises:
-        BicacheError: the description cannot be read, or asks for more devices than there are.
+        BicacheError: the description cannot be parsed, or needs more devices than exist.
     """
     sizes = {DATA: 1, MODEL: 1}
     seen = set()
@@ -51,7 +51,7 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
-    """The mesh itself, if it is one that engines run on.
+    """Returns the mesh if engines can run on it.
 
     Raises:
         BicacheError: its axes are not `("data", "model")`.

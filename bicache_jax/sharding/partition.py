@@ -1,10 +1,10 @@
-"""How parameters are cut over the mesh axis `model`.
+"""How parameters are split over the mesh axis `model`.
 
 Heads, MLP columns and vocabulary are split (tensor parallelism, Megatron-LM, arXiv 1909.08053), with one sum after
 attention's output projection, one after the MLP, and one for the embedding.
 
-A size that the shards do not divide is padded with zero weights, and key/value heads fewer than the shards are held by
-all shards whose query heads read them (`Partition`). Both leave results as they are.
+A size that is not a multiple of the number of shards is padded with zero weights. If there are fewer key/value heads
+than shards, each head is copied to all shards with query heads that read it (`Partition`). Neither changes the results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MESH_AXES: Mapping[str | None, str | None] = {
     "layer": None,
     "width": None,
 }
-"""Mesh axis of each logical axis of a parameter; which logical axes a parameter has is its model's own table."""
+"""Mesh axis of each logical axis; each model has its own table of the logical axes of its parameters."""
 
 
 def _up(size: int, multiple: int) -> int:
@@ -40,10 +40,10 @@ def _up(size: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How a model's sizes are cut into `shards` parts.
+    """How a model's sizes are split into `shards` parts.
 
     Attributes:
-        logical: the architecture as the checkpoint has it.
+        logical: the architecture of the checkpoint.
         shards: size of the mesh axis `model`.
     """
 
@@ -52,7 +52,7 @@ class Partition:
 
     @functools.cached_property
     def _kv(self) -> tuple[int, int, int]:
-        """Key/value heads after padding, copies of each, and query heads that read one copy."""
+        """Number of key/value heads after padding, of copies of each, and of query heads that read one copy."""
         config, shards = self.logical, self.shards
         heads = next(
             k
@@ -64,7 +64,7 @@ class Partition:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture whose parameters are cut: the logical one, padded."""
+        """The padded architecture, before it is split."""
         heads, copies, group = self._kv
         return dataclasses.replace(
             self.logical,
@@ -76,7 +76,7 @@ class Partition:
 
     @property
     def local(self) -> ModelConfig:
-        """What one shard computes. Its vocabulary counts the tokens of the whole model."""
+        """The part of the architecture that one shard computes; `vocab_size` is that of the whole model."""
         whole = self.config
         return dataclasses.replace(
             whole,
@@ -87,13 +87,13 @@ class Partition:
         )
 
     def source(self, axis: str) -> np.ndarray | None:
-        """Where each index of a cut axis comes from: an index of the checkpoint's axis, or -1 for zeros.
+        """The source of each index of a padded axis: an index of the checkpoint's axis, or -1 for zeros.
 
         Args:
             axis: a logical axis.
 
         Returns:
-            Indices; None where the axis is as the checkpoint has it.
+            Indices; None if the axis is the same as in the checkpoint.
         """
         logical, whole = self.logical, self.config
         if axis in ("heads", "kv_heads"):
@@ -117,19 +117,19 @@ class Partition:
         return None if size == padded else np.where(np.arange(padded) < size, np.arange(padded), -1)
 
     def expand(self, leaf: Any, axes: Sequence[str]) -> Any:
-        """A checkpoint's parameter with the sizes of `config`; one that has them already stays as it is."""
-        for place, axis in enumerate(axes):
+        """A checkpoint's parameter, padded to the sizes of `config`; unchanged if it already has them."""
+        for index, axis in enumerate(axes):
             source = self.source(axis)
-            if source is not None and leaf.shape[place] != len(source):
+            if source is not None and leaf.shape[index] != len(source):
                 shape = [1] * leaf.ndim
-                shape[place] = -1
-                taken = leaf.take(np.maximum(source, 0), axis=place)
+                shape[index] = -1
+                taken = leaf.take(np.maximum(source, 0), axis=index)
                 leaf = taken * (source >= 0).reshape(shape).astype(leaf.dtype)
         return leaf
 
 
 def param_specs(table: Table, params: Any) -> Any:
-    """How each parameter is cut.
+    """How each parameter is split.
 
     Args:
         table: logical axes of each parameter, by path (`bicache_jax.models.transformer.AXES`).
@@ -139,7 +139,7 @@ def param_specs(table: Table, params: Any) -> Any:
         A tree of `PartitionSpec` like `params`.
 
     Raises:
-        ValueError: a parameter is not in the table, has another rank there, or would use a mesh axis twice.
+        ValueError: a parameter is not in the table, has a different rank there, or would use a mesh axis twice.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
@@ -164,7 +164,7 @@ def param_shardings(table: Table, params: Any, mesh: Mesh) -> Any:
 
 
 def shard_params(params: Any, table: Table, partition: Partition, mesh: Mesh) -> Any:
-    """Cuts a model that lies on one device or on the host; one that was loaded onto the mesh stays as it is."""
+    """Splits a model that is on one device or on the host; a model that is already on the mesh is not changed."""
     padded = jax.tree_util.tree_map_with_path(
         lambda path, leaf: partition.expand(leaf, table[tuple(entry.key for entry in path)]), params
     )

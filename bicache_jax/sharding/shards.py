@@ -1,7 +1,7 @@
-"""How the arrays of the programs lie on a mesh, and how a function is run on every shard of it.
+"""How the programs' arrays are placed on a mesh, and how a function runs on every shard of it.
 
-Every program runs under a fully manual `shard_map`, so that its collectives are the ones written down. Over `data`
-there are none: a data shard is a batch of its own, with its own prefixes and stop predicates.
+Every program runs under a fully manual `shard_map`, so that its only collectives are those in the code. There are none
+over `data`: each data shard is a separate batch with its own prefixes and stop conditions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STATE = DecodeState(rows=_EACH, deep=DeepCache(_KV, _KV), suffix=SuffixCache(_KV
 
 
 def on_shards(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function as each device of the mesh runs it on its part; as it is where there is no mesh."""
+    """A function that runs on each device's part of the arrays; the same function if there is no mesh."""
     if mesh is None:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,4 +1,4 @@
-"""TPU slices that are elsewhere, as libtpu's compiler describes them, and what it says on the way."""
+"""TPU slices that are not attached, as libtpu's compiler describes them, and its output to standard error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FORMS = "a slice is named by its sides in chips, as in v5e:1x1, v5e:2x4 or v5p:2
 
 
 def slice_name(name: str) -> str:
-    """A slice as the TPU compiler names it: `v5e:2x4` as it is, `v5e:1` as `v5e:1x1`.
+    """The TPU compiler's name for a slice: `v5e:2x4` is unchanged, `v5e:1` becomes `v5e:1x1`.
 
-    The compiler ends the process on a side of 0, so names are checked before it sees them.
+    The compiler aborts the process if a side is 0, so names are checked first.
 
     Raises:
-        BicacheError: the name has another form.
+        BicacheError: the name has a different form.
     """
     found = _SLICE.fullmatch(name)
     if found is None or (found["sides"].isdecimal() and found["sides"] != "1"):
@@ -33,13 +33,13 @@ def slice_name(name: str) -> str:
 
 
 def slice_devices(name: str) -> Sequence[Any]:
-    """Devices of a slice that need not be here, described by the TPU compiler.
+    """Devices of a slice, as the TPU compiler describes them; the slice need not be attached.
 
     Args:
         name: the slice, as `slice_name` takes it.
 
     Raises:
-        BicacheError: the name is wrong, the compiler is not installed, or it knows no such slice.
+        BicacheError: the name is wrong, the compiler is not installed, or it does not know the slice.
     """
     wanted = slice_name(name)
     expect_no_tpu()
@@ -58,8 +58,8 @@ def slice_devices(name: str) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Holds back what compilers write to the file descriptor of standard error; it is shown if the block raises."""
-    if sys.stderr is None:  # the descriptor is closed, or another file's
+    """Holds back what compilers write to standard error's file descriptor, and shows it if the block raises."""
+    if sys.stderr is None:  # the descriptor is closed or belongs to another file
         yield
         return
     sys.stderr.flush()
