@@ -46,7 +46,7 @@ def is_openai(record: Mapping[str, Any]) -> bool:
 
 
 def from_openai(
-    record: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None = None
+    record: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None, longest: int
 ) -> tuple[dict[str, Any], int | None]:
     """A line of a batch file as a request of ours.
 
@@ -58,6 +58,7 @@ def from_openai(
         record: the line.
         sampling: settings of a request that names none.
         auto_block: most tokens of a block where none is given (`bicache_jax.serving.requests.Parser`).
+        longest: tokens of the longest sequence that the model takes.
 
     Returns:
         The request, and the most tokens of its text (None: as many as the canvas has).
@@ -82,7 +83,7 @@ def from_openai(
     native |= {key: body[key] for key in _PASSED if body.get(key) is not None}
     if native.get("top_k") == -1:  # vLLM's word for all
         del native["top_k"]
-    lengths = {key: found for key in _LENGTHS if (found := integer(body, key, 1, 2**31)) is not None}
+    lengths = {key: found for key in _LENGTHS if (found := integer(body, key, 1, longest + 1)) is not None}
     if len(set(lengths.values())) > 1:
         raise BadRequest("'max_tokens' and 'max_completion_tokens' differ: give one of them")
     max_tokens = next(iter(lengths.values()), None)

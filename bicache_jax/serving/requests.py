@@ -57,7 +57,7 @@ class Parser:
         """
         max_tokens = None
         if is_openai(record):
-            record, max_tokens = from_openai(record, self.sampling, self.auto_block)
+            record, max_tokens = from_openai(record, self.sampling, self.auto_block, self.config.max_length)
         check_keys(record, KEYS, "a request")
         config = self.config
         given = [field for field in PROMPTS if record.get(field) is not None]
