@@ -83,10 +83,10 @@ class FakeSession:
                     steps=request.sampling.seed + sample,  # what the noise would be made of
                 )
                 if partial:
-                    yield {**result.to_json(), "text": "", "finish_reason": None}
+                    yield {**result.to_record(), "text": "", "finish_reason": None}
                 time.sleep(float(self.options.get("wait", 0)))
                 if self.options.get("error") == request.id:
-                    yield Result(request.id, finish_reason="error", error=f"{request.id}: does not fit").to_json()
+                    yield Result(request.id, finish_reason="error", error=f"{request.id}: does not fit").to_record()
                     break
                 while self.options.get("deaf") == request.id:  # as in jax's callback of the garbage collector
                     with contextlib.suppress(KeyboardInterrupt):
@@ -97,7 +97,7 @@ class FakeSession:
                     with open(self.options["log"], "a") as log:
                         log.write(f"{request.id}/{first + sample}\n")
                 self.counts.tokens += 2
-                yield result.to_json()
+                yield result.to_record()
 
 
 def write_requests(path: Path, count: int, **more) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import golden
 import pytest
-from fake_run import FakeRun, write_requests
+from fake_run import FakeSession, write_requests
 from word_tokenizer import word_tokenizer
 
 from bicache_jax.cli import backend, main
@@ -116,11 +116,11 @@ def test_faults_of_a_line_name_what_is_wrong(line: dict[str, Any], word: str) ->
 
 def _record(name: str, sample: int = 0, **more: Any) -> dict[str, Any]:
     result = Result(name, sample, (5, 6, 7), "w5 w6", "stop", steps=3, prompt_len=9, text_len=2)
-    return result.to_json() | more
+    return result.to_record() | more
 
 
 def test_results_become_one_line_a_request() -> None:
-    failed = Result("bad", finish_reason="error", error="line 3: bad").to_json()
+    failed = Result("bad", finish_reason="error", error="line 3: bad").to_record()
     broken = _record("late", finish_reason="error", error="not finite", text=None)
     samples = [_record("a", chat=True), _record("a", 1, chat=True, finish_reason="length")]
     records = [*samples, failed, _record("b"), broken]
@@ -156,7 +156,7 @@ def test_a_line_is_there_when_all_its_samples_are() -> None:
 def test_the_command_writes_both_formats(
     monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(backend, "Run", FakeRun)
+    monkeypatch.setattr(backend, "open_session", FakeSession)
     monkeypatch.chdir(tmp_path)
     write_requests(tmp_path / "in.jsonl", 4, n=2)
     flags = ["generate", "--model", "fake", "--input", "in.jsonl", "--quiet"]
