@@ -165,7 +165,7 @@ class Job:
                     continue
                 self.errors += 1
                 if place not in journal.errors:
-                    journal.add(item.to_json(), index=place, of=1)
+                    journal.add(item.to_record(), index=place, of=1)
             total = sum(request.n for request in todo)
             kept = sum((request.id, sample) in journal.finished for request in todo for sample in range(request.n))
             each = size / total if total else 0.0

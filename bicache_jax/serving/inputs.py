@@ -58,7 +58,7 @@ class Requests:
         """Yields results in input order, None as long as the next one is not in `finished` yet."""
         for item in self.items:
             if isinstance(item, Result):
-                yield item.to_json()
+                yield item.to_record()
                 continue
             sample = 0
             while sample < item.n:
