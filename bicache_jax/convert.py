@@ -95,7 +95,9 @@ def _write_safetensors(folder: Path, params: Mapping[str, Any], mapping: TensorM
 
     def flush() -> None:
         if held:
-            save_file(held, folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
+            file = folder / f"part-{len(files):05d}.safetensors"
+            save_file(held, file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", file)  # the library lets nobody else read it
             files.append(list(held))
             held.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -216,3 +217,43 @@ def test_table_of_another_model_is_refused_or_warned_of(whole, tmp_path, capfd):
     write(path, [table | {"num_layers": 32}])
     assert main(["generate", *FLAGS, *HERE, "--input", str(whole[0]), *flags]) == 2
     assert "is for a model of 32 layers" in capfd.readouterr().err
+
+
+def again(requests: Path, output: Path, *flags: str) -> int:
+    return main(["generate", *FLAGS, *HERE, "--input", str(requests), "--output", str(output), *flags])
+
+
+def test_a_finished_output_is_resumed_by_its_own_run_only(tmp_path, capsys):
+    requests, output = write(tmp_path / "in.jsonl", request_lines()[:2]), tmp_path / "out.jsonl"
+    assert again(requests, output) == 0
+    done = output.read_bytes()
+    manifest = json.loads(Path(f"{output}.manifest.json").read_text())["outputs"]["out.jsonl"]
+    assert (manifest["requests"], manifest["results"], manifest["errors"]) == (2, 2, 0)
+    assert again(requests, output, "--resume") == 0 and output.read_bytes() == done
+    capsys.readouterr()
+    for change, named in ((["--seed", "4"], "seed was 3 and is 4 now"), (["--boundary", "3"], "boundary was 2")):
+        assert again(requests, output, "--resume", *change) == 2
+        assert named in capsys.readouterr().err
+    write(requests, request_lines()[1:3])
+    assert again(requests, output, "--resume") == 2 and "input was" in capsys.readouterr().err
+    assert output.read_bytes() == done
+    assert again(requests, output, "--overwrite") == 0 and output.read_bytes() != done
+    output.write_bytes(done)
+    assert again(requests, output, "--resume") == 2 and "was changed since it was written" in capsys.readouterr().err
+    Path(f"{output}.manifest.json").unlink()
+    assert again(requests, output, "--resume") == 2 and "--overwrite begins again" in capsys.readouterr().err
+
+
+def test_a_finished_output_with_errors_says_so_again(tmp_path):
+    requests, output = write(tmp_path / "in.jsonl", [*request_lines()[:1], {"prompt_ids": []}]), tmp_path / "out.jsonl"
+    assert again(requests, output) == 3
+    assert again(requests, output, "--resume") == 3
+
+
+def test_compressed_requests_are_read(tmp_path, whole, capsys):
+    packed = tmp_path / "in.jsonl.gz"
+    packed.write_bytes(gzip.compress(whole[0].read_bytes()))
+    assert again(packed, tmp_path / "out.jsonl") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == whole[1].read_bytes()
+    packed.write_bytes(packed.read_bytes()[:-20])
+    assert again(packed, tmp_path / "torn.jsonl") == 2 and "not a whole gzip file" in capsys.readouterr().err
