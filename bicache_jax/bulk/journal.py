@@ -113,6 +113,10 @@ class Journal:
             self._write(dump(header))
             self._sync()
 
+    def is_of(self, run: Mapping[str, Any]) -> bool:
+        """Whether this very run has begun the journal that was found, be there results in it or not."""
+        return self._found == header_of(run)
+
     def add(self, record: Record) -> None:
         """Writes a finished result.
 
@@ -275,7 +279,7 @@ def header_of(run: Mapping[str, Any]) -> Record:
 
 
 OVERWRITE = "--overwrite begins again"
-_REPEAT = "repeat the first command with --resume, or delete the journal to begin again"
+_REPEAT = f"repeat the first command with --resume, or {OVERWRITE}"
 
 
 def check_same_run(path: object, found: Record, header: Record, *, hint: str = _REPEAT) -> None:

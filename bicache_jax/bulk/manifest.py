@@ -62,9 +62,12 @@ def read_manifest(path: AnyPath) -> dict[str, Entry]:
         BicacheError: it cannot be read, or is damaged.
     """
     with faults(f"cannot read {path}"):
-        if not exists(path):
+        try:
+            text = read_bytes(path)
+        except Exception:  # bucket libraries raise many kinds
+            if exists(path):
+                raise
             return {}
-        text = read_bytes(path)
     try:
         found = json.loads(text)
         if found["format"] != FORMAT:
@@ -102,9 +105,10 @@ def check_finished(path: AnyPath, output: AnyPath, entry: Entry | None, run: Map
     check_same_run(path, header_of(entry.run), header_of(run), hint=f"repeat that command, or {OVERWRITE}")
     if entry.input != digest:
         raise BicacheError(f"{output} was made from another input, which was edited since: {OVERWRITE}")
-    if entry.output and entry.with_output(output).output != entry.output:
+    found = entry.with_output(output)
+    if entry.output and found.output != entry.output:
         raise BicacheError(f"{output} was changed since it was written: {OVERWRITE}")
-    return entry
+    return found
 
 
 def digest_of(lines: Iterable[bytes]) -> str:

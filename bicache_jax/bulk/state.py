@@ -107,6 +107,7 @@ class State:
         self._folder = self.output / f"_state{worker.suffix}"
         self._files = {path.name: path for path in files}
         self._manifest = self.output / f"_manifest{worker.suffix}.json"
+        self._noted = self._folder / "inputs.json"  # what the manifest will say, from before there is an output
         self.form: Form = native_form
         self._run: Mapping[str, Any] = {}
         with self._faults():
@@ -164,10 +165,9 @@ class State:
         return finished
 
     def _check_finished(self, name: str) -> Entry:
-        final, said = self.final(name), {}
-        # In this order: who finishes the job writes the one before it removes the other.
-        for path in (self._folder / "inputs.json", self._manifest):
-            said.update(read_manifest(path))
+        final = self.final(name)
+        noted = read_manifest(self._noted)  # first: it is removed when the manifest is written
+        said = {**read_manifest(self._manifest), **noted}
         with self._faults():
             digest = digest_of(Lines(self._files[name]))
         return check_finished(self._manifest, final, said.get(final.name), self._run, digest)
@@ -261,15 +261,15 @@ class State:
         return [self.final(name) for name in self._files]
 
     def _put_together(self, windows: Mapping[str, Sequence[int]], read: Mapping[str, tuple[str, int]]) -> bool:
-        if self.is_over():
+        if self.is_over():  # a run may have been killed before it said what they were made from
+            self._complete_manifest()
             return True
         write_whole(self._done(self.worker.number), [b"done\n"])
         if not all(exists(self._done(number)) for number in range(self.worker.count)) and not self.is_over():
             return False
         # Kept before the first output appears: a restart in the middle must know what it was made from.
         made = {self.final(name).name: Entry(self._run, *read[name]) for name in windows}
-        noted = self._folder / "inputs.json"
-        write_manifest(noted, {**read_manifest(noted), **made}, self._temporary("inputs.json"))
+        write_manifest(self._noted, {**read_manifest(self._noted), **made}, self._temporary("inputs.json"))
         for name, numbers in windows.items():
             if not self.is_complete(name):
                 try:
@@ -277,16 +277,32 @@ class State:
                 except BicacheError:
                     if not self.is_complete(name):  # else: another worker was faster
                         raise
-        entries = {**read_manifest(self._manifest), **read_manifest(noted)}
-        for final in map(self.final, self._files):
-            if not entries[final.name].output:
-                entries[final.name] = entries[final.name].with_output(final)
-        write_manifest(self._manifest, entries, self._temporary("manifest.json"))
+        self._complete_manifest()
         return True
+
+    def _complete_manifest(self) -> None:
+        """Says what the outputs were made from, unless another worker has said it and removed the notes."""
+        noted = read_manifest(self._noted)  # before the manifest, which is written before this is removed
+        entries = {**noted, **read_manifest(self._manifest)}
+        new = [final for final in map(self.final, self._files) if final.name in noted]
+        if not new:
+            return
+        for final in new:
+            entries[final.name] = noted[final.name].with_output(final)
+        write_manifest(self._manifest, entries, self._temporary("manifest.json"))
 
     def is_over(self) -> bool:
         """Whether all outputs are complete."""
         return all(map(self.is_complete, self._files))
+
+    def is_settled(self) -> bool:
+        """Whether all outputs are complete and the manifest says what they were made from.
+
+        Raises:
+            BicacheError: a bucket does not answer.
+        """
+        with self._faults():
+            return self.is_over() and not exists(self._noted)
 
     @contextlib.contextmanager
     def unless_over(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
     failed = tried = 0
     for poll in itertools.count(1):
         try:
-            if state.is_over():
+            if state.is_settled():
                 break
             failed = 0
         except BicacheError:  # a bucket that is busy for a moment must not end a worker that has done its part

@@ -113,7 +113,9 @@ class FileOutput(Output):
         """
         super().begin(requests, run)
         self._entry = Entry(run, requests.digest, len(requests.items))
-        if self._resume and not self._journal.finished and os.path.exists(self.path):
+        # A kill may leave a journal of this run without a result in it, beside an older output or its own.
+        begun = self._journal.finished or self._journal.is_of(run)
+        if self._resume and not begun and os.path.exists(self.path):
             found = read_manifest(self._manifest).get(Path(self.path).name)
             self.complete = check_finished(self._manifest, Path(self.path), found, run, requests.digest)
             self._written = True

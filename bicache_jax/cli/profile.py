@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--output", required=True, metavar="FILE", help="boundary table, JSON")
     files.add_argument("--plot", metavar="FILE", help="heat map, PNG (default: OUTPUT with .png; needs matplotlib)")
     files.add_argument("--no-plot", action="store_true", help="draw nothing")
-    files.add_argument("--resume", action="store_true", help="go on with OUTPUT.journal after a run that was cut short")
+    again = files.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with OUTPUT.journal after a run that was cut short")
+    again.add_argument("--overwrite", action="store_true", help="begin again, whatever an earlier run left")
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -88,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if plot is not None:
         _require_matplotlib(explicit=args.plot is not None)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(journal_path(args.output), resume=args.resume))
+        path = journal_path(args.output)
+        journal = stack.enter_context(Journal(path, resume=args.resume, overwrite=args.overwrite))
         model = backend.load(args)
         samples = _samples(args, model, data.lines, data.source)
         settings = {name: value for name, value in vars(args).items() if name in _DETERMINING}
