@@ -48,7 +48,7 @@ class Topology:
         devices_per_chip: devices that a chip appears as.
         device_kind: what JAX calls them.
         mlp_copies: activations as wide as the MLP that its compiler holds at a time (`scripts/what_fits.py` shows it).
-        weight_copies: copies of all parameters that it makes in front of a program: on TPU7x it tiles them anew.
+        weight_copies: copies of all parameters that it makes in front of a program: on TPU7x it tiles them again.
         source: where the figures are from.
     """
 
