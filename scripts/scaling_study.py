@@ -43,7 +43,7 @@ def largest(config: ModelConfig, generation: str, model: int) -> int:
 
 
 def job_of(config: ModelConfig, per_prefix: int) -> Job:
-    """The work of a row."""
+    """The run of a row."""
     return Job(
         prefix=PREFIX,
         suffix=SUFFIX,
@@ -103,7 +103,7 @@ def study() -> str:
     lines += [
         "",
         "More data shards change nothing on a device: each has prefixes and rows of its own. What the TPU compiler says"
-        " at the largest batches stands beside the planner's figures in `what_fits.md`.",
+        " at the largest batches is beside the planner's figures in `what_fits.md`.",
         "",
         "## Requests an hour, at the largest batch that is planned to fit",
         "",

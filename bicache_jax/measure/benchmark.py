@@ -84,13 +84,13 @@ def synthetic_requests(config: ModelConfig, case: Case, seed: int = 0) -> list[R
     """Random prompts of exactly the case's lengths, neighbours in one prefix.
 
     Raises:
-        BicacheError: the lengths leave no room.
+        BicacheError: the lengths do not go together.
     """
     rest = case.suffix - case.sampling.gen_length
     least = config.shifted
     if rest < least:
         raise BicacheError(
-            f"--suffix {case.suffix} leaves no room for --gen-length {case.sampling.gen_length}"
+            f"--suffix {case.suffix} is too short for --gen-length {case.sampling.gen_length}"
             + (" and a prompt token" if least else "")
         )
     if case.prefix + rest < 1:
@@ -145,7 +145,7 @@ class EngineRunner:
         return time.perf_counter() - started
 
     def job(self) -> Job:
-        """The work of a row; prefixes are shared by as many rows as they are on average."""
+        """The run of a row; prefixes are shared by as many rows as they are on average."""
         plan = self._last.plan(self._requests)
         return dataclasses.replace(
             jobs(plan.rows, self._cache)[0],

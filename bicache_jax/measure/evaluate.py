@@ -213,7 +213,7 @@ def measure_speed(
     """Times engines on the same requests, in turns, so that a slow minute of the machine hits all alike.
 
     Each engine answers the requests once before, so that nothing is traced or compiled while the clock runs; prefixes
-    are encoded anew in every turn.
+    are encoded again in every turn.
 
     Args:
         engines: one for each policy.

@@ -63,7 +63,7 @@ def collectives(text: str) -> list[Collective]:
         text: what `compiled.as_text()` gives.
 
     Returns:
-        One entry an instruction; one in a loop stands once, however often the loop turns.
+        One entry an instruction; one in a loop is counted once, however often the loop turns.
     """
     return [
         Collective(found["kind"], _groups(line), _nbytes(found["type"]))

@@ -113,7 +113,7 @@ def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
         if policy != "none":
             slowest = [none.get(place) or next(iter(none.values())) for place in places]
             limit = [result["limit"] * base["tokens_per_s"] for result, base in zip(found, slowest, strict=True)]
-            speed.plot(places, limit, linestyle="--", color=drawn.get_color(), alpha=0.6, label="limit: none x work")
+            speed.plot(places, limit, linestyle="--", color=drawn.get_color(), alpha=0.6, label="limit: none x flops")
             if across == "prefix":
                 for place, result in zip(places, found, strict=True):
                     speed.annotate(

@@ -19,7 +19,7 @@ from bicache_jax.measure.evaluate import parse_policy
 def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> dict[str, float]:
     """Times `bicache generate --stream` from process start to the first line that it prints.
 
-    N is 1 there, so that the first line stands for the first denoising step; N is traced, the programs are the case's.
+    N is 1 there, so that the first line is of the first denoising step; N is traced, the programs are the case's.
 
     Args:
         config: the architecture.

@@ -17,7 +17,7 @@ from bicache_jax.decoding.schedule import even_counts
 from bicache_jax.measure.benchmark import Case, synthetic_requests
 from bicache_jax.serving.flops import Job, row_flops
 
-# transformers' names of a layer's tensors -> where they stand in the parameter tree
+# transformers' names of a layer's tensors -> where they are in the parameter tree
 _LAYER = {
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",

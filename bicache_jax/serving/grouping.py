@@ -195,7 +195,7 @@ def plan_batches(
     batch_boundary: Literal["own", "min"] = "own",
     rows_of: Callable[[int, int], int] | None = None,
 ) -> list[Batch]:
-    """Packs rows into batches.
+    """Puts rows into batches.
 
     Rows of a batch share boundary, decoding settings and shape buckets; prefixes mix freely. Within such a class rows
     are sorted by prefix, so that a prefix's rows are neighbours and its batches follow each other.
