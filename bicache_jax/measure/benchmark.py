@@ -1,7 +1,7 @@
-"""What a policy gives on this machine, and how much of what is possible that is.
+"""How fast each policy is on this machine, and how close that is to the possible gain.
 
-All settings are measured in one process, in turns, so that a slow minute of a shared machine hits every policy alike;
-ratios are taken within a turn.
+All settings are measured in one process, in turns, so that a slow minute of a shared machine affects every policy.
+Ratios are computed within a turn.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Case:
     """One setting.
 
     Attributes:
-        policy: as `bicache evaluate` names them, or the name of a baseline.
-        prefix: tokens of the shared prefix.
-        suffix: tokens of the rest of the prompt and the response.
-        rows: rows of the batch.
+        policy: a policy name as in `bicache evaluate`, or the name of a baseline.
+        prefix: tokens in the shared prefix.
+        suffix: tokens in the rest of the prompt and the response.
+        rows: rows in the batch.
         prefixes: prefixes that they share.
         refresh_interval: N.
-        boundary: b; `auto` takes the model's table.
+        boundary: b; `auto` uses the model's table.
         sampling: decoding settings.
     """
 
@@ -55,16 +55,16 @@ class Case:
 
     @property
     def workload(self) -> tuple[Any, ...]:
-        """What is asked, whatever the policy: cases with equal workloads are compared."""
+        """The case without its policy settings: cases with equal workloads are compared."""
         return self.prefix, self.suffix, self.rows, self.prefixes, self.sampling
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """Something that can run a case over and over."""
+    """Runs a case repeatedly."""
 
     def prepare(self) -> None:
-        """Compiles whatever needs to be."""
+        """Compiles the programs."""
         ...
 
     def run(self) -> float:
@@ -72,19 +72,19 @@ class Runner(Protocol):
         ...
 
     def first_token(self) -> float:
-        """Seconds until a first token is unmasked, the encoding of the prefixes included."""
+        """Seconds until the first token is unmasked, including the encoding of the prefixes."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the case besides time."""
+        """What is known about the case, except times."""
         ...
 
 
 def synthetic_requests(config: ModelConfig, case: Case, seed: int = 0) -> list[Request]:
-    """Random prompts of exactly the case's lengths, neighbours in one prefix.
+    """Random prompts of exactly the case's lengths; neighbouring requests share a prefix.
 
     Raises:
-        BicacheError: the lengths leave no room.
+        BicacheError: the lengths do not fit.
     """
     rest = case.suffix - case.sampling.gen_length
     least = config.shifted
@@ -111,7 +111,7 @@ def synthetic_requests(config: ModelConfig, case: Case, seed: int = 0) -> list[R
 
 
 class EngineRunner:
-    """Runs a case as any user's program would: through `Engine.generate`."""
+    """Runs a case as a user's program does: with `Engine.generate`."""
 
     def __init__(self, model: Model, case: Case, attention: str = "auto") -> None:
         cache = CacheConfig(boundary=case.boundary, refresh_interval=case.refresh_interval)  # type: ignore[arg-type]
@@ -125,27 +125,27 @@ class EngineRunner:
         return Engine(self._model, cache=cache, batch_size=self._rows, attention=self._attention)
 
     def prepare(self) -> None:
-        """Compiles: a run up to the first token uses the programs of the whole one."""
+        """Compiles: a run up to the first token uses the same programs as the whole run."""
         before = self._engine(self._cache)
         self.first_token()
         self._compile_seconds = before.stats.compile_seconds
 
     def run(self) -> float:
-        """Runs all rows to their end."""
+        """Runs all rows to the end."""
         self._last = self._engine(self._cache)
         started = time.perf_counter()
         self._last.generate(self._requests)
         return time.perf_counter() - started
 
     def first_token(self) -> float:
-        """A dispatch of one step (their number is traced, so nothing compiles for it)."""
+        """Times a dispatch of one step (the number of steps is traced, so nothing is compiled)."""
         engine = self._engine(self._cache)
         started = time.perf_counter()
         next(engine.stream(self._requests, every=1))
         return time.perf_counter() - started
 
     def job(self) -> Job:
-        """The work of a row; prefixes are shared by as many rows as they are on average."""
+        """The work of a row; the prefix counts as shared by the average number of rows."""
         plan = self._last.plan(self._requests)
         return dataclasses.replace(
             jobs(plan.rows, self._cache)[0],
@@ -153,7 +153,7 @@ class EngineRunner:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Work, memory, and what the engine counted."""
+        """Work, memory, and the engine's counters."""
         plan, stats = self._last.plan(self._requests), self._last.stats
         batch = plan.batches[0]
         backbone = backbone_for(self._model.config, self._attention)
@@ -178,9 +178,10 @@ class EngineRunner:
 
 
 def matmul_peak(dtype: Any) -> Callable[[], float]:
-    """A function that measures how many operations a second a large matrix product makes.
+    """A function that measures the operations per second of a large matrix product.
 
-    A try is short; of many, spread over a whole run, some are left alone even on a shared machine, and the best counts.
+    One call is short. Of many calls, spread over a whole run, some are undisturbed even on a shared machine; use the
+    best.
     """
     from bicache_jax.core.numerics import precision
 
@@ -202,7 +203,7 @@ def matmul_peak(dtype: Any) -> Callable[[], float]:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that the accelerator moves; infinite on CPU, where caches make one number meaningless."""
+    """Memory bandwidth of the accelerator in bytes per second; infinite on CPU, where it depends on the caches."""
     if jax.default_backend() == "cpu":
         return math.inf
     x = jnp.ones((256 * 2**20,), jnp.bfloat16)
@@ -219,7 +220,7 @@ def memory_bandwidth() -> float:
 
 
 def device_name() -> str:
-    """The device, in words."""
+    """Name of the device for reports."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{device.device_kind} x {jax.device_count()}"
@@ -227,7 +228,7 @@ def device_name() -> str:
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, where the system says so: were measurements disturbed?"""
+    """Load average of the last minute, if available; it shows whether other processes disturbed the measurements."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -256,8 +257,8 @@ def measure(
     Args:
         runners: the cases.
         peak: measures the matmul peak.
-        repeats: most turns.
-        seconds: no turn begins that would probably end later; the first always runs.
+        repeats: largest number of turns.
+        seconds: no turn begins if it would probably end later than this; the first always runs.
         progress: called after each run.
 
     Returns:
@@ -298,14 +299,14 @@ def report(
 ) -> list[dict[str, Any]]:
     """One record for each case; JSON values only."""
     records = []
-    references = {case.workload: place for place, case in enumerate(cases) if case.policy == "none"}
-    for place, (case, runner) in enumerate(zip(cases, runners, strict=True)):
+    references = {case.workload: index for index, case in enumerate(cases) if case.policy == "none"}
+    for index, (case, runner) in enumerate(zip(cases, runners, strict=True)):
         tokens = case.rows * case.sampling.gen_length
-        seconds = statistics.median(times[:, place])
+        seconds = statistics.median(times[:, index])
         facts = runner.facts()
         ratios = None
         if case.workload in references:
-            ratios = times[:, references[case.workload]] / times[:, place]
+            ratios = times[:, references[case.workload]] / times[:, index]
         ratio = None if ratios is None else float(np.median(ratios))
         limit = None
         if isinstance(runner, EngineRunner):
@@ -323,7 +324,7 @@ def report(
                 "gen_length": case.sampling.gen_length,
                 "tokens_per_s": round(tokens / seconds, 3),
                 "tokens_per_s_spread": [
-                    round(tokens / float(t), 3) for t in (times[:, place].max(), times[:, place].min())
+                    round(tokens / float(t), 3) for t in (times[:, index].max(), times[:, index].min())
                 ],
                 "seconds": round(seconds, 4),
                 "ratio_to_none": _rounded(ratio),
@@ -331,7 +332,7 @@ def report(
                 "limit": _rounded(limit),
                 "limit_share": _rounded(ratio / limit) if ratio is not None and limit is not None else None,
                 "mfu": _rounded(facts["flops"] / (seconds * peak)),
-                "first_token_s": _rounded(statistics.median(firsts[:, place])),
+                "first_token_s": _rounded(statistics.median(firsts[:, index])),
                 **facts,
             }
         )

@@ -1,4 +1,4 @@
-"""Accuracy of several policies on the same requests, and whether their difference means anything."""
+"""Accuracy of several policies on the same requests, and whether they differ significantly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bicache_jax.serving.requests import exact_match as exact_match
 Scorer = Callable[[str, Sequence[str]], bool]
 
 TURNS = 3
-"""Turns in which speed is measured, behind one that is not counted."""
+"""Turns in which speed is measured, after one warm-up turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Item:
     """A question.
 
     Attributes:
-        request: what is asked.
-        answers: answers that count as right.
+        request: the request.
+        answers: answers that are accepted as right.
         kind: kind of question, for the breakdown.
     """
 
@@ -41,16 +41,16 @@ class Item:
 
 
 def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, source: str) -> list[Item]:
-    """Questions from the lines of a request file whose requests have an `answer`, and perhaps a `kind`.
+    """Questions from the lines of a request file; each request has an `answer` and may have a `kind`.
 
     Args:
-        lines: JSON, or records; blank lines are left out.
-        model: who is asked.
-        sampling: what requests do not set themselves.
-        source: what messages call the file.
+        lines: JSON, or records; blank lines are skipped.
+        model: the model.
+        sampling: defaults for settings that a request does not name.
+        source: name of the file for messages.
 
     Raises:
-        BicacheError: a request is bad or has no answer, or there are none.
+        BicacheError: a request is invalid or has no answer, or there are no requests.
     """
     records = []
     for line in lines:
@@ -80,12 +80,12 @@ def _last_number(text: str) -> float | None:
 
 
 def numeric_match(text: str, answers: Sequence[str]) -> bool:
-    """The last number of the response equals an answer (as GSM8K is scored; thousands separators allowed)."""
+    """The last number in the response equals an answer (as in GSM8K; thousands separators are allowed)."""
     value = _last_number(text)
     return value is not None and value in map(_last_number, answers)
 
 
-# In the order in which they are believed; "I think" and "A man" name no choice as long as another letter does.
+# In order of trust. The words "I" and "A", as in "I think" or "A man", only count if no other letter does.
 _CHOICES = (
     r"(?i:answer)\W*(?:(?i:is)\b)?\W*([A-J])\b",
     r"\(([A-J])\)",
@@ -96,7 +96,7 @@ _CHOICES = (
 
 
 def choice_match(text: str, answers: Sequence[str]) -> bool:
-    """The letter from A to J that the response chooses is the answer's: "answer is B", "(B)", "B." or a lone B."""
+    """The response chooses the answer's letter, A to J: "answer is B", "(B)", "B." or a single B."""
     found = next((match[1] for pattern in _CHOICES if (match := re.search(pattern, text))), None)
     return found is not None and found in [answer.strip().strip("().").upper() for answer in answers]
 
@@ -108,7 +108,7 @@ def find_scorer(name: str) -> Scorer:
     """A scorer by name, or by import path `package.module:function`.
 
     Raises:
-        BicacheError: there is none of that name.
+        BicacheError: there is no scorer with that name.
     """
     if name in SCORERS:
         return SCORERS[name]
@@ -130,7 +130,7 @@ def parse_policy(name: str, cache: CacheConfig) -> CacheConfig:
     """A policy as named on the command line: `none`, `naive`, `bicache`, each also with `+prefix` or `+dual`.
 
     Raises:
-        BicacheError: the name is none of these.
+        BicacheError: the name is something else.
     """
     policies: dict[str, Policy] = {policy: policy for policy in POLICIES}
     caches: dict[str, BlockCache] = {cache: cache for cache in BLOCK_CACHES}
@@ -150,7 +150,7 @@ class Comparison:
     """How a policy's accuracy differs from the reference's on the same questions.
 
     Attributes:
-        difference: accuracy less the reference's.
+        difference: accuracy minus the reference's.
         interval: 95 % percentile bootstrap interval over questions, paired.
         p_value: exact McNemar test of equal accuracy.
     """
@@ -164,10 +164,10 @@ def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, 
     """Compares two policies question by question.
 
     Args:
-        right: whether the policy answered each question.
-        reference: whether the other did.
+        right: whether the policy answered each question correctly.
+        reference: whether the reference did.
         seed: seed of the bootstrap.
-        resamples: its resamples.
+        resamples: number of resamples.
 
     Returns:
         Difference, interval and p-value.
@@ -181,8 +181,8 @@ def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, 
 
 
 def _answer_tokens(model: Model, result: Result) -> tuple[int, ...]:
-    """Response tokens up to the first end of text: what is behind it is no part of an answer."""
-    end = next((place for place, token in enumerate(result.token_ids) if token in model.config.eos_ids), None)
+    """Response tokens up to the first end of text; the rest is not part of the answer."""
+    end = next((index for index, token in enumerate(result.token_ids) if token in model.config.eos_ids), None)
     return result.token_ids[:end]
 
 
@@ -198,7 +198,7 @@ def _breakdown(right: Sequence[bool], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def reference_of(policies: Sequence[str]) -> int:
-    """Place of the policy that the others are compared with: `none` if it is named, else the first."""
+    """Index of the policy that the others are compared with: `none` if it is in the list, else the first."""
     return list(policies).index("none") if "none" in policies else 0
 
 
@@ -210,16 +210,16 @@ def measure_speed(
     seconds: float = 60.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Times engines on the same requests, in turns, so that a slow minute of the machine hits all alike.
+    """Times engines on the same requests, in turns, so that a slow minute of the machine affects all of them.
 
-    Each engine answers the requests once before, so that nothing is traced or compiled while the clock runs; prefixes
-    are encoded anew in every turn.
+    Each engine first answers the requests once, so that nothing is traced or compiled while times are measured.
+    Prefixes are encoded again in every turn.
 
     Args:
         engines: one for each policy.
-        requests: what they answer.
-        turns: most turns.
-        seconds: no turn begins after that, from the third on.
+        requests: the requests.
+        turns: largest number of turns.
+        seconds: no turn begins after this time; two turns are always measured.
         progress: called with the number of responses after each run.
 
     Returns:
@@ -240,7 +240,7 @@ def measure_speed(
 
 
 def _texts(model: Model, results: Sequence[Result]) -> list[str]:
-    """Responses as text; token ids in words where the model has no tokenizer."""
+    """Responses as text; if the model has no tokenizer, the token ids as numbers separated by spaces."""
     if model.tokenizer is not None:
         return [result.text or "" for result in results]
     return [" ".join(map(str, _answer_tokens(model, result))) for result in results]
@@ -264,19 +264,17 @@ def evaluate(
     Args:
         model: the model.
         items: the questions.
-        policies: names as `parse_policy` takes them; all are compared with `none` if it is among them, else with the
-            first.
+        policies: names for `parse_policy`; all are compared with `none` if it is in the list, else with the first.
         cache: settings that policies share.
         sampling: decoding settings.
         scorer: decides whether a response is right.
-        batch_size: most rows of a batch.
+        batch_size: largest number of rows in a batch.
         attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
-        timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
-        progress: called with the number of responses that have been made since.
+        timed: number of questions, from the first, on which speed is measured (`measure_speed`); 0: none.
+        progress: called with the number of new responses.
 
     Returns:
-        For each policy its accuracy, agreement with `none`, speed and work; JSON values only, null what was not
-        measured.
+        For each policy its accuracy, agreement with `none`, speed and work; JSON values only, null if not measured.
 
     Raises:
         BicacheError: there are no questions, or the scorer fails.
@@ -305,21 +303,21 @@ def evaluate(
         boundaries.append(sorted({result.boundary for result in found}))
         intervals.append(sorted({result.refresh_interval for result in found}))
     stats = [engine.stats for engine in engines]
-    place = reference_of(policies)
+    reference = reference_of(policies)
     times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
     made = sum(request.sampling.gen_length for request in requests[:timed])
     results: list[dict[str, Any]] = []
     for index, name in enumerate(policies):
-        comparison = compare(right[index], right[place])
-        ratio = None if times is None else times[:, place] / times[:, index]
-        agreement = [a == b for a, b in zip(tokens[index], tokens[place], strict=True)]
+        comparison = compare(right[index], right[reference])
+        ratio = None if times is None else times[:, reference] / times[:, index]
+        agreement = [a == b for a, b in zip(tokens[index], tokens[reference], strict=True)]
         results.append(
             {
                 "policy": name,
                 "samples": len(items),
                 "exact_match": _share(right[index]),
                 "agreement": _share(agreement) if "none" in policies else None,
-                "compared_with": policies[place],
+                "compared_with": policies[reference],
                 "difference": round(comparison.difference, 6),
                 "difference_interval": [round(value, 6) for value in comparison.interval],
                 "mcnemar_p": comparison.p_value,
@@ -339,7 +337,7 @@ def evaluate(
 
 
 def _limit(engine: Engine, requests: Sequence[Request]) -> float | None:
-    """Ratio of operations; none can be counted before the run where confidence decides how many steps there are."""
+    """Ratio of operations; None if confidence decides the number of steps, which is unknown before the run."""
     if any(request.sampling.by_confidence for request in requests):
         return None
     return round(engine.plan(requests).gain, 3)
@@ -358,7 +356,7 @@ def _decade(ratio: int) -> str:
 
 
 def _ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:
-    """Prefix ratio of each request, whatever a policy makes of it."""
+    """Prefix ratio of each request, independent of the policy."""
     engine = Engine(model, cache=parse_policy("naive", cache), sampling=sampling)
     by_id = {row.request.id: row.ratio for row in engine.plan(requests).rows}
     return [by_id[request.id] for request in requests]

@@ -24,7 +24,7 @@ class Collective:
 
     Attributes:
         kind: its opcode.
-        groups: the devices that take part together, by place in the mesh; empty: all of them.
+        groups: groups of devices that communicate, by index in the mesh; empty: all devices.
         nbytes: bytes of its result on a device.
     """
 
@@ -60,10 +60,10 @@ def collectives(text: str) -> list[Collective]:
     """Reads the collectives of a program.
 
     Args:
-        text: what `compiled.as_text()` gives.
+        text: the result of `compiled.as_text()`.
 
     Returns:
-        One entry an instruction; one in a loop stands once, however often the loop turns.
+        One entry per instruction; an instruction in a loop is listed once.
     """
     return [
         Collective(found["kind"], _groups(line), _nbytes(found["type"]))

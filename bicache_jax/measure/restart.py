@@ -1,4 +1,4 @@
-"""How long a fresh process takes to its first token, with and without compiled programs kept from an earlier one."""
+"""Time to the first token in a new process, with and without compiled programs kept from an earlier process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bicache_jax.measure.evaluate import parse_policy
 def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> dict[str, float]:
     """Times `bicache generate --stream` from process start to the first line that it prints.
 
-    N is 1 there, so that the first line stands for the first denoising step; N is traced, the programs are the case's.
+    It sets N to 1, so that the first line shows the first denoising step. N is traced, so the programs do not change.
 
     Args:
         config: the architecture.
-        case: what is asked.
-        model: flags of `generate` that name the model.
+        case: the setting to time.
+        model: flags of `generate` that select the model.
 
     Returns:
         Seconds: `cold_start_s` with an empty compilation cache, `warm_start_s` in the next process.

@@ -1,7 +1,7 @@
 """A baseline outside this library: the same weights in PyTorch, through `transformers`' Llama modules.
 
-`scaled_dot_product_attention` under a full mask, no cache, the current block's logits only, and LLaDA's low-confidence
-loop. It needs the extra `torch`.
+It uses `scaled_dot_product_attention` with a full mask, no cache, logits of the current block only, and LLaDA's
+low-confidence loop. It needs the extra `torch`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bicache_jax.decoding.schedule import even_counts
 from bicache_jax.measure.benchmark import Case, synthetic_requests
 from bicache_jax.serving.flops import Job, row_flops
 
-# transformers' names of a layer's tensors -> where they stand in the parameter tree
+# transformers' names of a layer's tensors -> keys in the parameter tree
 _LAYER = {
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",
@@ -28,7 +28,7 @@ _LAYER = {
     "mlp.down_proj": "down",
 }
 
-_LOOP = ("low_confidence", "even", False, False)  # rule, schedule, shifted logits and tied head of what runs here
+_LOOP = ("low_confidence", "even", False, False)  # the supported rule, schedule, shifted logits and tied head
 
 
 class TorchRunner:
@@ -50,7 +50,7 @@ class TorchRunner:
         config = model.config
         plain = (config.remasking, config.schedule, config.shift_logits, config.tied) == _LOOP
         if not plain or config.qkv_bias or config.bias or config.norm_bias or config.head_bias:
-            raise BicacheError("--baseline torch: only models that decode as LLaDA-8B, and have no biases, run there")
+            raise BicacheError("--baseline torch: supports only models that decode like LLaDA-8B and have no biases")
         self._torch, self._case, self._config = torch, case, config
         self._device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, str(model.params["embed"].dtype))
@@ -118,7 +118,7 @@ class TorchRunner:
             return ids[:, prompts.shape[1] :].cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the case besides time."""
+        """What is known about the case, except times."""
         case = self._case
         job = Job(0, case.prefix + case.suffix, case.sampling.num_steps, case.sampling.block_size)
         return {
@@ -137,7 +137,7 @@ def _tensor(array: Any, torch: Any, dtype: Any) -> Any:
 
 
 def _state(params: Any, torch: Any, dtype: Any) -> dict[str, Any]:
-    """Parameters under transformers' names."""
+    """Parameters with transformers' names."""
     state = {
         "embed_tokens.weight": _tensor(params["embed"], torch, dtype),
         "norm.weight": _tensor(params["norm"]["scale"], torch, dtype),
