@@ -1,4 +1,4 @@
-"""OpenAI's batch format: its request lines as ours, and our results as its result lines. Pure functions."""
+"""OpenAI's batch format: converts its request lines to our requests, and our results to its result lines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LINE = ("custom_id", "method", "url", "body")
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 _PASSED = ("n", "stop", "prefix_len", *SAMPLING)
 _IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-"""Keys that change nothing about an answer; `model` among them, since there is one model."""
-# What the engine cannot do, with the values that do not ask for it (null is always one).
+"""Keys that do not change an answer. `model` is one of them, since there is only one model."""
+# Unsupported keys, with the values that are accepted because they switch the feature off (null always does).
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
@@ -41,29 +41,29 @@ _BAD_REQUEST, _FAILED = 400, 500
 
 
 def is_openai(record: Mapping[str, Any]) -> bool:
-    """Whether an object is a line of OpenAI's batch format rather than a request of ours."""
+    """Whether an object is a line of OpenAI's batch format and not a request in our format."""
     return "body" in record or ("custom_id" in record and "url" in record)
 
 
 def from_openai(
     record: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None = None
 ) -> tuple[dict[str, Any], int | None]:
-    """A line of a batch file as a request of ours.
+    """Converts a line of a batch file to a request in our format.
 
-    `max_tokens` becomes the smallest canvas that holds as many tokens in whole blocks, and the text ends after
-    `max_tokens`. Steps keep the pace of `sampling`, tokens per step. The body may also have any decoding setting of
-    ours, as clients send them with `extra_body`.
+    The canvas is the smallest one with whole blocks that holds `max_tokens`, and the text ends after `max_tokens`. The
+    number of steps keeps the tokens per step of `sampling`. The body may also contain our own decoding settings, which
+    clients send with `extra_body`.
 
     Args:
         record: the line.
-        sampling: settings of a request that names none.
-        auto_block: most tokens of a block where none is given (`bicache_jax.serving.requests.Parser`).
+        sampling: defaults for settings that the request does not name.
+        auto_block: largest block length if none is given (`bicache_jax.serving.requests.Parser`).
 
     Returns:
-        The request, and the most tokens of its text (None: as many as the canvas has).
+        The request, and the largest number of tokens in its text (None: the whole canvas).
 
     Raises:
-        BadRequest: the line is no request for a completion, or it asks for what is not supported.
+        BadRequest: the line is not a completion request, or it uses something that is not supported.
     """
     check_keys(record, _LINE, "a line of a batch file")
     body = record.get("body")
@@ -80,7 +80,7 @@ def from_openai(
             raise BadRequest(f"{key!r} of the body is not supported, got {shown(value)}: leave it out")
     native = {"id": record["custom_id"], **_prompt(record, body)}
     native |= {key: body[key] for key in _PASSED if body.get(key) is not None}
-    if native.get("top_k") == -1:  # vLLM's word for all
+    if native.get("top_k") == -1:  # in vLLM: no limit
         del native["top_k"]
     lengths = {key: found for key in _LENGTHS if (found := integer(body, key, 1, 2**31)) is not None}
     if len(set(lengths.values())) > 1:
@@ -113,7 +113,7 @@ def _prompt(record: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
 def _canvas(
     max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None
 ) -> dict[str, int]:
-    """Canvas and steps for so many tokens of text."""
+    """Canvas and steps for `max_tokens` tokens of text."""
     block = integer(native, "block_length", 1, 2**31)
     if block is None:
         block = sampling.block_length if auto_block is None else min(auto_block, max_tokens)
@@ -127,17 +127,17 @@ def _canvas(
 
 
 def to_openai(records: Iterable[Record | None], *, model: str, created: int) -> Iterator[Record | None]:
-    """Results as lines of OpenAI's batch output: one a request, its samples as `choices`.
+    """Converts results to lines of OpenAI's batch output: one line per request, with its samples as `choices`.
 
     Args:
-        records: results in input order, the samples of a request one after the other; None where the next one is not
-            there yet, which is passed on.
-        model: what the model is called.
-        created: time of the answers, seconds since 1970.
+        records: results in input order, with the samples of a request in a row; None means that the next result is not
+            available yet, and is passed on.
+        model: name of the model.
+        created: time of the answers, in seconds since 1970.
 
     Yields:
-        `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`, each when all its samples are
-        there. Where a sample is an error, `error` and a body with an error object take the place of the answer.
+        `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`, as soon as all samples of a
+        request are available. If a sample failed, the line has `error` and a body with an error object instead.
     """
     group: list[Record] = []
     for record in records:
@@ -154,7 +154,7 @@ def to_openai(records: Iterable[Record | None], *, model: str, created: int) -> 
 
 def _line(group: Sequence[Record], model: str, created: int) -> Record:
     name = group[0]["id"]
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:24]  # a second run names them the same
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:24]  # stable between runs
     failed = next((record for record in group if record["finish_reason"] == "error"), None)
     status, error = 200, None
     if failed is None:
