@@ -1,4 +1,4 @@
-"""What a slice holds and should serve, from shapes: memory by the planner, time by the roofline. An estimate, no run.
+"""Estimates memory and throughput of TPU slices from shapes: memory from the planner, time from the roofline.
 
 python scripts/scaling_study.py --output scripts/results/scaling.md
 """
@@ -36,7 +36,7 @@ def footprint(config: ModelConfig, generation: str, model: int) -> Footprint:
 
 
 def largest(config: ModelConfig, generation: str, model: int) -> int:
-    """Most rows of a data shard within `RESERVE` of the memory."""
+    """Largest number of rows per data shard that fits into the share `RESERVE` of the memory."""
     limit = RESERVE * topology(generation).hbm_gib * GIB
     found = footprint(config, generation, model)
     return found.most_rows(limit, prefix=PREFIX, suffix=SUFFIX, per_prefix=PER_PREFIX)
@@ -57,14 +57,14 @@ def job_of(config: ModelConfig, per_prefix: int) -> Job:
 
 
 def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: int, rows: int, cached: bool) -> float:
-    """Upper bound: every pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
+    """Upper bound: each pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
     chip = topology(generation)
     peak, bandwidth = chip.tflops_bfloat16 * 1e12 * model, chip.hbm_gb_per_second * 1e9 * model
     job = job_of(config, PER_PREFIX)
     job = job if cached else job.without_prefix()
     seconds = rows / PER_PREFIX * encode_flops(config, job.prefix, job.boundary) / peak
-    for (refresh, window), count in job.passes().items():
-        flops = pass_flops(config, job, window, refresh=refresh, published=False) + head_flops(config, job.block)
+    for (refresh, span), count in job.passes().items():
+        flops = pass_flops(config, job, span, refresh=refresh, published=False) + head_flops(config, job.block)
         seconds += count * max(rows * flops / peak, weight_bytes(config, 2) / bandwidth)
     return 3600 / seconds * rows * chips * chip.devices_per_chip / model
 

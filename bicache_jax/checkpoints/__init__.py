@@ -1,1 +1,1 @@
-"""Checkpoints as they are stored: safetensors and orbax folders, their fields, tokenizers and fingerprints."""
+"""Stored checkpoints: safetensors and orbax folders, their fields, tokenizers and fingerprints."""

@@ -1,4 +1,4 @@
-"""Chat templates: a checkpoint's jinja source, rendered as `transformers` renders it, in jinja2's sandbox."""
+"""Chat templates: renders a checkpoint's jinja source in jinja2's sandbox, in the same way as `transformers`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def render(
         template: jinja source.
         messages: the conversation.
         special: special tokens that the template may refer to (`bos_token`, ...).
-        generate: end with the opening of the assistant's answer.
+        generate: end with the start of the assistant's answer.
 
     Raises:
         ValueError: the template refuses the messages, or fails on them.
@@ -35,24 +35,24 @@ def render(
             .render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=generate,
-                tools=None,  # templates ask whether there are any, and what was never named is not None
+                tools=None,  # templates test it against None, and an undefined name is not None
                 documents=None,
                 **special,
             )
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from None
-    except Exception as error:  # a template is data of the checkpoint and may fail in any way
+    except Exception as error:  # the template comes from the checkpoint and may fail in any way
         raise ValueError(f"the chat template fails on the messages: {type(error).__name__}: {error}") from None
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; in a prompt it is plain text."""
+    """`{% generation %}` marks the assistant's text for training; in a prompt it has no effect."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """The statements inside."""
+        """Returns the statements inside the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

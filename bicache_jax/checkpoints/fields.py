@@ -1,4 +1,4 @@
-"""What a family file is made of: checked fields of a `config.json`, and the map from parameters to tensor names."""
+"""Building blocks of a family file: checked fields of a `config.json`, and the map from parameters to tensor names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INT_LIMIT = 2**31
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         BicacheError: the file cannot be read, is not JSON, or is not an object.
@@ -33,10 +33,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ...]:
-    """Token ids, given as one number or as a list; null and absence give none.
+    """Token ids, given as one number or as a list; empty if the field is null or missing.
 
     Raises:
-        BicacheError: something in it is not an integer.
+        BicacheError: an entry is not an integer.
     """
     value = fields.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -46,17 +46,17 @@ def read_ids(fields: Mapping[str, Any], name: str, source: str) -> tuple[int, ..
 
 
 class Fields:
-    """Fields of a `config.json` that remember which of them were read, so that none is ignored unnoticed.
+    """Fields of a `config.json`. It records which fields were read, so that no field is silently ignored.
 
     Attributes:
         source: file name for messages.
     """
 
     def __init__(self, fields: Mapping[str, Any], source: str) -> None:
-        """Takes the fields.
+        """Checks for unsupported fields.
 
         Raises:
-            BicacheError: one of them asks for a computation that no family here has (`UNSUPPORTED`).
+            BicacheError: a field selects a computation that no family here supports (`UNSUPPORTED`).
         """
         self.source = source
         self._fields = fields
@@ -78,17 +78,17 @@ class Fields:
         allowed: tuple[Any, ...] | None = None,
         least: int = 1,
     ) -> Any:
-        """A field, checked; null counts as absent.
+        """Reads and checks a field; null counts as missing.
 
         Args:
             name: the field.
-            kind: type that it must have.
-            default: the value of an absent field; without one it must be there.
-            allowed: the values that are supported; None: all.
+            kind: required type.
+            default: value of a missing field; without a default the field is required.
+            allowed: supported values; None: all.
             least: smallest integer allowed; other numbers must be positive and finite.
 
         Raises:
-            BicacheError: it is missing without a default, of the wrong type, out of range, or not among `allowed`.
+            BicacheError: a required field is missing, has the wrong type, is out of range, or is not in `allowed`.
         """
         self._read.add(name)
         source, value = self.source, self._fields.get(name)
@@ -113,12 +113,12 @@ class Fields:
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
-        """`read_ids` of a field."""
+        """`read_ids` for a field."""
         self._read.add(name)
         return read_ids(self._fields, name, self.source)
 
     def rope_theta(self, default: float) -> float:
-        """Base of the rotary embedding, from wherever releases of transformers have put it.
+        """Base of the rotary embedding, from any of the fields that releases of transformers use.
 
         Raises:
             BicacheError: the embedding is rescaled, or two fields disagree.
@@ -142,13 +142,13 @@ class Fields:
         return float(default if theta is None else theta)
 
     def check_rest(self, harmless: Collection[str] = ()) -> None:
-        """Refuses what was not read, but for values that mean "off" and fields known to change no result.
+        """Rejects fields that were not read, except values that mean "off" and fields that do not change any result.
 
         Args:
-            harmless: fields that change no result of this family, besides those of every family (`HARMLESS`).
+            harmless: fields that do not change results of this family, in addition to `HARMLESS`.
 
         Raises:
-            BicacheError: names the fields that are left.
+            BicacheError: fields are left; the message names them.
         """
         known = self._read | HARMLESS.keys() | set(harmless)
         rest = {
@@ -165,7 +165,7 @@ class Fields:
 
 
 def _short(value: Any) -> str:
-    """A value for a message of one line."""
+    """A value, shortened for a message of one line."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 

@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint: what a boundary table, a journal and a cache name the model by."""
+"""The fingerprint of a checkpoint, by which boundary tables, journals and caches identify the model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def fingerprint(
     headers: Mapping[str, tuple[str, tuple[int, ...]]],
     norms: Iterable[tuple[str, np.ndarray]],
 ) -> str:
-    """Names a checkpoint by what tells it from others without reading all of it.
+    """Identifies a checkpoint without reading all of it.
 
     Args:
         config: fields of `config.json`.
         headers: dtype and shape of every tensor.
-        norms: the norm tensors, which no two trained models share.
+        norms: the norm tensors, which differ between trained models.
 
     Returns:
         32 hexadecimal digits.

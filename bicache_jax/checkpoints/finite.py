@@ -1,4 +1,4 @@
-"""Whether weights are numbers: a look at every parameter as it is loaded, where it lies, one at a time."""
+"""Looks for NaN and infinity in weights: checks each parameter on its device while the checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class WeightCheck:
     """Looks for NaN and infinity in parameters."""
 
     def __init__(self, folder: Path, *, wanted: bool) -> None:
-        """Starts with nothing found.
+        """Starts a check.
 
         Args:
             folder: the checkpoint.
-            wanted: whether to look at all.
+            wanted: whether to check; if False, all methods do nothing.
         """
         self._folder, self._wanted = folder, wanted
         self._found: list[str] = []
 
     def look(self, array: jax.Array, names: Sequence[str]) -> jax.Array:
-        """Looks at a parameter.
+        """Checks a parameter.
 
         Args:
             array: the parameter, on one device or many.
-            names: the tensors that it is made of, one a layer where it is stacked.
+            names: the tensors that it is made of, one per layer if it is stacked.
 
         Returns:
             The parameter itself.
@@ -48,10 +48,10 @@ class WeightCheck:
         return array
 
     def finish(self) -> None:
-        """Ends the search.
+        """Ends the check.
 
         Raises:
-            BicacheError: a parameter was not finite; names the tensors.
+            BicacheError: a parameter is not finite; the message names the tensors.
         """
         if self._found:
             more = len(self._found) - _MOST_NAMED
@@ -62,5 +62,5 @@ class WeightCheck:
 
 
 def _finite(x: Array, stacked: bool) -> Bool[Array, "..."]:
-    """Whether all of a parameter is finite, by layer where it is stacked."""
+    """Whether a parameter is finite, per layer if it is stacked."""
     return jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))

@@ -1,6 +1,6 @@
-"""What fields of a `config.json` mean that no family reads: data for `bicache_jax.checkpoints.fields.Fields`.
+"""The meaning of `config.json` fields that no family reads: data for `bicache_jax.checkpoints.fields.Fields`.
 
-A field that a family reads is in neither list. Fields that begin with `_` are notes of the tools that wrote the file.
+A field that a family reads is in neither list. Fields that begin with `_` are notes by the tools that wrote the file.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def _by_name(groups: Mapping[str, str]) -> dict[str, str]:
 
 
 HARMLESS: Mapping[str, str] = _by_name(_HARMLESS)
-"""Fields that change no result of any family, each with the reason."""
+"""Fields that do not change the results of any family, each with the reason."""
 
 UNSUPPORTED: Mapping[str, str] = _by_name(_UNSUPPORTED)
-"""Fields that change what a model computes, each with what it asks for."""
+"""Fields that change what a model computes, each with the feature that it selects."""
 
 _OFF_AT_ONE = frozenset(
     "partial_rotary_factor rotary_pct logit_scale logits_scale logits_scaling embedding_multiplier residual_multiplier"
@@ -80,8 +80,8 @@ _OFF_AT_ONE = frozenset(
 
 
 def is_off(name: str, value: Any) -> bool:
-    """Whether a value of a field asks for nothing: null, false, zero, empty, or a factor of one."""
-    if name == "layer_types":  # of each layer
+    """Whether a value switches a field off: null, false, zero, empty, or a factor of one."""
+    if name == "layer_types":  # one entry per layer
         return not value or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
     if name in _OFF_AT_ONE and value == 1:
         return True

@@ -1,8 +1,8 @@
-"""Checkpoints as orbax folders: parameters as they run, stacked over layers, read by parts and checked by sums.
+"""Checkpoints as orbax folders: parameters stacked over layers, read one at a time and verified by checksums.
 
 FOLDER/bicache.json     format, fingerprint, tensor names of the source, and shape, dtype and checksum per parameter
 FOLDER/params/          the parameters (orbax, zarr3 in OCDBT), in chunks small enough to be read by shards
-FOLDER/config.json, tokenizer files, boundary_table.json    as they were
+FOLDER/config.json, tokenizer files, boundary_table.json    unchanged
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bicache_jax.core.types import BicacheError
 FORMAT = 1
 MANIFEST = "bicache.json"
 PARAMS = "params"
-# A shard reads whole chunks. One chunk a parameter would make every process read everything.
+# A shard reads whole chunks. With one chunk per parameter every process would read everything.
 CHUNK_BYTES = 4 << 20
 _WEIGHT_DTYPES = ("float32", "bfloat16")
 
@@ -35,8 +35,8 @@ _WEIGHT_DTYPES = ("float32", "bfloat16")
 def checksum(x: Array) -> UInt32[Array, ""]:
     """A sum over an array's bits that does not depend on how it is sharded.
 
-    Each element's bits and its place are mixed into 32 bits, one to one in the bits, and added modulo 2**32: a change
-    of any one element always shows, and of several but for one case in about 2**32.
+    Each element's bits and index are mixed into 32 bits, one to one in the element's bits, and added modulo 2**32. A
+    change of one element is always detected. A change of several is missed in about one case in 2**32.
 
     Args:
         x: an array of 16- or 32-bit floats, on one device or many.
@@ -45,10 +45,10 @@ def checksum(x: Array) -> UInt32[Array, ""]:
         The sum; equal on every process.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(_mix(bits ^ _mix(index)), dtype=jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
@@ -76,13 +76,13 @@ def _handler(orbax: Any) -> Any:
 
 
 def write_params(folder: Path, params: Any, *, fingerprint: str, names: frozenset[str]) -> None:
-    """Writes parameters and the manifest into a folder that holds `config.json` already.
+    """Writes parameters and the manifest into a folder that already contains `config.json`.
 
     Args:
-        folder: an existing folder; the manifest comes last, so that half a checkpoint is never taken for one.
+        folder: an existing folder; the manifest is written last, so that an incomplete checkpoint is never loaded.
         params: the parameter tree, sharded or not.
-        fingerprint: of the checkpoint it came from.
-        names: tensor names of that checkpoint.
+        fingerprint: fingerprint of the source checkpoint.
+        names: tensor names of the source checkpoint.
     """
     orbax = _orbax()
     save_args = jax.tree.map(lambda leaf: orbax.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
@@ -105,16 +105,16 @@ class OrbaxFolder:
     """A checkpoint written by `bicache convert`.
 
     Attributes:
-        folder: where it is.
-        names: tensor names of the checkpoint that it was made from; they tell which biases there are.
-        fingerprint: of that checkpoint.
+        folder: its path.
+        names: tensor names of the source checkpoint; they show which biases exist.
+        fingerprint: fingerprint of the source checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         """Reads the manifest.
 
         Raises:
-            BicacheError: it is not of this release, is damaged, or belongs to another `config.json`.
+            BicacheError: it has another format, is damaged, or belongs to another `config.json`.
         """
         self.folder = folder
         source = folder / MANIFEST
@@ -150,14 +150,14 @@ class OrbaxFolder:
         pass
 
     def mark(self, fields: Mapping[str, Any]) -> str:
-        """The fingerprint of the checkpoint that the folder was made from."""
+        """The fingerprint of the source checkpoint."""
         return self.fingerprint
 
     def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
         """Reads and verifies the parameters.
 
         Args:
-            mapping: names of the checkpoint that the folder was made from, for messages.
+            mapping: tensor names of the source checkpoint, for messages.
             wanted: a tree of `Target`.
             check: look for NaN and infinity.
 
@@ -202,22 +202,22 @@ class OrbaxFolder:
             pass
 
     def _read(self, leaves: Mapping[tuple[str, ...], Target]) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
-        """Yields parameters as stored, verified; one by one, so that a change of dtype never doubles the model."""
+        """Yields verified parameters in their stored dtype, one by one, so that a cast never doubles the memory."""
         orbax = _orbax()
         from etils import epath
 
         handler = _handler(orbax)
-        place = epath.Path((self.folder / PARAMS).absolute())
+        stored = epath.Path((self.folder / PARAMS).absolute())
         try:
             for path, leaf in leaves.items():
                 shape, dtype, expected = self._params[path]
                 here = leaf.sharding or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-                if leaf.is_padded and isinstance(here, jax.sharding.NamedSharding):  # cut when it has its final size
+                if leaf.is_padded and isinstance(here, jax.sharding.NamedSharding):  # split after padding
                     here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
                 arguments = orbax.ArrayRestoreArgs(sharding=here, global_shape=shape, dtype=jnp.dtype(dtype))
                 try:
                     tree = handler.restore(
-                        place,
+                        stored,
                         args=orbax.args.PyTreeRestore(
                             item=tree_of([(path, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))]),
                             restore_args=tree_of([(path, arguments)]),
@@ -226,14 +226,14 @@ class OrbaxFolder:
                     )
                     [(_, array)] = paths(tree)
                     found = int(checksum(array))
-                except Exception as error:  # orbax and tensorstore raise many kinds; each is a reason in its first line
+                except Exception as error:  # orbax and tensorstore raise many types; the first line has the reason
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise BicacheError(
-                        f"{place}: parameter {'.'.join(path)} cannot be read ({reason}); convert the model again"
+                        f"{stored}: parameter {'.'.join(path)} cannot be read ({reason}); convert the model again"
                     ) from None
                 if found != expected:
                     raise BicacheError(
-                        f"{place}: parameter {'.'.join(path)} is damaged: checksum {found}, written with {expected};"
+                        f"{stored}: parameter {'.'.join(path)} is damaged: checksum {found}, written with {expected};"
                         " convert the model again"
                     )
                 yield path, array

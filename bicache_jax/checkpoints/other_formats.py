@@ -1,4 +1,4 @@
-"""What a folder is that cannot be loaded, and what to do about it: a line for each kind."""
+"""Messages for folders that cannot be loaded: what each one contains and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MERGE = (
 )
 _SAVE = "save the model as safetensors first: model.save_pretrained(new_folder, safe_serialization=True)"
 
-# Suffixes of tensor names that quantised checkpoints have, and what writes them.
+# Suffixes of tensor names in quantised checkpoints, and the methods that write them.
 _QUANTISED: Mapping[str, str] = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -36,14 +36,14 @@ CAUSAL = frozenset(
     " gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite internlm2 llama llama4 mamba mamba2 mistral mixtral mpt olmo"
     " olmo2 opt phi phi3 qwen qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next smollm3 stablelm starcoder2".split()
 )
-"""`model_type` of models that write from left to right."""
+"""`model_type` of models that generate text from left to right."""
 
 
 def refuse_other_formats(folder: Path) -> None:
-    """Refuses a folder that does not hold a model's checkpoint, or whose weights another file changes.
+    """Rejects a folder that does not hold a model's checkpoint, or that contains an adapter.
 
     Raises:
-        BicacheError: says what it is and what to do.
+        BicacheError: the message names the format and what to do.
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -62,7 +62,7 @@ def refuse_other_formats(folder: Path) -> None:
 
 
 def no_weights(folder: Path) -> str:
-    """What is said of a folder with `config.json` and no safetensors file."""
+    """Message for a folder with `config.json` and no safetensors file."""
     if found := _first(folder, _PICKLES):
         return f"its weights are pickled ({found}), which is never read, since it may run any code: {_SAVE}"
     if found := _first(folder, ("*.gguf",)):
@@ -73,7 +73,7 @@ def no_weights(folder: Path) -> str:
 
 
 def not_safetensors(file: Path, reason: object) -> str:
-    """What is said of a file that ought to be safetensors."""
+    """Message for a file that should be safetensors and is not."""
     try:
         with file.open("rb") as opened:
             if opened.read(64).startswith(b"version https://git-lfs"):
@@ -84,10 +84,10 @@ def not_safetensors(file: Path, reason: object) -> str:
 
 
 def refuse_quantised(folder: Path, names: frozenset[str]) -> None:
-    """Refuses a checkpoint whose tensors are quantised.
+    """Rejects a checkpoint with quantised tensors.
 
     Raises:
-        BicacheError: says by what, naming a tensor.
+        BicacheError: the message names the method and a tensor.
     """
     for suffix, method in _QUANTISED.items():
         if found := min((name for name in names if name.endswith(suffix)), default=None):
@@ -95,12 +95,12 @@ def refuse_quantised(folder: Path, names: frozenset[str]) -> None:
 
 
 def unknown_model_type(source: Path, fields: Mapping[str, Any], known: str) -> str:
-    """What is said of a model of another family.
+    """Message for a model of an unsupported family.
 
     Args:
         source: the `config.json`.
         fields: its fields.
-        known: the families there are.
+        known: the supported families.
     """
     model_type = fields.get("model_type")
     if model_type is None:

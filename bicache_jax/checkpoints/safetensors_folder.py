@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint folder: `config.json` and safetensors, streamed into stacked arrays.
 
-One part of one stacked parameter is assembled at a time and handed to its devices before the next begins, and only the
-bytes that this process's devices need are read: host memory never holds a second copy of the model, nor a whole one
-where the model is sharded over processes. Nothing is ever unpickled, and no code of a checkpoint is run.
+One part of one stacked parameter is assembled at a time and moved to its devices before the next. Only the bytes that
+this process's devices need are read. So host memory never holds a second copy of the model, and not even a whole copy
+if the model is sharded over processes. Nothing is unpickled, and no code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from bicache_jax.checkpoints.targets import Target
 from bicache_jax.checkpoints.tree import is_stacked, paths, stored_names, tree_of
 from bicache_jax.core.types import BicacheError
 
-# Weights of other types are quantised, and mean nothing without their scales.
+# Weights of other types are quantised and cannot be used without their scales.
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsFolder:
-    """Tensors of a checkpoint folder by name, single or sharded file; files are opened once and read lazily.
+    """Tensors of a checkpoint folder by name, from one file or several; files are opened once and read lazily.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         bytes_read: bytes of tensors read so far.
     """
 
@@ -41,12 +41,12 @@ class SafetensorsFolder:
         """Reads headers only.
 
         Raises:
-            BicacheError: no safetensors file, a file that cannot be read, or an index that names a missing file.
+            BicacheError: there is no safetensors file, a file cannot be read, or the index names a missing file.
         """
         self.folder = folder
         self.bytes_read = 0
         index, single = folder / "model.safetensors.index.json", "model.safetensors"
-        if (folder / single).is_file():  # as the Hub's libraries have it; other files beside it are not the model
+        if (folder / single).is_file():  # as the Hub's libraries do; other files are then not part of the model
             files = [single]
         elif index.exists():
             listed = read_json(index).get("weight_map")
@@ -86,26 +86,26 @@ class SafetensorsFolder:
         return frozenset(self._where)
 
     def header(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Dtype name and shape, nothing read."""
+        """Dtype name and shape, without reading the tensor."""
         view = self._where[name].get_slice(name)
         return str(view.get_dtype()), tuple(view.get_shape())
 
     def mark(self, fields: Mapping[str, Any]) -> str:
-        """The checkpoint's fingerprint, `fields` being those of its `config.json`."""
+        """The checkpoint's fingerprint; `fields` are those of its `config.json`."""
         headers = {name: self.header(name) for name in sorted(self.names)}
         vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
     def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
-        """`load_params` of this folder."""
+        """`load_params` for this folder."""
         return load_params(self, mapping, wanted, check=check)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of a tensor, copied from the file; other parts are not touched.
+        """Reads a part of a tensor; other parts are not read.
 
         Args:
             name: the tensor.
-            index: a slice per axis; none: all of it.
+            index: one slice per axis; empty: the whole tensor.
         """
         view = self._where[name].get_slice(name)
         part = view[index or tuple(slice(0, size) for size in view.get_shape())]
@@ -128,12 +128,12 @@ def load_params(
         The parameter tree.
 
     Raises:
-        BicacheError: tensors are missing, extra, misshaped, of another type than floats, or (if checked) not finite;
-            they are named.
+        BicacheError: tensors are missing, extra, misshaped, not floats, or (if checked) not finite; the message names
+            them.
     """
     leaves = dict(paths(wanted))
     layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
-    if layers > len(tensors.names):  # a wrong number, not a list of what is missing
+    if layers > len(tensors.names):  # report the wrong number, not a list of missing tensors
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
     refuse_quantised(tensors.folder, tensors.names)
     plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
@@ -168,19 +168,19 @@ def load_params(
 def read_part(
     tensors: SafetensorsFolder, names: Sequence[str], path: tuple[str, ...], dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """A part of a parameter, from the same part of each tensor that is in it.
+    """Reads a part of a parameter, from the same part of each of its tensors.
 
     Args:
         tensors: the folder.
-        names: the parameter's tensors, as `stored_names` gives them.
+        names: the parameter's tensors, from `stored_names`.
         path: the parameter.
-        dtype: wanted.
-        index: a slice per axis, start and stop given.
+        dtype: dtype of the result.
+        index: one slice per axis, with start and stop.
     """
     stacked, transposed = is_stacked(path), path[-1] == "kernel"
     array = np.empty([part.stop - part.start for part in index], dtype)
     inner = index[1:] if stacked else index
-    for place, name in enumerate(names[index[0]] if stacked else names):
+    for slot, name in enumerate(names[index[0]] if stacked else names):
         part = tensors.read(name, inner[::-1] if transposed else inner)
-        (array[place] if stacked else array)[...] = part.T if transposed else part
+        (array[slot] if stacked else array)[...] = part.T if transposed else part
     return array

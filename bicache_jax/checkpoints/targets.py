@@ -1,4 +1,4 @@
-"""Where parameters go: onto one device, or in parts onto the devices of a mesh, padded on the way where need be."""
+"""Where parameters are loaded to: one device, or the devices of a mesh in parts, padded if necessary."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jax.sharding import Sharding
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
-"""Reads the part of a parameter that an index names: a slice per axis, start and stop given."""
+"""Reads the part of a parameter at an index: one slice per axis, with start and stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where one parameter goes.
+    """Where one parameter is loaded to.
 
     Attributes:
-        shape: its shape in the checkpoint, layers stacked.
-        dtype: wanted.
-        sharding: how it lies on devices; None: the default device.
-        sources: for each axis, where each index on the devices comes from, an index in the checkpoint or -1 for zeros
-            (`bicache_jax.sharding.Partition.source`); None: the axis is as the checkpoint has it.
+        shape: its shape in the checkpoint, with layers stacked.
+        dtype: dtype after loading.
+        sharding: its sharding; None: the default device.
+        sources: for each axis, the source of each index on the devices: an index in the checkpoint or -1 for zeros
+            (`bicache_jax.sharding.Partition.source`); None: the axis is the same as in the checkpoint.
     """
 
     shape: tuple[int, ...]
@@ -47,14 +47,14 @@ class Target:
         return tuple(size if source is None else len(source) for size, source in pairs)
 
     def place(self, read: Read) -> jax.Array:
-        """The parameter on its devices.
+        """Loads the parameter onto its devices.
 
         Args:
-            read: reads parts of it, indices being the checkpoint's.
+            read: reads parts of it by the checkpoint's indices.
 
         Returns:
-            The array. A part that several devices of this process hold is read once, and one part is in host memory at
-            a time; parts of other processes' devices are not read.
+            The array. A part that several devices of this process hold is read once. Only one part is in host memory
+            at a time. Parts for devices of other processes are not read.
         """
         shape = self.final_shape
         if self.sharding is None:
@@ -70,7 +70,7 @@ class Target:
         return jax.make_array_from_single_device_arrays(shape, self.sharding, parts)
 
     def expand(self, array: jax.Array) -> jax.Array:
-        """A parameter as the checkpoint has it, on any devices, padded and cut."""
+        """Pads a parameter with its checkpoint shape, on any devices, and moves it to its sharding."""
         for axis, source in enumerate(self.sources):
             if source is not None:
                 there = np.expand_dims(source >= 0, tuple(range(1, array.ndim - axis)))
@@ -78,12 +78,12 @@ class Target:
         return array if self.sharding is None else jax.device_put(array, self.sharding)
 
     def gather(self, read: Read, index: Index) -> np.ndarray:
-        """Reads the part of the padded parameter that an index names."""
+        """Reads the part of the padded parameter at an index."""
         if not self.is_padded:
             return read(index)
         inner = list(index)
-        held = [np.arange(part.stop - part.start) for part in index]  # what is not zeros, along each axis
-        taken = list(held)  # and which part of what is read that is
+        held = [np.arange(part.stop - part.start) for part in index]  # indices that are not padding, along each axis
+        taken = list(held)  # their indices in the part that is read
         for axis, source in enumerate(self.sources):
             if source is not None:
                 wanted = source[index[axis]]

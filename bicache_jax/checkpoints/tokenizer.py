@@ -1,6 +1,6 @@
-"""Tokenizers of checkpoints: `tokenizer.json` by the `tokenizers` library, or a byte-level BPE from older files.
+"""Tokenizers of checkpoints: `tokenizer.json` with the `tokenizers` library, or a byte-level BPE from older files.
 
-A checkpoint without tokenizer files still runs on `prompt_ids`. Nothing of a checkpoint is executed.
+A checkpoint without tokenizer files still runs on `prompt_ids`. No code from a checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bicache_jax.checkpoints.fields import read_json
 from bicache_jax.core.types import BicacheError
 
 HOLE = "\u2591"
-"""What is shown for a masked position in a text that is not finished."""
+"""Shown for a masked position in an unfinished text."""
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _END_TOKENS = (*_TURN_ENDS, "<|endoftext|>")
-# How Qwen2 splits text before byte-level BPE; published with its tokenizer.
+# The pattern by which Qwen2 splits text before byte-level BPE; published with its tokenizer.
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -47,26 +47,26 @@ class Tokenizer:
 
     @property
     def eot_ids(self) -> tuple[int, ...]:
-        """Tokens that end a turn of a chat, by the names that LLaDA and Dream give them."""
+        """Tokens that end a turn of a chat, by their names in LLaDA and Dream."""
         return tuple(index for token in _TURN_ENDS if (index := self.core.token_to_id(token)) is not None)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a text; `special` adds the tokens that the tokenizer puts around every text."""
+        """Token ids of a text; `special` adds the special tokens that the tokenizer puts around a text."""
         return tuple(self.core.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return self.core.decode(list(ids), skip_special_tokens=True)
 
     def canvas(self, ids: Sequence[int], mask_id: int) -> str:
-        """Text of a canvas that is not finished: a `HOLE` for each masked position, the rest decoded."""
+        """Text of an unfinished canvas: a `HOLE` for each masked position, the rest decoded."""
         pieces, known = [], list[int]()
         for masked, group in groupby(ids, key=lambda token: token == mask_id):
             run = list(group)
             if masked:
                 pieces.append(HOLE * len(run))
                 continue
-            # What a run adds to the text before it, so that word-level decoders set it apart.
+            # The text that a run adds to the text before it, so that word-level decoders keep the space between them.
             before, text = self.decode(known), self.decode(known + run)
             pieces.append(text[len(before) :] if text.startswith(before) else self.decode(run))
             known += run
@@ -77,17 +77,17 @@ class Tokenizer:
 
         Args:
             messages: the conversation.
-            generate: end with the opening of the assistant's answer.
+            generate: end with the start of the assistant's answer.
 
         Raises:
-            ValueError: there is no template, or it refuses the messages.
+            ValueError: there is no template, or it rejects the messages.
         """
         if self.template is None:
             raise ValueError("the model has no chat template; use 'prompt' or 'prompt_ids'")
         return render(self.template, messages, self.special, generate=generate)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> tuple[int, ...]:
-        """Token ids of a conversation; the template holds every special token there is."""
+        """Token ids of a conversation; the template adds all special tokens."""
         return self.encode(self.chat_text(messages, generate=generate), special=False)
 
 
@@ -115,7 +115,7 @@ def _template(settings: Mapping[str, Any], folder: Path) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Added:
-    """A token outside the vocabulary proper."""
+    """A token that is added to the vocabulary."""
 
     content: str
     index: int
@@ -131,7 +131,7 @@ class _Added:
 
 
 def _added(folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> list[_Added]:
-    """Added tokens, from `tokenizer_config.json` or, in older layouts, `added_tokens.json`; by id.
+    """Added tokens in order of id, from `tokenizer_config.json` or, in older layouts, `added_tokens.json`.
 
     Raises:
         BicacheError: an entry is not a token with an id.
@@ -152,14 +152,14 @@ def _added(folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]
             }
             found.append(_Added(str(entry["content"]), int(index), **flags))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BicacheError(f"{file}: added tokens must stand as {{id: {{'content': text, ...}}}}") from None
+        raise BicacheError(f"{file}: added tokens must have the form {{id: {{'content': text, ...}}}}") from None
     return sorted(found, key=lambda token: token.index)
 
 
 def _byte_level_bpe(folder: Path, added: Sequence[_Added]) -> tokenizers.Tokenizer:
-    """Qwen2's tokenizer from its vocabulary and merges, as Dream's checkpoints have it."""
+    """Qwen2's tokenizer from its vocabulary and merges, as in Dream's checkpoints."""
     vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    # Tokens that the library adds are numbered on from the vocabulary; in it they keep the ids that the files name.
+    # The library numbers added tokens after the vocabulary. Tokens inside it keep the ids from the files.
     vocabulary |= {token.content: token.index for token in added}
     core = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     core.normalizer = normalizers.NFC()
@@ -175,7 +175,7 @@ def _byte_level_bpe(folder: Path, added: Sequence[_Added]) -> tokenizers.Tokeniz
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, with the special tokens that only `special_tokens_map.json` names."""
+    """`tokenizer_config.json`, plus special tokens that are only in `special_tokens_map.json`."""
     files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
     merged: dict[str, Any] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Trees of parameters as paths and leaves, and the tensors that a leaf is made of."""
+"""Parameter trees as paths and leaves, and the tensors that a leaf is made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bicache_jax.checkpoints.fields import TensorMap
 
 
 def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yields the leaves of a tree of dictionaries, each with the names that lead to it."""
+    """Yields the leaves of a tree of dictionaries, each with its path of keys."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from paths(value, (*above, name))
@@ -18,7 +18,7 @@ def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def tree_of(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """The tree that has these leaves; the inverse of `paths`."""
+    """Builds a tree from its leaves; the inverse of `paths`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:
         node = tree
@@ -34,6 +34,6 @@ def is_stacked(path: tuple[str, ...]) -> bool:
 
 
 def stored_names(mapping: TensorMap, path: tuple[str, ...], leaf: Any) -> list[str]:
-    """Checkpoint names of the tensors that a parameter is made of, one a layer where it is stacked."""
+    """Checkpoint names of the tensors that a parameter is made of, one per layer if it is stacked."""
     count = leaf.shape[0] if is_stacked(path) else 1
     return [mapping.names[path].format(layer=layer) for layer in range(count)]

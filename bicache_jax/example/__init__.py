@@ -1,1 +1,1 @@
-"""The bundled model's task and tokenizer."""
+"""Task and tokenizer of the bundled model."""

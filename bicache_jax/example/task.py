@@ -1,7 +1,7 @@
 """The example model's task: short documents of facts about people, and questions about them.
 
-A document is the shared prefix of its questions. All of it is drawn from a seed: training uses seeds below
-`FIRST_HELD_OUT`, boundary calibration `CALIBRATION`, and everything that is reported the ones from `FIRST_HELD_OUT` on.
+A document is the shared prefix of its questions. Everything is drawn from a seed. Training uses seeds below
+`FIRST_HELD_OUT`, boundary calibration uses `CALIBRATION`, and all reported results use seeds from `FIRST_HELD_OUT` on.
 
 | kind | question | answer |
 |---|---|---|
@@ -11,8 +11,8 @@ A document is the shared prefix of its questions. All of it is drawn from a seed
 | about | tell about Mara | Oslo tea chess (in the order live, drink, play, keep) |
 | joined | name the drink of the one in Oslo | Mara drinks tea |
 
-The joined answer names the person first: a canvas can hold a thought, and once the person stands there the last word is
-an ordinary forward question.
+The joined answer names the person first, as an intermediate step: once the person is in the canvas, the last word is an
+ordinary forward question.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Relation:
 
     Attributes:
         verb: words between person and value in a statement.
-        ask: words of a question in front of the person.
-        ends: words of a question behind the person.
-        noun: what the value is.
-        one: words that point at a person by this fact.
-        values: what the fact may say.
+        ask: words of a question before the person.
+        ends: words of a question after the person.
+        noun: kind of the value.
+        one: words that refer to a person by this fact.
+        values: possible values.
     """
 
     verb: tuple[str, ...]
@@ -96,7 +96,7 @@ CALIBRATION = 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question and its answer, in words."""
+    """A question and its answer, as words."""
 
     kind: str
     words: tuple[str, ...]
@@ -104,7 +104,7 @@ class Question:
 
     @property
     def accepted(self) -> str | list[str]:
-        """What a request file says under `answer`: the answer, or every order of a list."""
+        """The value of `answer` in a request file: the answer, or every order of a list."""
         if self.kind != "list":
             return " ".join(self.answer)
         return [" ".join(order) for order in itertools.permutations(self.answer)]
@@ -148,7 +148,7 @@ class Document:
 
 
 def statement(person: str, relation: int, value: str) -> tuple[str, ...]:
-    """A fact in words."""
+    """A fact as words."""
     return (person, *RELATIONS[relation].verb, value, ".")
 
 
@@ -157,13 +157,13 @@ def draw_document(rng: np.random.Generator, people: int, facts: int, repeat: flo
 
     Args:
         rng: source of randomness.
-        people: persons in it.
-        facts: facts of each, 1 to 4.
-        repeat: chance that a value is one that another person has, too.
+        people: number of people.
+        facts: facts per person, 1 to 4.
+        repeat: probability that a value is shared with another person.
     """
     drawn: list[tuple[str, int, str]] = []
     used: dict[int, list[str]] = {relation: [] for relation in range(len(RELATIONS))}
-    # All persons have the same kinds of facts: nobody can be told apart by what is known about them.
+    # All people have the same kinds of facts, so the kinds do not identify a person.
     relations = rng.choice(len(RELATIONS), facts, replace=False)
     for person in rng.choice(len(NAMES), people, replace=False):
         for relation in rng.permutation(relations):
@@ -184,7 +184,7 @@ def ids(words: Sequence[str]) -> list[int]:
 
 
 def pick_questions(rng: np.random.Generator, document: Document, count: int) -> list[Question]:
-    """Distinct questions, all kinds alike as far as the document has them."""
+    """Distinct questions, the same number of each kind as far as the document allows."""
     by_kind: dict[str, list[Question]] = {}
     for question in document.questions():
         by_kind.setdefault(question.kind, []).append(question)
@@ -205,14 +205,14 @@ def draw_requests(
     people: tuple[int, int] = (4, 12),
     facts: tuple[int, int] = (2, 4),
 ) -> Iterator[dict[str, Any]]:
-    """Draws requests as a request file has them, each with its `answer` and `kind`.
+    """Draws requests in the form of a request file, each with its `answer` and `kind`.
 
     Args:
-        seed: fresh questions for every seed; `FIRST_HELD_OUT` and above were never trained on.
-        samples: requests.
-        per_document: questions that share a document, their prefix.
-        people: fewest and most persons of a document.
-        facts: fewest and most facts of a person.
+        seed: each seed gives new questions; `FIRST_HELD_OUT` and above were never used in training.
+        samples: number of requests.
+        per_document: questions that share a document as their prefix.
+        people: smallest and largest number of people in a document.
+        facts: smallest and largest number of facts per person.
 
     Yields:
         Requests; `prefix_len` is the document's length in tokens.

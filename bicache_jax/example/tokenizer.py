@@ -1,4 +1,4 @@
-"""Tokenizer files of the example models: one token a word."""
+"""Tokenizer files of the example models: one token per word."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CHAT_TEMPLATE = (
 def write_tokenizer(folder: Path, token_id: Mapping[str, int] = task.TOKEN_ID) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`.
 
-    The chat template puts messages one behind the other: a document as system message, a question as user message.
+    The chat template concatenates the messages: the document is the system message, the question the user message.
 
     Args:
-        folder: where to.
-        token_id: the words; the task's, and perhaps more.
+        folder: the folder to write to.
+        token_id: words and their ids.
     """
     core = tokenizers.Tokenizer(models.WordLevel(dict(token_id), unk_token=task.UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # words apart: no word begins with ##
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # separates words by spaces: no word begins with ##
     core.add_special_tokens([task.PAD, task.EOS, task.MASK, task.UNKNOWN])
     core.save(str(folder / "tokenizer.json"))
     settings = {

@@ -1,4 +1,4 @@
-"""A model's encode and decode programs compiled for a TPU slice that is not here, beside what the planner says."""
+"""Compiles a model's encode and decode programs for a TPU slice that is not attached, and compares with the planner."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class AotCase:
-    """What is compiled.
+    """One compile check.
 
     Attributes:
         config: name of a model shape.
-        topology: the slice, as in `v5e:2x4`.
-        mesh: how its devices are used, as in `data=2,model=4`.
+        topology: the slice, for example `v5e:2x4`.
+        mesh: how its devices are used, for example `data=2,model=4`.
         prefix: P.
         suffix: U.
-        rows: B, of a data shard; None: as many as should fit.
+        rows: B per data shard; None: as many as should fit.
         per_prefix: rows that share a prefix.
-        boundary: b; None: the published table's.
+        boundary: b; None: from the published table.
         gen_length: response tokens.
-        block_length: tokens of a block.
+        block_length: tokens per block.
         block_cache: what is frozen inside a block.
-        dtype: of parameters and caches.
+        dtype: dtype of parameters and caches.
     """
 
     config: str
@@ -65,13 +65,13 @@ class AotCase:
 
 
 def check(case: AotCase) -> dict[str, Any]:
-    """Compiles, and compares with the planner.
+    """Compiles both programs and compares them with the planner.
 
     Returns:
-        JSON values: the shape, what is planned, what the compiler says of each program, and whether both fit.
+        JSON values: the shape, the planned memory, the compiler's figures for each program, and whether both fit.
 
     Raises:
-        BicacheError: model, slice or mesh do not exist or do not go together.
+        BicacheError: the model, slice or mesh does not exist, or they cannot be combined.
     """
     config, chip = model_shape(case.config), topology(case.topology)
     mesh = make_mesh(case.mesh, slice_devices(case.topology))
@@ -128,10 +128,10 @@ def check(case: AotCase) -> dict[str, Any]:
 
 
 def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan:
-    """A round of equal batches of the shape that is asked for."""
+    """A round of equal batches of the requested shape."""
     config = placement.config
     groups = -(-rows // case.per_prefix)
-    response = min(case.gen_length, case.suffix - config.shift_logits)  # which need a prompt token before it
+    response = min(case.gen_length, case.suffix - config.shift_logits)  # shifted logits need a prompt token first
     block = min(case.block_length, response)
     sampling = SamplingConfig(response - response % block, None, block)
     rest = tuple(range(case.suffix - sampling.gen_length))
@@ -149,7 +149,7 @@ def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan
 def _compile(
     lower: Callable[..., Any], backbone: Backbone, params: Params, plan: Plan, placement: Placement
 ) -> dict[str, Any]:
-    """What the compiler says about a program; `needs_gib` alone where it does not fit."""
+    """The compiler's figures for a program; only `needs_gib` if it does not fit."""
     assert placement.mesh is not None
     started = time.perf_counter()
     try:
@@ -175,9 +175,9 @@ def _compile(
 
 
 def _collectives(program: Any) -> list[Collective] | None:
-    """The collectives of a program; None where jaxlib cannot read what a newer TPU compiler made.
+    """The collectives of a program; None if jaxlib cannot read a program made by a newer TPU compiler.
 
-    It prints a stack trace then, as if something had crashed.
+    In that case jaxlib prints a stack trace, which is hidden.
     """
     with hushed():
         try:
@@ -196,12 +196,12 @@ def _by_kind(talk: Sequence[Collective]) -> dict[str, Any]:
 
 
 def _bucket_below(rows: int) -> int:
-    """The next smaller number of rows that a batch may have; 0 below the first."""
+    """The next smaller bucket of rows; 0 below the first."""
     return max((count_bucket(fewer) for fewer in range(1, rows) if count_bucket(fewer) < rows), default=0)
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The findings of `check` for people."""
+    """The result of `check` as text."""
     shape = f"B={found['rows']} G={found['prefixes']} P={found['prefix']} U={found['suffix']} b={found['boundary']}"
     lines = [f"{found['config']} on {found['topology']}, mesh {found['mesh']}, {shape}, {found['dtype']}"]
     for name in ("encode", "decode"):

@@ -1,4 +1,4 @@
-"""Pictures of measurements; matplotlib is imported when one is drawn."""
+"""Plots of measurements; matplotlib is imported when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SETTINGS = {
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
@@ -30,26 +30,26 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
     """Draws similarity by layer and prefix ratio, the threshold's contour, and the chosen boundaries.
 
     Args:
-        table: a table with its measurements.
+        table: a table with measurements.
         path: PNG file.
 
     Raises:
-        ValueError: the table holds no measurements.
+        ValueError: the table has no measurements.
     """
     if table.similarity is None:
         raise ValueError("the table holds no similarities")
     ratios = sorted(table.similarity)
     values = np.asarray([table.similarity[ratio] for ratio in ratios]).T
     figure, axes = _axes(7.0, 4.2)
-    places = np.arange(len(ratios))
-    image = axes.pcolormesh(places, np.arange(table.num_layers), values, cmap="viridis", vmax=1.0, shading="nearest")
+    columns = np.arange(len(ratios))
+    image = axes.pcolormesh(columns, np.arange(table.num_layers), values, cmap="viridis", vmax=1.0, shading="nearest")
     figure.colorbar(image, ax=axes, label="mean cosine similarity")
     if len(ratios) > 1 and values.min() < table.threshold < values.max():
-        contour = axes.contour(places, np.arange(table.num_layers), values, [table.threshold], colors="white")
+        contour = axes.contour(columns, np.arange(table.num_layers), values, [table.threshold], colors="white")
         axes.clabel(contour, fmt=f"{table.threshold:g}")
     chosen = np.asarray([table.table[ratio] for ratio in ratios])
-    axes.step(places, chosen - 0.5, where="mid", color="tab:red", linewidth=2, label="boundary b(r)")
-    axes.set_xticks(places, [str(ratio) for ratio in ratios])
+    axes.step(columns, chosen - 0.5, where="mid", color="tab:red", linewidth=2, label="boundary b(r)")
+    axes.set_xticks(columns, [str(ratio) for ratio in ratios])
     axes.set(xlabel="prefix ratio r, %", ylabel="layer", ylim=(-0.5, table.num_layers))
     axes.set_title(f"Prefix KV alone and in the full sequence: {table.model}")
     axes.legend(loc="lower right")
@@ -57,10 +57,10 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
 
 
 def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
-    """Draws tokens/s and the ratio to no cache over the setting that varies most, with the limit.
+    """Draws tokens/s, the speed-up over no cache and its limit against the setting that varies most.
 
     Args:
-        record: what `bicache benchmark --json` prints.
+        record: the output of `bicache benchmark --json`.
         path: PNG file.
     """
     from matplotlib.figure import Figure
@@ -91,10 +91,10 @@ def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
 
 
 def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
-    """Draws tokens/s, with the limit, and memory over one setting.
+    """Draws tokens/s, with the limit, and memory against one setting.
 
     Args:
-        record: what `scripts/benchmark_sweep.py` writes.
+        record: the output of `scripts/benchmark_sweep.py`.
         across: the setting, a key of `record["sweeps"]`.
         path: PNG file.
     """
@@ -107,7 +107,7 @@ def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
     none = {result[across]: result for result in results if result["policy"] == "none"}
     for policy in dict.fromkeys(result["policy"] for result in results):
         lines = {result[across]: result for result in results if result["policy"] == policy}
-        found = [lines.get(place) or next(iter(lines.values())) for place in places]  # none looks at no N
+        found = [lines.get(place) or next(iter(lines.values())) for place in places]  # `none` does not use N
         (drawn,) = speed.plot(places, [result["tokens_per_s"] for result in found], marker="o", label=policy)
         memory.plot(places, [result["memory_bytes"] / 2**20 for result in found], marker="o", label=policy)
         if policy != "none":

@@ -1,7 +1,7 @@
-"""Making a boundary table: how similar a prefix's KV stay, layer by layer, at each prefix ratio.
+"""Makes a boundary table from the similarity of prefix KV, layer by layer, at each prefix ratio.
 
-BiCache, arXiv 2606.07571, section 4.2: a layer counts as shallow while the mean cosine similarity of prefix-only and
-full-sequence KV stays above a threshold; b(r) is the number of leading shallow layers, made non-decreasing in r.
+BiCache, arXiv 2606.07571, section 4.2: a layer is shallow while the mean cosine similarity of prefix-only and
+full-sequence KV is above a threshold; b(r) is the number of leading shallow layers, made non-decreasing in r.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Sample:
 
     Attributes:
         ids: its tokens.
-        prefix_len: how many of them are the prefix.
-        ratio: r, in percent, down to a multiple of the step between ratios.
+        prefix_len: number of tokens in the prefix.
+        ratio: r in percent, rounded down to a multiple of the step between ratios.
     """
 
     ids: tuple[int, ...]
@@ -56,13 +56,13 @@ def samples_of_requests(
     Args:
         requests: requests; prefixes that are not given are detected.
         ratio_step: step between ratios.
-        per_ratio: most samples of a ratio.
+        per_ratio: largest number of samples per ratio.
         mask_id: the mask token.
-        with_response: put the masked response behind the prompt.
+        with_response: append the masked response to the prompt.
         min_prefix: shortest prefix that is detected.
 
     Returns:
-        Samples, in order; requests without a prefix are left out.
+        Samples, in order; requests without a prefix are skipped.
     """
     taken: dict[int, int] = {}
     samples = []
@@ -80,14 +80,14 @@ def samples_of_requests(
 def synthetic_samples(
     texts: Sequence[Sequence[int]], *, ratio_step: int, per_ratio: int, seed: int, most_tokens: int
 ) -> list[Sample]:
-    """Calibration sequences from any text: at every ratio, random texts split there.
+    """Calibration sequences from any text: random texts, split at every ratio.
 
     Args:
         texts: tokens of each text.
         ratio_step: step between ratios.
-        per_ratio: samples of each ratio.
-        seed: seed of the draw.
-        most_tokens: longer texts are cut to a random stretch of this many.
+        per_ratio: samples per ratio.
+        seed: random seed.
+        most_tokens: longer texts are cut to a random part of this length.
 
     Returns:
         Samples by ratio; texts too short to be split at a ratio are not used there.
@@ -106,22 +106,22 @@ def synthetic_samples(
 
 
 def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto") -> Iterator[tuple[int, np.ndarray]]:
-    """Measures samples, those of one shape together.
+    """Measures samples; samples of the same shape are batched.
 
     Yields:
-        (place of the sample, mean similarity of each layer [L]).
+        (index of the sample, mean similarity of each layer [L]).
     """
     backbone = backbone_here(model.config, attention)
     shapes: dict[tuple[int, int], list[int]] = {}
-    for place, sample in enumerate(samples):
-        shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(place)
-    for (length, prefix), places in sorted(shapes.items()):
-        for begin in range(0, len(places), ROWS):
-            part = places[begin : begin + ROWS]
+    for index, sample in enumerate(samples):
+        shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(index)
+    for (length, prefix), members in sorted(shapes.items()):
+        for begin in range(0, len(members), ROWS):
+            part = members[begin : begin + ROWS]
             ids = np.zeros((ROWS, length), np.int32)
-            sizes = np.ones((2, ROWS), np.int32)  # rows of padding: one token, one of prefix
-            for row, place in enumerate(part):
-                sample = samples[place]
+            sizes = np.ones((2, ROWS), np.int32)  # padding rows: length 1, prefix length 1
+            for row, index in enumerate(part):
+                sample = samples[index]
                 ids[row, : len(sample.ids)] = sample.ids
                 sizes[:, row] = len(sample.ids), sample.prefix_len
             found = layer_similarity(
@@ -136,7 +136,7 @@ def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto")
 
 
 def shallow_layers(similarity: Sequence[float], threshold: float) -> int:
-    """Leading layers whose similarity is above the threshold."""
+    """Number of leading layers with a similarity above the threshold."""
     below = [layer for layer, value in enumerate(similarity) if not value > threshold]
     return below[0] if below else len(similarity)
 
@@ -148,11 +148,11 @@ def make_table(
 
     Args:
         model: the model that was measured.
-        measured: (ratio, similarity of each layer) of each sample.
-        threshold: similarity from which a layer counts as shallow.
+        measured: (ratio, similarity of each layer) for each sample.
+        threshold: a layer with a similarity above it is shallow.
 
     Returns:
-        The table; non-decreasing, since a boundary that holds at a ratio is taken to hold above it.
+        The table. It is non-decreasing: a boundary chosen for one ratio also applies to higher ratios.
     """
     by_ratio: dict[int, list[Sequence[float]]] = {}
     for ratio, similarity in measured:

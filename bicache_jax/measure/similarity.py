@@ -1,4 +1,4 @@
-"""How far down a prefix's KV survive: similarity between the KV it gets alone and in the full sequence, by layer.
+"""Similarity of a prefix's KV computed alone and in the full sequence, by layer.
 
 Source: BiCache, arXiv 2606.07571, section 3 (the observation) and 4.2 (the boundary table made from it).
 """
@@ -16,7 +16,7 @@ from bicache_jax.decoding.encode import encode
 
 
 def _cosine(a: Float[Array, "L G K P H"], b: Float[Array, "L G K P H"]) -> Float[Array, "L G P"]:
-    """Cosine per token over flattened heads; float32."""
+    """Cosine similarity per token over flattened heads, in float32."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dot, norm_a, norm_b = (jnp.sum(x * y, axis=(2, 4)) for x, y in ((a, b), (a, a), (b, b)))
     return dot / jnp.maximum(jnp.sqrt(norm_a * norm_b), 1e-30)
@@ -38,12 +38,12 @@ def layer_similarity(
         backbone: the model (static).
         params: its parameters.
         ids: full sequences, padded to S.
-        length: tokens of each sequence.
-        prefix_len: tokens of each one's prefix, at least 1.
+        length: tokens in each sequence.
+        prefix_len: tokens in each sequence's prefix, at least 1.
         prefix_bucket: P, at least every prefix_len and at most S (static).
 
     Returns:
-        For each sequence and layer the mean over prefix tokens, K averaged with V.
+        For each sequence and layer, the mean over prefix tokens and over K and V.
     """
     num_layers = backbone.config.num_layers
     everything = jnp.asarray([num_layers - 1], jnp.int32)

@@ -1,4 +1,4 @@
-"""Keys and values of a request as a user wrote them: which keys there are, and what each may hold."""
+"""Keys and values of a request as the user wrote it: the known keys, and checks of their values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bicache_jax.core.types import Tokenizer
 PROMPTS = ("prompt", "messages", "prompt_ids")
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 NOTES = ("answer", "kind", "metadata")
-"""Keys that say nothing about the run: what is right, what sort of question it is, and whatever else the user notes."""
+"""Keys that do not affect the run: the right answer, the kind of question, and the user's own notes."""
 KEYS = ("id", *PROMPTS, "prefix_len", "n", "stop", *SAMPLING, *NOTES)
 
-# What other programs call the same thing.
+# Names that other programs use for our keys.
 _ALIASES = {
     "max_tokens": "gen_length",
     "max_new_tokens": "gen_length",
@@ -41,7 +41,7 @@ _ALIASES = {
     "input_ids": "prompt_ids",
     "stop_strings": "stop",
 }
-# Two rules for how many tokens a step unmasks: a request that gives one of them does not mean the run's other one too.
+# Two rules for the number of tokens per step. A request that names one of them overrides the run's other one.
 _ALTERNATIVES = {"threshold": "factor", "factor": "threshold"}
 
 SEED_LIMIT = 2**63
@@ -52,22 +52,22 @@ _INT_LIMIT = 2**31
 
 
 class BadRequest(Exception):
-    """What is wrong with a request, in one line."""
+    """An invalid request; the message is one line."""
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer, numpy's included; a bool is none."""
+    """Whether a value is an integer, including numpy's integers but not bools."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
-    """A value for a message, not too long."""
+    """A value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown key: the known one that may be meant, or all of them."""
+    """The end of a message about an unknown key: the most similar known key, or all known keys."""
     meant = _ALIASES.get(key)
     if meant not in known:
         meant = next(iter(difflib.get_close_matches(key, known, n=1)), None)
@@ -75,15 +75,15 @@ def nearest(key: str, known: Sequence[str]) -> str:
 
 
 def check_keys(record: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-    """Refuses keys that nothing would read.
+    """Rejects unknown keys.
 
     Args:
         record: the object.
         known: the keys it may have.
-        what: what the object is, for messages.
+        what: description of the object for messages.
 
     Raises:
-        BadRequest: there is another key.
+        BadRequest: there is an unknown key.
     """
     for key in record:
         if key not in known:
@@ -91,22 +91,22 @@ def check_keys(record: Mapping[Any, Any], known: Sequence[str], what: str) -> No
 
 
 def encodable(text: str, field: str) -> None:
-    """Refuses what cannot be written as UTF-8.
+    """Rejects text that cannot be encoded as UTF-8.
 
     Raises:
-        BadRequest: the text holds half a surrogate pair.
+        BadRequest: the text contains half a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRequest(f"{field!r} holds a lone surrogate, which no UTF-8 text can") from None
+        raise BadRequest(f"{field!r} holds a lone surrogate, which UTF-8 cannot encode") from None
 
 
 def integer(record: Mapping[str, Any], field: str, least: int, below: int) -> int | None:
-    """An integer field from `least` to `below - 1`; None where it is missing or null.
+    """An integer field from `least` to `below - 1`; None if it is missing or null.
 
     Raises:
-        BadRequest: it is something else.
+        BadRequest: the value is something else.
     """
     value = record.get(field)
     if value is None:
@@ -145,7 +145,7 @@ def _choice(record: Mapping[str, Any], field: str, choices: Iterable[Any]) -> An
 
 @functools.cache
 def _kinds() -> dict[str, tuple[Any, ...]]:
-    """The types that each decoding setting may have besides None; of a choice, its words."""
+    """The types that each decoding setting may have in addition to None; for a choice, its values."""
     kinds = {}
     for name, hint in typing.get_type_hints(SamplingConfig).items():
         members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
@@ -154,14 +154,14 @@ def _kinds() -> dict[str, tuple[Any, ...]]:
 
 
 def given_sampling(record: Mapping[str, Any], config: ModelConfig | None = None) -> dict[str, Any]:
-    """The decoding settings that an object names, each by the name of its field of `SamplingConfig`.
+    """The decoding settings that an object contains, by field name of `SamplingConfig`.
 
     Args:
-        record: the object; null is a setting that is not given.
-        config: architecture of the model, whose sizes bound lengths.
+        record: the object; null counts as not given.
+        config: architecture of the model, which limits lengths.
 
     Raises:
-        BadRequest: a value is not of its kind.
+        BadRequest: a value has the wrong type or is out of range.
     """
     length = _INT_LIMIT if config is None else config.max_length + 1
     limits = {"seed": (0, SEED_LIMIT), "top_k": (1, _INT_LIMIT)}
@@ -181,10 +181,10 @@ def given_sampling(record: Mapping[str, Any], config: ModelConfig | None = None)
 
 
 def with_settings(sampling: SamplingConfig, given: Mapping[str, Any]) -> SamplingConfig:
-    """Settings with some of them replaced.
+    """Replaces some of the settings.
 
     Raises:
-        BadRequest: they do not go together.
+        BadRequest: the settings cannot be combined.
     """
     dropped = {other: None for name, other in _ALTERNATIVES.items() if name in given and other not in given}
     try:
@@ -197,7 +197,7 @@ def stops(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[str, 
     """The strings that end a text.
 
     Raises:
-        BadRequest: they are no strings, or the model writes no text.
+        BadRequest: a value is not a string, or the model has no tokenizer.
     """
     value = record.get("stop")
     if value is None:
@@ -208,7 +208,7 @@ def stops(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[str, 
     if len(found) > MOST_STOPS:
         raise BadRequest(f"'stop' must have at most {MOST_STOPS} strings, got {len(found)}")
     if found and tokenizer is None:
-        raise BadRequest("the model has no tokenizer files and so writes no text that 'stop' could end")
+        raise BadRequest("'stop' needs text, but the model has no tokenizer files; leave 'stop' out")
     for text in found:
         encodable(text, "stop")
     return tuple(dict.fromkeys(found))

@@ -1,6 +1,6 @@
-"""Exact counts of floating-point operations, a multiply-add counted as two: what a policy costs before anything is run.
+"""Exact counts of floating-point operations (a multiply-add is two): the cost of a policy before anything runs.
 
-Counted are matrix products (projections, MLP, attention, head); norms, rotary embedding and softmax are left out.
+Only matrix products are counted (projections, MLP, attention, head), not norms, rotary embedding and softmax.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Job:
         prefix: P; 0 for no prefix cache.
         suffix: U.
         steps: denoising steps.
-        block: positions that the head looks at in a step.
-        response: response tokens; 0: one block of them.
+        block: positions for which the head computes logits in a step.
+        response: response tokens; 0: one block.
         boundary: b.
         refresh_interval: N.
         block_cache: what is frozen inside a block.
-        rows_per_prefix: rows over which the encoding of the prefix is spread.
+        rows_per_prefix: number of rows that share the cost of encoding the prefix.
     """
 
     prefix: int
@@ -41,25 +41,25 @@ class Job:
     rows_per_prefix: float = 1.0
 
     def without_prefix(self) -> Job:
-        """The same run with the whole prompt in the suffix, and nothing cached."""
+        """The same run with the whole prompt in the suffix and no cache."""
         return dataclasses.replace(self, prefix=0, suffix=self.prefix + self.suffix, block_cache="off")
 
     def passes(self) -> Counter[tuple[bool, int]]:
-        """How often each kind of step is made: (refreshes the deep prefix KV, tokens of the suffix that it runs)."""
+        """Number of steps of each kind: (whether it refreshes the deep prefix KV, suffix tokens that it runs)."""
         blocks = max(1, self.response // self.block)
         found: Counter[tuple[bool, int]] = Counter()
         for step in range(self.steps):
             block, inside = divmod(step, max(1, self.steps // blocks))
-            window = self.suffix
+            span = self.suffix
             if self.block_cache != "off" and inside:
-                behind = 0 if self.block_cache == "dual" else max(0, blocks - 1 - block)
-                window = self.block * (1 + behind)
-            found[bool(self.prefix) and step % self.refresh_interval == 0, window] += 1
+                later = 0 if self.block_cache == "dual" else max(0, blocks - 1 - block)
+                span = self.block * (1 + later)
+            found[bool(self.prefix) and step % self.refresh_interval == 0, span] += 1
         return found
 
 
 def jobs(rows: Sequence[Row], cache: CacheConfig) -> list[Job]:
-    """The run of each row, the encoding of a prefix spread over the rows that share it."""
+    """The run of each row; rows that share a prefix share the cost of encoding it."""
     sharing = Counter(row.prefix for row in rows)
     return [
         Job(
@@ -113,21 +113,22 @@ def head_flops(config: ModelConfig, positions: int) -> int:
 
 
 def encode_flops(config: ModelConfig, prefix: int, boundary: int) -> int:
-    """A prefix alone: layers below the boundary, and K and V of the layer at it."""
+    """Encoding of a prefix alone: layers below the boundary, and K and V of the layer at the boundary."""
     if not prefix:
         return 0
     boundary = min(boundary, config.num_layers - 1)
     return boundary * layer_flops(config, prefix, prefix) + kv_flops(config, prefix)
 
 
-def pass_flops(config: ModelConfig, job: Job, window: int, *, refresh: bool, published: bool) -> float:
-    """A step that runs `window` suffix tokens, and the deep prefix KV if it refreshes them; without the head.
+def pass_flops(config: ModelConfig, job: Job, span: int, *, refresh: bool, published: bool) -> float:
+    """A step that runs `span` suffix tokens, plus the deep prefix KV if it refreshes them; without the head.
 
-    The published algorithm runs whole layers `b..L-1` over the prefix. Three parts of that change no token and are left
-    out here: K and V of layer b, its queries but for one row of each prefix, and in layer L - 1 all but K and V.
+    The published algorithm runs whole layers `b..L-1` over the prefix. This library skips three parts that do not
+    change a token: K and V of layer b, its queries except for one row per prefix, and in layer L - 1 everything except
+    K and V.
     """
     total, deep = job.prefix + job.suffix, config.num_layers - job.boundary
-    suffix = float(config.num_layers * layer_flops(config, window, total))
+    suffix = float(config.num_layers * layer_flops(config, span, total))
     if not refresh or deep <= 0 or (deep == 1 and not published):
         return suffix
     whole = suffix + deep * layer_flops(config, job.prefix, total)
@@ -139,30 +140,30 @@ def pass_flops(config: ModelConfig, job: Job, window: int, *, refresh: bool, pub
 
 
 def _encoding(config: ModelConfig, job: Job, *, published: bool) -> float:
-    """A row's share of the encoding of its prefix."""
+    """A row's share of the cost of encoding its prefix."""
     return encode_flops(config, job.prefix, config.num_layers if published else job.boundary) / job.rows_per_prefix
 
 
 def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> float:
-    """All of a row's run, its share of the prefix's encoding included.
+    """The whole run of a row, including its share of encoding the prefix.
 
     Args:
         config: the architecture.
         job: the run.
-        published: count the algorithm as published rather than what this library executes.
+        published: count the algorithm as published instead of what this library runs.
 
     Returns:
         Floating-point operations.
     """
     steps = sum(
-        count * pass_flops(config, job, window, refresh=refresh, published=published)
-        for (refresh, window), count in job.passes().items()
+        count * pass_flops(config, job, span, refresh=refresh, published=published)
+        for (refresh, span), count in job.passes().items()
     )
     return steps + job.steps * head_flops(config, job.block) + _encoding(config, job, published=published)
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Parameters that a step reads: all layers and the head."""
+    """Bytes of the parameters that a step reads: all layers and the head."""
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     layer = config.d_model * (heads + 3 * config.d_mlp)
     return itemsize * (config.num_layers * layer + config.vocab_size * config.d_model)
@@ -171,15 +172,15 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
 def batch_seconds(
     config: ModelConfig, job: Job, rows: int, *, peak: float, bandwidth: float = math.inf, itemsize: int = 4
 ) -> float:
-    """Least time of the published algorithm for a batch: in each step the larger of arithmetic and memory traffic.
+    """Lower bound of the published algorithm's time for a batch: per step the larger of arithmetic and memory traffic.
 
     Args:
         config: the architecture.
         job: the run of each row.
-        rows: rows of the batch.
+        rows: rows in the batch.
         peak: operations per second.
-        bandwidth: bytes per second; infinite: arithmetic alone.
-        itemsize: bytes of a number.
+        bandwidth: bytes per second; infinite: arithmetic only.
+        itemsize: bytes per number.
 
     Returns:
         Seconds.
@@ -188,8 +189,8 @@ def batch_seconds(
     traffic = (weight_bytes(config, itemsize) + rows * kv) / bandwidth
     head = head_flops(config, job.block)
     seconds = rows * _encoding(config, job, published=True) / peak
-    for (refresh, window), count in job.passes().items():
-        flops = pass_flops(config, job, window, refresh=refresh, published=True) + head
+    for (refresh, span), count in job.passes().items():
+        flops = pass_flops(config, job, span, refresh=refresh, published=True) + head
         seconds += count * max(rows * flops / peak, traffic)
     return seconds
 
@@ -197,7 +198,7 @@ def batch_seconds(
 def gain_limit(
     config: ModelConfig, job: Job, rows: int = 1, *, peak: float = 1.0, bandwidth: float = math.inf, itemsize: int = 4
 ) -> float:
-    """How much more throughput than no cache the published algorithm can give for this job; see `batch_seconds`."""
+    """Upper bound of the published algorithm's speed-up over no cache for this job; see `batch_seconds`."""
 
     def seconds(job: Job) -> float:
         return batch_seconds(config, job, rows, peak=peak, bandwidth=bandwidth, itemsize=itemsize)

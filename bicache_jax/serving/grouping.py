@@ -1,4 +1,4 @@
-"""Grouping: which prefix a request shares with others, and which rows run together. Pure functions of the host."""
+"""Grouping: which prefix a request shares with others, and which rows run together. Pure functions on the host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bicache_jax.core.layout import suffix_length
 from bicache_jax.core.types import Request
 
 DEEPER = 1.25
-"""A longer prefix that only some rows of a group share gets an encoding of its own from this ratio of lengths on."""
+"""A longer prefix that only some rows of a group share gets its own encoding if it is this many times longer or more."""
 
 TOKENS_PER_BATCH = 4096
-"""Tokens that a refresh step runs at once by default: enough for matmuls at full speed, few enough for any memory."""
+"""Default number of tokens in a refresh step: enough for fast matmuls, few enough to fit into memory."""
 MOST_ROWS = 64
 
 
@@ -28,10 +28,10 @@ class Row:
 
     Attributes:
         request: the request.
-        sample: which of its samples.
+        sample: index of the sample.
         prefix_len: P.
         ratio: r.
-        boundary: b of the row by itself.
+        boundary: the row's own b.
     """
 
     request: Request
@@ -58,7 +58,7 @@ class Batch:
     Attributes:
         rows: sorted by prefix.
         prefixes: distinct prefixes, in the order of the rows.
-        prefix_index: prefix of each row; under guidance then of each row's twin, a prefix of masks.
+        prefix_index: prefix of each row; with guidance followed by that of each row's twin, a prefix of masks.
         boundary: b of the batch.
     """
 
@@ -95,47 +95,47 @@ def detect_prefixes(
 ) -> list[int]:
     """Finds the shared prefix of each request.
 
-    A given `prefix_len` is kept. A request for several samples shares its whole prompt with itself. For the others,
-    prompts are sorted, and the common prefixes of neighbours form a tree. From its root down, a request takes the
-    first prefix of at least `min_prefix` tokens that it shares with another, and then a longer one each time that is at
-    least `DEEPER` times as long: a document below a common instruction is worth its own encoding, two questions that
-    happen to begin alike are not. What a request gets depends on the set of prompts, never on their order.
+    A given `prefix_len` is kept. A request for several samples uses its whole prompt as prefix. The other prompts are
+    sorted, and the common prefixes of neighbours form a tree. Starting at the root, a request takes the first prefix of
+    at least `min_prefix` tokens that it shares with another request, and then each longer one that is at least `DEEPER`
+    times as long. So a document after a common instruction gets its own encoding, and two questions that happen to
+    begin with the same words do not. The result depends on the set of prompts, not on their order.
 
     Args:
         requests: all requests of a run.
-        min_prefix: shortest prefix worth a cache.
+        min_prefix: shortest prefix that is cached.
         min_suffix: prompt tokens that must stay out of the prefix (1 for families that shift logits).
-        detection: `messages` leaves out what requests share with each other, and `off` also the prefixes that follow
-            from messages and from several samples: a prefix is then a function of its request alone.
+        detection: `messages` ignores what requests share with each other; `off` also ignores prefixes that follow from
+            messages or from several samples, so a prefix depends only on its own request.
 
     Returns:
         Prefix length of each request, 0 for none.
     """
     lengths = [0] * len(requests)
-    open_places = []
-    for place, request in enumerate(requests):
+    undecided = []
+    for index, request in enumerate(requests):
         most = max(0, len(request.prompt_ids) - min_suffix)
         if request.prefix_len is not None and not (detection == "off" and request.prefix_from_messages):
-            lengths[place] = min(request.prefix_len, most)
+            lengths[index] = min(request.prefix_len, most)
         elif request.n > 1 and detection != "off":
-            lengths[place] = most
+            lengths[index] = most
         elif detection == "auto":
-            open_places.append(place)
-    # As big-endian bytes, prompts compare at the speed of memory; ids are never negative.
-    prompts = {place: np.asarray(requests[place].prompt_ids, ">i4") for place in open_places}
-    order = sorted(open_places, key=lambda place: prompts[place].tobytes())
-    ends = {place: max(0, len(prompts[place]) - min_suffix) for place in order}
+            undecided.append(index)
+    # Sorting big-endian bytes is fast and gives the same order, since ids are never negative.
+    prompts = {index: np.asarray(requests[index].prompt_ids, ">i4") for index in undecided}
+    order = sorted(undecided, key=lambda index: prompts[index].tobytes())
+    ends = {index: max(0, len(prompts[index]) - min_suffix) for index in order}
     common = [_shared(prompts[a][: ends[a]], prompts[b][: ends[b]]) for a, b in pairwise(order)]
-    for place, shared in zip(order, _worth_caching(common, min_prefix) if order else [], strict=True):
-        lengths[place] = shared
+    for index, shared in zip(order, _worth_caching(common, min_prefix) if order else [], strict=True):
+        lengths[index] = shared
     return lengths
 
 
 def _worth_caching(common: Sequence[int], min_prefix: int) -> list[int]:
-    """The prefix that each of the sorted prompts takes, given what neighbours share.
+    """Prefix length of each of the sorted prompts, from the lengths that neighbours share.
 
-    The common prefixes are the inner nodes of a tree, one pass over the neighbours builds it: `open_nodes` are those
-    that the prompt at hand lies below, from the root down.
+    The common prefixes are the inner nodes of a tree. One pass over the neighbours builds it: `open_nodes` are the
+    ancestors of the current prompt, from the root down.
     """
     depths: list[int] = []
     parents: list[int] = []
@@ -165,14 +165,14 @@ def _worth_caching(common: Sequence[int], min_prefix: int) -> list[int]:
         if left >= 0:
             parents[left] = open_nodes[-1]
     accepted = [0] * len(depths)
-    for place in sorted(range(len(depths)), key=lambda place: depths[place]):  # parents come first
-        above = accepted[parents[place]] if parents[place] >= 0 else 0
-        accepted[place] = depths[place] if depths[place] >= max(min_prefix, above * DEEPER) else above
+    for index in sorted(range(len(depths)), key=lambda index: depths[index]):  # parents come first
+        above = accepted[parents[index]] if parents[index] >= 0 else 0
+        accepted[index] = depths[index] if depths[index] >= max(min_prefix, above * DEEPER) else above
     return [accepted[leaf] for leaf in leaves]
 
 
 def default_rows(prefix_len: int, suffix_len: int) -> int:
-    """Rows of a batch when the user names no number: as many as `TOKENS_PER_BATCH` holds, 1 to `MOST_ROWS`."""
+    """Default number of rows in a batch: as many as fit into `TOKENS_PER_BATCH`, from 1 to `MOST_ROWS`."""
     return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // max(1, prefix_len + suffix_len)))
 
 
@@ -197,15 +197,15 @@ def plan_batches(
 ) -> list[Batch]:
     """Puts rows into batches.
 
-    Rows of a batch share boundary, decoding settings and shape buckets; prefixes mix freely. Within such a class rows
-    are sorted by prefix, so that a prefix's rows are neighbours and its batches follow each other.
+    Rows of a batch share boundary, decoding settings and shape buckets, but may have different prefixes. Rows that can
+    share a batch are sorted by prefix, so that rows of the same prefix are neighbours and their batches consecutive.
 
     Args:
-        rows: what to run.
-        mask_id: the mask token, of which the prefixes of twins consist.
-        batch_size: most rows of a batch; None: `rows_of` their buckets.
-        batch_boundary: `own` keeps boundaries apart; `min` merges rows of all boundaries at the smallest of the batch.
-        rows_of: most rows by buckets of P and U; None: `default_rows`.
+        rows: the rows to run.
+        mask_id: the mask token; prefixes of twins consist of it.
+        batch_size: largest number of rows in a batch; None: from `rows_of`.
+        batch_boundary: `own` separates rows by boundary; `min` merges them and uses the smallest boundary of the batch.
+        rows_of: largest number of rows for buckets of P and U; None: `default_rows`.
 
     Returns:
         Batches, each row in exactly one.
@@ -230,10 +230,10 @@ def _batch(rows: Sequence[Row], mask_id: int) -> Batch:
     if rows[0].request.sampling.guided:
         used += [(mask_id,) * row.prefix_len for row in rows]
     prefixes = tuple(dict.fromkeys(used))
-    place = {prefix: index for index, prefix in enumerate(prefixes)}
+    index_of = {prefix: index for index, prefix in enumerate(prefixes)}
     return Batch(
         rows=tuple(rows),
         prefixes=prefixes,
-        prefix_index=tuple(place[prefix] for prefix in used),
+        prefix_index=tuple(index_of[prefix] for prefix in used),
         boundary=min(row.boundary for row in rows),
     )

@@ -1,4 +1,4 @@
-"""Memory of a device from shapes alone, without a compiler: what batches are sized by."""
+"""Estimates device memory from shapes, without a compiler; the planner sizes batches by it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bicache_jax.sharding import MODEL, Partition, param_specs
 from bicache_jax.wiring import abstract_params, backbone_for
 
 RESERVE = 0.92
-"""Share of a device's memory that a plan fills at most: programs, fragments, and what the estimate may lack."""
+"""Largest share of a device's memory that a plan uses; the rest is for programs, fragmentation and estimation error."""
 
 _PLAIN = Copies()
 
@@ -30,9 +30,9 @@ class Memory:
     Attributes:
         params: parameters, and copies of them.
         prefixes: shared KV and hidden states of the batch's prefixes.
-        deep: KV of prefixes by row.
+        deep: deep prefix KV, per row.
         suffixes: KV of a block cache.
-        activations: what a refresh step holds at its peak.
+        activations: peak activations of a refresh step.
     """
 
     params: int
@@ -43,18 +43,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.params + self.prefixes + self.deep + self.suffixes + self.activations
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffers:
-    """Sizes of the caches, constants of a run so that batches share their programs.
+    """Sizes of the caches; constant during a run so that batches share programs.
 
     Attributes:
-        shallow: layers of shared KV, `max b + 1` in steps of 4.
-        deep: layers of KV per row, `L - 1 - min b` in steps of 4.
-        slots: boundaries whose hidden states a prefix keeps.
+        shallow: layers of shared KV, `max b + 1` rounded up to a multiple of 4.
+        deep: layers of KV per row, `L - 1 - min b` rounded up to a multiple of 4.
+        slots: number of boundaries for which a prefix keeps hidden states.
     """
 
     shallow: int
@@ -93,15 +93,15 @@ def params_bytes(params: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """What a device holds whatever the batch, and what it holds of each row and prefix.
+    """Sizes from which the memory of any batch on a device is estimated.
 
     Attributes:
         config: one shard's part of the architecture (`bicache_jax.sharding.Partition.local`).
         params: bytes of the parameters on a device.
         buffers: layers of the caches.
-        dtype: of activations and caches.
+        dtype: dtype of activations and caches.
         block_cache: whether the suffixes' KV are kept.
-        copies: what the compiler holds.
+        copies: additional memory of the compiler.
     """
 
     config: ModelConfig
@@ -125,12 +125,12 @@ class Footprint:
         """The footprint of a model on a device.
 
         Args:
-            partition: how the model is cut.
-            boundaries: those in use, which size the caches.
-            dtype: of activations and caches, and of the parameters where their size is not given.
-            params: bytes of the parameters on a device; None: by their shapes.
+            partition: how the model is split.
+            boundaries: boundaries in use; they determine the size of the caches.
+            dtype: dtype of activations and caches, and of the parameters if `params` is None.
+            params: bytes of the parameters on a device; None: from their shapes.
             block_cache: whether the suffixes' KV are kept.
-            copies: what the compiler holds.
+            copies: additional memory of the compiler.
         """
         num_layers = partition.logical.num_layers
         used = [min(boundary, num_layers - 1) for boundary in boundaries]
@@ -147,10 +147,10 @@ class Footprint:
     def memory(self, *, groups: int, prefix: int, rows: int, suffix: int) -> Memory:
         """Memory of the decode program.
 
-        Activations are those of a refresh step at the wider of two moments: attention, which holds the residual stream
-        and its norm, queries, keys and values as they are projected and as they are attended to, and what was attended;
-        or the MLP. The TPU compiler's figures for LLaDA-8B and Dream-7B on four generations lie within 6 % of the total
-        (`scripts/results/what_fits.md`).
+        Activations are those of a refresh step in attention or in the MLP, whichever is larger. Attention holds the
+        residual stream and its norm, queries, keys and values twice (as projected and as attention reads them), and the
+        attended values. The total is within 6 % of the TPU compiler's figures for LLaDA-8B and Dream-7B on four
+        generations (`scripts/results/what_fits.md`).
 
         Args:
             groups: G.
@@ -177,10 +177,10 @@ class Footprint:
         )
 
     def most_rows(self, limit: float, *, prefix: int, suffix: int, per_prefix: int = 1) -> int:
-        """Most rows, in buckets, whose decode program fits into `limit` bytes; 0 if not even one does.
+        """Largest bucket of rows with a decode program that fits into `limit` bytes; 0 if one row does not fit.
 
         Args:
-            limit: bytes of a device that may be used.
+            limit: bytes that may be used on a device.
             prefix: P.
             suffix: U.
             per_prefix: rows that share a prefix.

@@ -1,8 +1,8 @@
-"""Where the arrays of a run lie: on the default device, or on the shards of a mesh.
+"""Where the arrays of a run are: on the default device, or on the shards of a mesh.
 
-Everything that the engine makes for its data shards is a list with one entry a shard; without a mesh there is one. Here
-such lists become arrays of the whole mesh, and arrays of the mesh become lists, without a copy and without a look at
-what other processes hold.
+The engine prepares arrays for its data shards as lists with one entry per shard; without a mesh there is one entry.
+This module converts such lists to arrays of the whole mesh and back, without copies and without access to the data of
+other processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a run lies.
+    """Where the arrays of a run are.
 
     Attributes:
         config: the model's architecture.
@@ -52,7 +52,7 @@ class Placement:
 
     @property
     def partition(self) -> Partition:
-        """How the model's sizes are cut."""
+        """How the model's sizes are split."""
         return Partition(self.config, 1 if self.mesh is None else self.mesh.shape[MODEL])
 
     @property
@@ -62,7 +62,7 @@ class Placement:
 
     @property
     def shards(self) -> int:
-        """Data shards."""
+        """Number of data shards."""
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
@@ -72,7 +72,7 @@ class Placement:
 
     @property
     def mine(self) -> list[int]:
-        """Data shards of which this process holds a device."""
+        """Data shards with at least one device in this process."""
         if self.mesh is None:
             return [0]
         here = jax.process_index()
@@ -84,11 +84,11 @@ class Placement:
         return {device: i for i, row in enumerate(self.mesh.devices) for device in row}
 
     def params(self, params: Any, table: Table) -> Any:
-        """Parameters, cut for the mesh."""
+        """Parameters, split for the mesh."""
         return params if self.mesh is None else shard_params(params, table, self.partition, self.mesh)
 
     def put(self, per_shard: Sequence[np.ndarray]) -> Array:
-        """Arrays of the data shards, one after the other."""
+        """One array from the arrays of the data shards, concatenated in order."""
         if self.mesh is None:
             return jnp.asarray(per_shard[0])
         whole = np.concatenate(per_shard)
@@ -102,31 +102,31 @@ class Placement:
         return put_rows(joined, self.put)
 
     def decoding(self, per_shard: Sequence[Decoding]) -> Decoding:
-        """What the rows of each data shard share."""
+        """The settings of each data shard."""
         if self.mesh is None:
             return per_shard[0]
         return jax.tree.map(lambda *leaves: self.put([np.asarray(leaf)[None] for leaf in leaves]), *per_shard)
 
     def state(self, rows: Rows, **sizes: Any) -> DecodeState:
-        """The state of rows in front of the first step; `sizes` as `bicache_jax.decoding.interval.initial_state`."""
+        """The state of rows before the first step; `sizes` as in `bicache_jax.decoding.interval.initial_state`."""
         return begin(rows, config=self.partition.local, mesh=self.mesh, **sizes)
 
     def split(self, cache: PrefixCache) -> list[Piece]:
-        """A cache of one prefix a data shard as one piece a shard, those of other processes empty."""
+        """Splits a cache with one prefix per data shard into one piece per shard, empty for other processes."""
         leaves = [getattr(cache, field.name) for field in dataclasses.fields(PrefixCache)]
         if self.mesh is None:
             return [Piece(tuple((leaf,) for leaf in leaves))]
         shard_of = self._shard_of()
         pieces: list[list[list[Array]]] = [[[] for _ in leaves] for _ in range(self.shards)]
-        for place, (leaf, spec) in enumerate(zip(leaves, _SPECS, strict=True)):
+        for field, (leaf, spec) in enumerate(zip(leaves, _SPECS, strict=True)):
             shape = NamedSharding(self.mesh, spec).shard_shape(leaf.shape)
             for part in leaf.addressable_shards:
-                # Without a prefix there are no elements, and XLA does not cut an array of none.
-                pieces[shard_of[part.device]][place].append(part.data if leaf.size else part.data.reshape(shape))
+                # Without a prefix the array is empty, and XLA does not split empty arrays.
+                pieces[shard_of[part.device]][field].append(part.data if leaf.size else part.data.reshape(shape))
         return [Piece(tuple(map(tuple, piece))) for piece in pieces]
 
     def assemble(self, pieces: Sequence[Piece]) -> PrefixCache:
-        """The cache that has these pieces; the inverse of `split`."""
+        """Builds a cache from its pieces; the inverse of `split`."""
         if self.mesh is None:
             return PrefixCache(*(leaf for (leaf,) in pieces[0].leaves))
         mesh, leaves = self.mesh, []
@@ -139,7 +139,7 @@ class Placement:
         return PrefixCache(*leaves)
 
     def read(self, arrays: Sequence[Array]) -> dict[int, list[np.ndarray]]:
-        """What per-row arrays hold, by data shard; shards of other processes are left out."""
+        """Values of per-row arrays by data shard, without shards of other processes."""
         if self.mesh is None:
             return {0: jax.device_get(list(arrays))}
         shard_of = self._shard_of()

@@ -1,4 +1,4 @@
-"""What a run will do, from shapes alone: rows of a batch, buffers, memory, and the gain that token counts allow."""
+"""The plan of a run, computed from shapes: batches, buffers, memory, and the expected gain."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def rows_fitting(
     cache: CacheConfig,
     dtype: jnp.dtype,
 ) -> Callable[[int, int], int]:
-    """How many rows a batch may have, by buckets of P and U: as many as are usual, fewer where memory is short.
+    """How many rows a batch may have, by buckets of P and U: the default, or fewer if memory is short.
 
     Args:
-        rows: the run; its boundaries size the caches.
-        partition: how the model is cut.
+        rows: rows of the run; their boundaries determine the size of the caches.
+        partition: how the model is split.
         weights: bytes of the parameters on a device.
-        device: what a device offers.
+        device: memory of a device.
         cache: how prefixes are reused.
-        dtype: of the caches.
+        dtype: dtype of the caches.
     """
     footprint = Footprint.of(
         partition,
@@ -59,11 +59,11 @@ class Plan:
         config: the model's architecture.
         dtype: dtype of parameters and caches.
         cache: how prefixes are reused.
-        rounds: batches in the order in which they run, those of all data shards at a time.
+        rounds: batches in the order in which they run; a round has one batch per data shard.
         buffers: cache sizes of the run.
-        part: a device's part of the architecture, where it is not all of it.
-        weights: bytes of the parameters on a device; 0 where they are not known.
-        device: what a device offers; None where it is not known.
+        part: a device's part of the architecture; None: all of it.
+        weights: bytes of the parameters on a device; 0 if unknown.
+        device: memory of a device; None if unknown.
     """
 
     config: ModelConfig
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def gain(self) -> float:
-        """Ratio of the operations without a prefix cache to those planned; an upper bound of the speed-up."""
+        """Operations without a prefix cache divided by the planned ones; an upper bound of the speed-up."""
         planned = none = 0.0
         for job in jobs(self.rows, self.cache):
             planned += row_flops(self.config, job)
@@ -99,13 +99,13 @@ class Plan:
         return round_shape(batches)
 
     def cache_bytes(self, batch: Batch) -> int:
-        """KV of a batch: shared ones of its prefixes and the rows' own deep ones."""
+        """Bytes of a batch's KV: the shared KV of its prefixes and the deep KV of its rows."""
         prefixes, prefix, rows, _ = self.shape(batch)
         token = 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
         return token * prefix * (self.buffers.shallow * prefixes + self.buffers.deep * rows)
 
     def memory(self, *batches: Batch) -> Memory:
-        """Memory of a device while a batch or a round is decoded, as planned."""
+        """Planned memory of a device while a batch or a round is decoded."""
         groups, prefix, rows, suffix = self.shape(*batches)
         copies = Copies() if self.device is None else self.device.copies
         block_cache = self.cache.block_cache != "off"
@@ -145,7 +145,7 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """The plan as a table for people."""
+        """The plan as a readable table."""
         plan = self.to_json()
         intervals = sorted({batch["refresh_interval"] for batch in plan["batches"]})
         lines = [

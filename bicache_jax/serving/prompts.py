@@ -11,10 +11,10 @@ from bicache_jax.serving.fields import BadRequest, encodable, is_int, shown
 
 
 def token_prompt(value: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Token ids that were given as such: a list, or an array of one axis.
+    """A prompt given as token ids: a list, or a one-dimensional array.
 
     Raises:
-        BadRequest: they are no tokens of the model.
+        BadRequest: an entry is not a token of the model.
     """
     ids = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(map(is_int, ids)):
@@ -31,7 +31,7 @@ def text_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Tokens of a text.
 
     Raises:
-        BadRequest: it is no text, or there is no tokenizer.
+        BadRequest: it is not a string, or there is no tokenizer.
     """
     if not isinstance(value, str):
         raise BadRequest(f"'prompt' must be a string, got {shown(value)}")
@@ -42,39 +42,39 @@ def text_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 
 def chat_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], int | None]:
-    """Tokens of a conversation, and how many it shares with the template of all but its last user message.
+    """Tokens of a conversation, and how many of them the messages without the last user message also begin with.
 
-    None where there is no other message: such a request shares what it shares with others, like any prompt.
+    That number is None if there is no other message; the prefix is then detected like that of any prompt.
 
     Raises:
-        BadRequest: it is no conversation, or the template refuses it.
+        BadRequest: it is not a conversation, or the template rejects it.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise BadRequest('\'messages\' must be a non-empty list of {"role", "content"}')
-    messages = [_message(message, place) for place, message in enumerate(value)]
+    messages = [_message(message, index) for index, message in enumerate(value)]
     if tokenizer is None:
         raise BadRequest("the model has no tokenizer files; give 'prompt_ids' instead of 'messages'")
     try:
         ids = tokenizer.chat_ids(messages)
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    user = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    others = [message for place, message in enumerate(messages) if not user or place != user[-1]]
+    user = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    others = [message for index, message in enumerate(messages) if not user or index != user[-1]]
     try:
         return ids, _shared(ids, tokenizer.chat_ids(others, generate=False)) if others else None
-    except ValueError:  # a template may insist on a user message
+    except ValueError:  # a template may require a user message
         return ids, None
 
 
-def _message(message: Any, place: int) -> dict[str, Any]:
-    """A message whose content is one string; parts of text stand on lines of their own, as vLLM joins them."""
+def _message(message: Any, index: int) -> dict[str, Any]:
+    """A message with its content as one string; text parts are joined with newlines, as in vLLM."""
     role = message.get("role") if isinstance(message, Mapping) else None
     content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        content = "\n".join(_part(part, f"messages[{place}].content[{at}]") for at, part in enumerate(content))
+        content = "\n".join(_part(part, f"messages[{index}].content[{at}]") for at, part in enumerate(content))
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRequest(
-            f"every message must be an object with the strings 'role' and 'content', messages[{place}] is not"
+            f"every message must be an object with the strings 'role' and 'content', messages[{index}] is not"
         )
     encodable(role + content, "messages")
     return {**message, "content": content}
@@ -92,4 +92,4 @@ def _part(part: Any, where: str) -> str:
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
-    return next((place for place, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return next((index for index, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Caches of encoded prefixes, each held from its first batch to its last. The engine's only mutable state."""
+"""Caches of encoded prefixes, each kept from its first batch to its last. The engine's only mutable state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Prefix = tuple[int, ...]
 
 
 class PrefixStore:
-    """Prefixes of a run by data shard; a shard holds those that its own rows use, and no others."""
+    """Prefixes of a run by data shard; a shard only holds the prefixes that its own rows use."""
 
     def __init__(self, plan: Plan) -> None:
         last = plan.config.num_layers - 1
@@ -36,7 +36,7 @@ class PrefixStore:
         return sorted(self._boundaries[prefix])
 
     def missing(self, batches: Round, length: int) -> list[tuple[Prefix | None, ...]]:
-        """What must be encoded for a round, one prefix a shard at a time; None for a shard that lacks nothing."""
+        """Prefixes to encode for a round, one per shard at a time; None for a shard that needs no more."""
         lacking = [
             [prefix for prefix in batch.prefixes if (shard, length, prefix) not in self._pieces]
             for shard, batch in enumerate(batches)
@@ -48,7 +48,7 @@ class PrefixStore:
         self._pieces[shard, length, prefix] = piece
 
     def columns(self, batches: Round, length: int, groups: int) -> list[Sequence[Piece]]:
-        """The round's prefixes as `groups` caches of one prefix a shard; a shard with fewer repeats its first."""
+        """The round's prefixes as `groups` caches of one prefix per shard; a shard with fewer repeats its first."""
         return [
             [
                 self._pieces[shard, length, batch.prefixes[number if number < len(batch.prefixes) else 0]]
@@ -58,7 +58,7 @@ class PrefixStore:
         ]
 
     def release(self, batches: Round, length: int) -> None:
-        """Drops the prefixes whose last round this was."""
+        """Drops the prefixes that no later round uses."""
         for key in self._keys(batches, length):
             self._uses[key] -= 1
             if not self._uses[key]:

@@ -1,4 +1,4 @@
-"""Where a text ends: at an end-of-text token, at a stop string, or at the most tokens that the request allows."""
+"""Where a text ends: at an end-of-text token, at a stop string, or at the request's `max_tokens`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bicache_jax.core.types import Request, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What a canvas says.
+    """The text of a canvas.
 
     Attributes:
-        text: the text, a hole for each masked position; None without a tokenizer.
-        length: tokens of the canvas that it is made of.
-        ended: whether it ends by itself, or by a stop string, before the canvas does.
+        text: the text, with a hole for each masked position; None without a tokenizer.
+        length: number of canvas tokens that it covers.
+        ended: whether an end-of-text token or a stop string ended it before the end of the canvas.
     """
 
     text: str | None
@@ -30,12 +30,12 @@ def read_text(tokens: Sequence[int], request: Request, config: ModelConfig, toke
 
     Args:
         tokens: the response [gen_length].
-        request: what was asked for.
-        config: the architecture, which names ends of text and the mask.
+        request: the request.
+        config: the architecture, which defines the end-of-text and mask tokens.
         tokenizer: the model's tokenizer, if it has one.
     """
     allowed = tokens[: request.max_tokens]
-    ended = next((place for place, token in enumerate(allowed) if token in config.eos_ids), None)
+    ended = next((index for index, token in enumerate(allowed) if token in config.eos_ids), None)
     length = len(allowed) if ended is None else ended
     if tokenizer is None:
         return Text(None, length, ended is not None)
@@ -44,7 +44,7 @@ def read_text(tokens: Sequence[int], request: Request, config: ModelConfig, toke
         return tokenizer.canvas(allowed[:length], config.mask_id)
 
     text = text_of(length)
-    found = min((place for stop in request.stop if (place := text.find(stop)) >= 0), default=None)
+    found = min((start for stop in request.stop if (start := text.find(stop)) >= 0), default=None)
     if found is None:
         return Text(text, length, ended is not None)
     whole = lambda length: any(stop in text_of(length) for stop in request.stop)  # noqa: E731
