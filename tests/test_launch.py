@@ -108,6 +108,23 @@ def test_tpu_vm_copies_installs_and_starts_on_all_hosts(tmp_path):
     assert extras and set(extras[1].split(",")) <= set(
         re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     )
+    install = calls[1][calls[1].index("--command") + 1].removeprefix("$").replace("\\n", "\n")  # as bash quotes it
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    for name, ends in (("python3", 1), ("python3.11", 0)):  # that which is asked first is too old
+        script = f'#!/bin/sh\nif [ "$1" = -c ]; then exit {ends}; fi\nmkdir -p venv/bin; echo {name} "$@" > used\n'
+        (tmp_path / name).write_text(script + "printf '#!/bin/sh\\n' > venv/bin/pip; chmod +x venv/bin/pip\n")
+        (tmp_path / name).chmod(0o755)
+        (tmp_path / "python3.11").exists() or shutil.copy(tmp_path / "python3", tmp_path / "python3.11")
+        (tmp_path / "tar").write_text("#!/bin/sh\n")
+        (tmp_path / "tar").chmod(0o755)
+        paths = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        script = install.replace("python3.13 python3.12 ", "")  # which this machine may have
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=paths, capture_output=True, text=True)
+        if ends:
+            assert done.returncode == 2 and "no Python 3.11 or newer" in done.stderr
+        else:
+            assert done.returncode == 0 and (tmp_path / "used").read_text() == "python3.11 -m venv venv\n", done.stderr
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     ended, calls = launch(LAUNCH / "tpu_vm.sh", tmp_path, "slice")

@@ -19,7 +19,7 @@ from bicache_jax.measure.evaluate import parse_policy
 def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> dict[str, float]:
     """Times `bicache generate --stream` from process start to the first line that it prints.
 
-    N is 1 there, so that the first line is of the first denoising step; N is traced, the programs are the case's.
+    Frames come every step there, so that the first line is of the first denoising step; the programs are the case's.
 
     Args:
         config: the architecture.
@@ -33,8 +33,8 @@ def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> di
         BicacheError: the child process failed.
     """
     cache, sampling = parse_policy(case.policy, CacheConfig()), case.sampling
-    command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--stream", "--output", "-"]
-    command += ["--policy", cache.policy, "--block-cache", cache.block_cache, "--refresh-interval", "1"]
+    command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--stream", "--stream-every", "1", "--output", "-"]
+    command += ["--policy", cache.policy, "--block-cache", cache.block_cache, "--refresh-interval", f"{case.refresh_interval}"]
     command += ["--gen-length", f"{sampling.gen_length}", "--steps", f"{sampling.num_steps}"]
     command += ["--block-length", f"{sampling.block_size}", "--batch-size", f"{case.rows}"]
     if case.boundary != "auto":
