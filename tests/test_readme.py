@@ -34,6 +34,7 @@ def test_commands_exist(monkeypatch):
     for command in commands:
         args = build_parser().parse_args(command[1:])
         files = [getattr(args, flag) for flag in ("input", "data") if hasattr(args, flag)]
+        files = [name for named in files for name in (named if isinstance(named, list) else [named])]
         assert all(Path(file).is_file() for file in files)
         paths = [getattr(args, flag, None) or "" for flag in ("model", "task")]
         assert all(Path(path).exists() for path in paths if "/" in path)

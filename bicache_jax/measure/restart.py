@@ -33,8 +33,9 @@ def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> di
         BicacheError: the child process failed.
     """
     cache, sampling = parse_policy(case.policy, CacheConfig()), case.sampling
-    command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--stream", "--stream-every", "1", "--output", "-"]
-    command += ["--policy", cache.policy, "--block-cache", cache.block_cache, "--refresh-interval", f"{case.refresh_interval}"]
+    command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--output", "-"]
+    command += ["--stream", "--stream-every", "1", "--policy", cache.policy, "--block-cache", cache.block_cache]
+    command += ["--refresh-interval", f"{case.refresh_interval}"]
     command += ["--gen-length", f"{sampling.gen_length}", "--steps", f"{sampling.num_steps}"]
     command += ["--block-length", f"{sampling.block_size}", "--batch-size", f"{case.rows}"]
     if case.boundary != "auto":

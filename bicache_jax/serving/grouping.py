@@ -15,7 +15,7 @@ from bicache_jax.core.layout import suffix_length
 from bicache_jax.core.types import Request
 
 DEEPER = 1.25
-"""A longer prefix that only some rows of a group share gets its own encoding if it is this many times longer or more."""
+"""A longer prefix that only some rows of a group share gets its own encoding if it is at least this much longer."""
 
 TOKENS_PER_BATCH = 4096
 """Default number of tokens in a refresh step: enough for fast matmuls, few enough to fit into memory."""
