@@ -226,7 +226,7 @@ def test_merging_boundaries_takes_the_smallest(model: Model) -> None:
 
 def test_raw_requests_and_their_faults_come_back_in_order(model: Model) -> None:
     good = {"prompt_ids": list(range(2, 40)), "gen_length": 8}
-    results = _engine(model).generate([good, {"id": "bad", "prompt_ids": [99999]}, good | {"id": "c"}])
+    results = _engine(model).generate([good, {"id": "bad", "prompt_ids": [99999]}, good | {"id": "c"}], errors="return")
     assert [(result.id, result.finish_reason == "error") for result in results] == [
         ("1", False),
         ("bad", True),

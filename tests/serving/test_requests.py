@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers
 from bicache_jax.checkpoints.tokenizer import Tokenizer
 from bicache_jax.core.config import ModelConfig, SamplingConfig
 from bicache_jax.core.types import Request, Result
+from bicache_jax.serving.fields import KEYS
 from bicache_jax.serving.requests import is_blank, parse_requests
 
 TEMPLATE = (
@@ -51,6 +52,37 @@ def test_fields_override_flags() -> None:
     line = {"prompt_ids": [1, 2, 3], "prefix_len": 2, "gen_length": 16, "steps": 4, "seed": 9, "n": 2, "answer": "x"}
     (request,) = _parse(json.dumps(line), temperature=0.5)
     assert request == Request("1", (1, 2, 3), 2, SamplingConfig(16, 4, seed=9, temperature=0.5), 2, 0)
+
+
+def test_every_decoding_setting_may_be_in_a_request() -> None:
+    settings: dict[str, Any] = {
+        "gen_length": 16, "steps": 4, "block_length": 8, "temperature": 0.7, "remasking": "entropy", "seed": 3,
+        "threshold": 0.8, "alg_temperature": 0.2, "top_p": 0.9, "top_k": 5, "cfg_scale": 1, "logits_eos_inf": True,
+        "confidence_eos_eot_inf": True, "early_stop": True,
+    }  # fmt: skip
+    (request,) = _parse(json.dumps({"prompt_ids": [1], **settings, "kind": "x", "metadata": {"a": 1}, "answer": None}))
+    assert isinstance(request, Request) and request.sampling == SamplingConfig(**settings)
+    assert settings.keys() | {"factor"} == {field.name for field in dataclasses.fields(SamplingConfig)}
+    (by_factor,) = _parse({"prompt_ids": [1], "factor": 2}, threshold=0.8)  # in place of the run's other rule
+    assert isinstance(by_factor, Request) and by_factor.sampling == SamplingConfig(8, factor=2.0)
+    (off,) = _parse({"prompt_ids": [1], "early_stop": False, "top_p": None}, early_stop=True, top_p=0.5)
+    assert isinstance(off, Request) and off.sampling == SamplingConfig(8, top_p=0.5)
+
+
+def test_content_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    found = _parse(
+        {"messages": [{"role": "system", "content": parts}, {"role": "user", "content": parts[:1]}]},
+        {
+            "messages": [{"role": "system", "content": "a\nb"}, {"role": "user", "content": "a"}],
+            "stop": ["d", "c", "d"],
+        },
+        tokenizer=_tokenizer(),
+    )
+    first, second = found
+    assert isinstance(first, Request) and isinstance(second, Request)
+    assert first.prompt_ids == second.prompt_ids and first.chat and first.prefix_from_messages
+    assert second.stop == ("d", "c") and first.stop == ()
 
 
 def test_ids_default_to_the_line_and_may_not_repeat() -> None:
@@ -93,6 +125,21 @@ def test_messages_share_the_template_of_all_but_the_last_user_message() -> None:
         ({"prompt": "a"}, "prompt_ids"),
         ({"messages": [{"role": "user", "content": "a"}]}, "prompt_ids"),
         ({"id": [], "prompt_ids": [1]}, "'id'"),
+        ({"prompt_ids": [1], "gen_lenght": 8}, "'gen_lenght' is not a key of a request: did you mean 'gen_length'?"),
+        ({"prompt_ids": [1], "max_tokens": 8}, "did you mean 'gen_length'?"),
+        ({"prompt_ids": [1], "num_samples": 8}, "did you mean 'n'?"),
+        ({"prompt_ids": [1], "zzzz": 8}, "known are id, prompt, messages"),
+        ({"prompt_ids": [1], "temperature": "hot"}, "'temperature' must be a finite number, got 'hot'"),
+        ({"prompt_ids": [1], "temperature": float("nan")}, "finite"),
+        ({"prompt_ids": [1], "temperature": 10**400}, "finite"),
+        ({"prompt_ids": [1], "temperature": True}, "finite number, got True"),
+        ({"prompt_ids": [1], "top_p": 1.5}, "top_p must lie in (0, 1]"),
+        ({"prompt_ids": [1], "top_k": 0}, "'top_k' must be an integer"),
+        ({"prompt_ids": [1], "early_stop": 1}, "'early_stop' must be true or false, got 1"),
+        ({"prompt_ids": [1], "remasking": "best"}, "'remasking' must be one of low_confidence"),
+        ({"prompt_ids": [1], "remasking": []}, "'remasking' must be one of"),
+        ({"prompt_ids": [1], "threshold": 0.9, "factor": 1.0}, "two rules"),
+        ({"prompt_ids": [1], "stop": "a"}, "no tokenizer files"),
         ('{"id": "\\ud800", "prompt_ids": [1]}', "surrogate"),
     ],
 )
@@ -107,7 +154,14 @@ def test_faults_name_the_line_and_what_is_wrong(line: Any, word: str) -> None:
         ({"prompt": 3}, "string"),
         ('{"prompt": "\\ud800"}', "surrogate"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "message"),
+        ({"messages": [{"role": "user"}]}, "messages[0] is not"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "[0].content[0] is a part of type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0] must have a string 'text'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0] is 'a'"),
+        ({"prompt": "a", "stop": 5}, "'stop' must be a string or a list of strings"),
+        ({"prompt": "a", "stop": ["a", ""]}, "none of them empty"),
+        ({"prompt": "a", "stop": ["a"] * 17}, "at most 16"),
+        ('{"prompt": "a", "stop": "\\ud800"}', "surrogate"),
     ],
 )
 def test_faults_of_text(line: Any, word: str) -> None:
@@ -161,7 +215,7 @@ _JSON = st.recursive(
     max_leaves=12,
 )
 _FIELDS = st.sampled_from(
-    ["id", "prompt", "prompt_ids", "messages", "prefix_len", "gen_length", "steps", "block_length", "seed", "n", "x"]
+    [*KEYS, "x", "custom_id", "method", "url", "body"]
 )
 _LINES = st.one_of(
     st.binary(max_size=60),
