@@ -22,7 +22,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of every boundary on the same questions.
 
     Raises:
-        BicacheError: there is no such model, or it or the task cannot be read.
+        BicacheError: the model or the task cannot be read.
     """
     model = load_model(args.model)
     if args.task == "example":
@@ -47,7 +47,7 @@ BANDS = ((0, 49), (50, 69), (70, 79), (80, 89), (90, 100))
 
 
 def bands(by_ratio: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Ranges of ten percent joined to a few with enough questions each."""
+    """Merges ranges of ten percent into a few ranges with enough questions each."""
     joined = {}
     for low, high in BANDS:
         members = [group for label, group in by_ratio.items() if low <= int(label.split("-")[0]) <= high]
@@ -59,7 +59,7 @@ def bands(by_ratio: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draws a measurement: one line a ratio range on the left, one a kind on the right."""
+    """Draws a measurement: one line per ratio range on the left, one per kind of question on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
@@ -81,12 +81,12 @@ def main() -> None:
     """Measures, writes JSON, draws."""
     parser = argparse.ArgumentParser(description="Accuracy of a model by boundary.")
     parser.add_argument("--model", default="example")
-    parser.add_argument("--task", default="example", help="requests with answers; example: drawn questions (default)")
+    parser.add_argument("--task", default="example", help="file of requests with answers; default: generated questions")
     parser.add_argument("--samples", type=integer(1), default=300)
     parser.add_argument("--seed", type=integer(0), default=7)
     parser.add_argument("--refresh-interval", type=integer(1), default=16)
     parser.add_argument("--gen-length", type=integer(1), default=16)
-    parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .png are written")
+    parser.add_argument("--output", type=Path, required=True, help="path without extension; writes .json and .png")
     args = parser.parse_args()
     try:
         record = measure(args)

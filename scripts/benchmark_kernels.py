@@ -1,12 +1,12 @@
-"""Times prefix attention over a grid of shapes, against what is there without it and against the device's roofline.
+"""Times prefix attention over a grid of shapes, and compares it with library attention and the device's roofline.
 
     python scripts/benchmark_kernels.py --rows 1,8,32 --prefixes 1,4 --prefix 256,1024,4096 --queries 32,384
 
-Rows share prefixes evenly. `gathered` is `jax.nn.dot_product_attention` on keys and values that were gathered per row
-and joined with the suffix beforehand (the gathering is timed with it: it is what a call would have to do). `roofline`
-is the larger of operations / peak and bytes / bandwidth, a shared prefix read once; peak and bandwidth are measured in
-the same process, so shares above 1 mean that one of them was measured too low. Runs anywhere and means something on
-accelerators: on CPUs `auto` is plain JAX, and only operations count for the roofline.
+Rows share prefixes evenly. `gathered` is `jax.nn.dot_product_attention` on keys and values that are gathered per row
+and joined with the suffix; the time includes the gathering, which every call would need. `roofline` is the larger of
+operations / peak and bytes / bandwidth, with a shared prefix read once. Peak and bandwidth are measured in the same
+process, so a share above 1 means that one of them was measured too low. The script runs on any device, but the results
+are only meaningful on accelerators: on CPUs `auto` is plain JAX, and the roofline only counts operations.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def gathered(
     prefix_len: jax.Array,
     valid: jax.Array,
 ) -> jax.Array:
-    """The library's attention on every row's own copy of its prefix."""
+    """The library's attention, with a copy of the prefix for every row."""
     k, v = (jnp.concatenate([p[index], s], axis=2) for p, s in ((k_prefix, k_suffix), (v_prefix, v_suffix)))
     seen = jnp.concatenate([jnp.arange(k_prefix.shape[2]) < prefix_len[index][:, None], valid], axis=1)
     q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
@@ -61,10 +61,10 @@ def ours(*inputs: jax.Array, implementation: str) -> jax.Array:
 
 
 def seconds(call: Callable[..., jax.Array], inputs: Inputs, least: float) -> float:
-    """Shortest time of a call, in runs of several calls inside one program, so that dispatch does not count.
+    """Shortest time of a call. A run makes several calls inside one program, to exclude the dispatch.
 
     Args:
-        call: takes the inputs, the first of which has the shape of its result.
+        call: the function; its result has the shape of its first input.
         inputs: its inputs.
         least: seconds that a run should take.
     """
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, case: tuple[int, int, int, int], peak: flo
 
 
 def crossover(table: list[dict[str, Any]]) -> list[str]:
-    """For each (rows, prefixes, T): the shortest P from which on prefix attention is the faster one."""
+    """For each (rows, prefixes, T): the smallest P from which prefix attention is faster."""
     lines = []
     for key, group in itertools.groupby(
         sorted(table, key=lambda row: (row["rows"], row["prefixes"], row["T"], row["P"])),
@@ -148,7 +148,7 @@ def crossover(table: list[dict[str, Any]]) -> list[str]:
 
 
 def device_name() -> str:
-    """What the figures are of."""
+    """Name of the device that is measured."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind
@@ -164,7 +164,7 @@ def _lines(path: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints, and writes JSON where asked to."""
+    """Measures, prints, and writes JSON if requested."""
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--kv-heads {args.kv_heads} must divide --heads {args.heads}")
     cases = list(grid(args))
     if not cases:
-        parser.error("--prefixes must name a number that is not above all --rows")
+        parser.error("--prefixes must have a number that is at most the largest of --rows")
 
     product, bandwidth, name = matmul_peak(jnp.dtype(args.dtype)), memory_bandwidth(), device_name()
     peak = max(product() for _ in range(3))

@@ -1,6 +1,6 @@
-"""How cost grows: tokens/s and memory against rows, prefix length, number of prefixes and N, with the limit.
+"""Measures how tokens/s and memory depend on rows, prefix length, number of prefixes and N, with the limit.
 
-One setting varies at a time, the others stay at the base. Writes `benchmark_sweep.json` and one picture per setting
+One setting varies at a time; the others keep their base value. Writes `benchmark_sweep.json` and one plot per setting
 into the output folder:
 
     python scripts/benchmark_sweep.py --random small --output scripts/results
@@ -42,7 +42,7 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--refresh-interval", type=integers(1), default=(1, 2, 4, 8, 16), metavar="LIST")
     parser.add_argument("--suffix", type=integer(2), default=128, metavar="U", help="half of it is the response")
     parser.add_argument(
-        "--base", type=integers(1), default=(512, 4, 1, 16), metavar="LIST", help="P, rows, prefixes and N at rest"
+        "--base", type=integers(1), default=(512, 4, 1, 16), metavar="LIST", help="base P, rows, prefixes and N"
     )
     parser.add_argument("--boundary", type=boundary, default="auto", help="b (default: auto, the model's table)")
     parser.add_argument("--steps", type=integer(1), default=16, metavar="N")
@@ -67,7 +67,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         cases: dict[benchmark.Case, None] = {}
         for value in getattr(args, axis):
             for policy in args.policies:
-                # `none` looks at no refresh interval: one case serves all.
+                # `none` does not use the refresh interval, so one case is enough.
                 interval = {"refresh_interval": base["refresh_interval"]} if policy == "none" else {}
                 here = {**base, axis: value, **interval}
                 cases[

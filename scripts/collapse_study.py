@@ -2,11 +2,12 @@
 
     python scripts/collapse_study.py --output runs/trips
 
-The task (`trips.py`) asks about a document under a rule that stands behind it. The model is trained twice, from one
-start and on the same sequences: as LLaDA is, every token seeing every other, and as naive caching would have it,
-documents seeing nothing but themselves. The first shows what a cache costs a model whose document reads the rule; the
-second, whether it learns to do without in as many steps. `examples/trips` holds what this writes, without the second
-model's weights, and `policies.json`, which `bicache evaluate --json` wrote (see the README).
+The task (`trips.py`) asks about a document and a rule that follows it. The model is trained twice, from the same start
+and on the same sequences: like LLaDA, with every token seeing every other, and as naive caching requires, with
+documents that see only themselves. The first shows how much accuracy a cache costs a model with documents that read the
+rule. The second shows whether the model can learn the task without that in the same number of steps. `examples/trips`
+contains the output, without the second model's weights, and `policies.json` from `bicache evaluate --json` (see the
+README).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ RESPONSE, LENGTH, ROWS, QUESTIONS = 8, 176, 16, 6
 SAMPLING = SamplingConfig(gen_length=RESPONSE)
 HELD_OUT = task.FIRST_HELD_OUT + 1
 EASY = 150
-"""Steps with documents of four trips, before those of two to eight."""
+"""Number of first steps, which use documents of four trips; later steps use two to eight."""
 
 
 def ids(words: tuple[str, ...]) -> list[int]:
@@ -59,12 +60,12 @@ def draw_sequence(rng: np.random.Generator, people: int, towns: int) -> tuple[li
         by_kind.setdefault(question.kind, []).append(question)
     tokens = ids((*document.words, *rule))
     answers = [False] * len(tokens)
-    for place in range(QUESTIONS):
+    for number in range(QUESTIONS):
         known = (
             by_kind[rng.choice(["towns", *["regions", "within"] * 2])] if "regions" in by_kind else by_kind["within"]
         )
         question = known[rng.integers(len(known))]
-        ends = int(rng.integers(1, 3)) if place < QUESTIONS - 1 else int(rng.integers(1, RESPONSE + 1))
+        ends = int(rng.integers(1, 3)) if number < QUESTIONS - 1 else int(rng.integers(1, RESPONSE + 1))
         answer = [TOKEN_ID[question.answer], *[EOS] * ends]
         tokens += [*ids(question.words), *answer]
         answers += [False] * len(question.words) + [True] * len(answer)
@@ -75,9 +76,9 @@ def draw_batch(seed: int, step: int, alone: bool) -> tuple[np.ndarray, ...]:
     """A step's batch: inputs, targets, which targets count, and what each token sees [B, T, T].
 
     Args:
-        seed: of the data.
-        step: of the training.
-        alone: whether documents see nothing but themselves.
+        seed: seed of the data.
+        step: training step.
+        alone: whether documents see only themselves.
     """
     rng = np.random.default_rng([seed, 0, step])
     targets = np.full((ROWS, LENGTH), PAD, np.int32)
@@ -128,18 +129,18 @@ def train(seed: int, steps: int, rate: float, alone: bool, folder: Path) -> Mode
 
 
 def items_from(model: Model, seed: int, samples: int) -> list[Item]:
-    """Questions that training has not seen."""
+    """Questions that are not used in training."""
     return items_of(list(draw_requests(seed, samples)), model, SAMPLING, "trips")
 
 
 def score(model: Model, items: list[Item], cache: CacheConfig) -> dict[str, float]:
-    """Accuracy of a policy: of all, and by kind."""
+    """Accuracy of a policy: overall, and by kind of question."""
     (found,) = evaluate(model, items, [cache.policy], cache=cache, sampling=SAMPLING, timed=0, batch_size=32)
     return {"all": found["exact_match"]} | {kind: group["exact_match"] for kind, group in found["by_kind"].items()}
 
 
 def similarity(model: Model, items: list[Item]) -> list[float]:
-    """Mean similarity of the document's KV alone and in the whole prompt by layer, as `bicache profile` compares."""
+    """Mean similarity of the document's KV alone and in the whole prompt, by layer, as in `bicache profile`."""
     requests = [item.request for item in items]
     parts = [Sample(request.prompt_ids, request.prefix_len or 0, 50) for request in requests]
     mean = np.mean([layers for _, layers in measure(model, parts)], axis=0)
@@ -147,9 +148,9 @@ def similarity(model: Model, items: list[Item]) -> list[float]:
 
 
 def calibrate(model: Model) -> dict[str, Any]:
-    """Boundaries chosen on other questions than are reported: by similarity, as published, and by answers.
+    """Boundaries chosen on calibration questions, which are not reported: by similarity, as published, and by answers.
 
-    The second is the largest with which, at N = 16, at most one answer in 96 fewer is right than without a cache.
+    The second is the largest boundary that, at N = 16, loses at most one right answer in 96 compared with no cache.
     """
     items = items_from(model, task.CALIBRATION, 96)
     similar = similarity(model, items)
@@ -162,7 +163,7 @@ def calibrate(model: Model) -> dict[str, Any]:
         "similarity": similar,
         "boundary_by_similarity": shallow_layers(similar, THRESHOLD),
         "calibration": {"none": none, "by_boundary": right},
-        "boundary_by_answers": max(place for place, value in enumerate(right) if value >= none - 1.01 / 96),
+        "boundary_by_answers": max(boundary for boundary, value in enumerate(right) if value >= none - 1.01 / 96),
     }
 
 
@@ -180,7 +181,7 @@ def study(model: Model, samples: int) -> dict[str, Any]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draws accuracy by boundary of both models, and similarity by layer of the first."""
+    """Draws accuracy by boundary for both models, and similarity by layer for the first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.5), layout="constrained")
@@ -208,7 +209,7 @@ def main() -> None:
     """Trains, measures, draws."""
     with_kept_buffers()
     parser = argparse.ArgumentParser(description="Shows a task on which naive prefix caching fails.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for models, logs, figures and picture")
+    parser.add_argument("--output", type=Path, required=True, help="folder for models, logs, results and plot")
     parser.add_argument(
         "--seed", type=integer(0, task.CALIBRATION - 1), default=1, help="of all data; others are held out (default: 1)"
     )

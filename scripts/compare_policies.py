@@ -1,9 +1,9 @@
-"""Answers a file of requests under several policies, in turns in one process, and sets their speed side by side.
+"""Answers a file of requests with several policies, in turns in one process, and compares their speed.
 
 python scripts/compare_policies.py examples/five_shot.jsonl --output scripts/results/five_shot.md
 python scripts/compare_policies.py examples/samples.jsonl --temperature 1 --output scripts/results/samples.md
 
-Unlike `bicache evaluate` it runs every sample that a request asks for.
+Unlike `bicache evaluate` it runs all samples of a request.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward p
 
 def main() -> None:
     """Runs the comparison and prints its table."""
-    parser = argparse.ArgumentParser(description="Sets the speed of policies on a file of requests side by side.")
+    parser = argparse.ArgumentParser(description="Compares the speed of policies on a file of requests.")
     parser.add_argument("requests", type=Path, help="requests, JSON lines, each with an answer")
     parser.add_argument("--model", default="example", help="folder, hub id, or 'example' (default: %(default)s)")
     parser.add_argument("--policies", default="none,bicache", help="the first is the reference (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="measured turns (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="file for the table (default: it is printed only)")
+    parser.add_argument("--output", type=Path, help="file for the table (default: only print it)")
     args = parser.parse_args()
     try:
         table = compare(args)
@@ -75,14 +75,14 @@ def compare(args: argparse.Namespace) -> str:
         "| " + " | ".join(HEADS) + " |",
         "|" + "---|" * len(HEADS),
     ]
-    for place, (name, row) in enumerate(zip(args.policies.split(","), rows, strict=True)):
-        speed, ratio = made / np.median(times[:, place]), against[:, place]
+    for index, (name, row) in enumerate(zip(args.policies.split(","), rows, strict=True)):
+        speed, ratio = made / np.median(times[:, index]), against[:, index]
         cells = [
             name,
             row["right"],
             f"{speed:.0f}",
             f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
-            f"{engines[place].plan(requests).gain:.2f}",
+            f"{engines[index].plan(requests).gain:.2f}",
             *(str(row[field]) for field in ("forward_passes", "prefixes", "boundaries")),
         ]
         out.append("| " + " | ".join(cells) + " |")

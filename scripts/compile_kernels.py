@@ -1,7 +1,7 @@
-"""Compiles what runs on TPUs with the real compiler, no TPU needed: kernels, and whole decode programs.
+"""Compiles kernels and whole decode programs with the real TPU compiler; no TPU is needed.
 
-Needs libtpu (`pip install 'bicache-jax[test]'`). Prints a table; `--json FILE` keeps it, as
-`scripts/results/tpu_compile.json` was made:
+Needs libtpu (`pip install 'bicache-jax[test]'`). Prints a table; `--json FILE` also writes it. This command made
+`scripts/results/tpu_compile.json`:
 
     python scripts/compile_kernels.py --json scripts/results/tpu_compile.json
 """
@@ -33,7 +33,7 @@ KERNEL_SHAPES = [
 
 
 def device(topology: str) -> Any:
-    """A device of a topology that is not here."""
+    """A device of a topology that is not attached."""
     return slice_devices(TOPOLOGIES.get(topology, topology))[0]
 
 
@@ -41,7 +41,7 @@ def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str) -
     """Compiles the TPU kernel for a layer of a stacked cache.
 
     Returns:
-        Seconds, VMEM in bytes that the kernel uses and may use, and bytes of temporary buffers in HBM.
+        Seconds, bytes of VMEM that the kernel uses and may use, and bytes of temporary buffers in HBM.
     """
     import jax
 
@@ -91,7 +91,7 @@ def lower_program(
     suffix: int = 128,
     block_cache: BlockCache = "off",
 ) -> Any:
-    """Lowers the decode program at a published model's widths and a few layers, bfloat16."""
+    """Lowers the decode program with a published model's widths and a few layers, in bfloat16."""
     import jax
     import jax.numpy as jnp
 
@@ -130,12 +130,12 @@ def rows(topologies: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Compiles, prints, and writes JSON where asked to."""
+    """Compiles, prints, and writes JSON if requested."""
     parser = argparse.ArgumentParser(description="Compile the TPU kernels without a TPU.")
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES), metavar="LIST", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the table here")
     args = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is compiled for is not here
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the target topology is not attached
     import importlib.metadata
 
     table = []

@@ -14,7 +14,7 @@ import numpy as np
 from bicache_jax.example import task
 
 GEN_LENGTH = 16
-# Persons and facts of each document: r grows with the document's length.
+# People and facts per person of each document: r grows with the document's length.
 SHAPES = ((2, 1), (2, 2), (3, 2), (4, 2), (6, 2), (6, 3), (8, 3), (12, 4))
 QUESTIONS = 10
 
@@ -28,11 +28,11 @@ def main() -> None:
     seed, repeats = (task.CALIBRATION, 10) if args.calibration else (task.FIRST_HELD_OUT, 1)
     rng = np.random.default_rng([seed, 3])
     lines = []
-    for place, (people, facts) in enumerate(SHAPES * repeats):
+    for index, (people, facts) in enumerate(SHAPES * repeats):
         document = task.draw_document(rng, people, facts)
         for number, question in enumerate(task.pick_questions(rng, document, QUESTIONS)):
             record = {
-                "id": f"document{place + 1}-question{number + 1}",
+                "id": f"document{index + 1}-question{number + 1}",
                 "messages": [
                     {"role": "system", "content": " ".join(document.words)},
                     {"role": "user", "content": " ".join(question.words)},

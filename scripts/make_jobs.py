@@ -1,8 +1,8 @@
 """Draws the two jobs in `examples/` that gain most from a prefix cache.
 
-`five_shot.jsonl`: a document, five questions about it with their answers, and one more question: all but the last
-question is the prefix that sixteen requests share. `samples.jsonl`: a prompt and `"n"`, the number of samples wanted
-of it: the whole prompt is what the samples share.
+`five_shot.jsonl`: a document, five questions about it with their answers, and one more question. Everything before the
+last question is a prefix that sixteen requests share. `samples.jsonl`: a prompt and `"n"`, the number of samples. The
+samples share the whole prompt.
 
 python scripts/make_jobs.py examples
 """
@@ -35,8 +35,8 @@ def main() -> None:
         document = task.draw_document(rng, PEOPLE, FACTS)
         picked = task.pick_questions(rng, document, SHOTS + QUESTIONS + 1)
         shots = [word for shot in picked[:SHOTS] for word in (*shot.words, *shot.answer, ".")]
-        for place, question in enumerate(picked[SHOTS : SHOTS + QUESTIONS], 1):
-            few.append(_line(f"document{number}-question{place}", (*document.words, *shots), question))
+        for index, question in enumerate(picked[SHOTS : SHOTS + QUESTIONS], 1):
+            few.append(_line(f"document{number}-question{index}", (*document.words, *shots), question))
         samples.append(_line(f"document{number}", document.words, picked[-1]) | {"n": SAMPLES, "seed": number * 1000})
     for name, lines in {"five_shot": few, "samples": samples}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -30,7 +30,7 @@ def boundary_for(config: ModelConfig) -> int:
 
 
 def footprint(config: ModelConfig, generation: str, model: int) -> Footprint:
-    """A device that holds one `model`-th of the model."""
+    """Footprint of a device that holds a `model`-th part of the model."""
     copies = topology(generation).copies
     return Footprint.of(Partition(config, model), [boundary_for(config)], jnp.dtype(jnp.bfloat16), copies=copies)
 

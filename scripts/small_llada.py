@@ -1,4 +1,4 @@
-"""A small LLaDA as it is trained: its shape, forward pass for gradients, loss, optimizer, and checkpoint."""
+"""Training of a small LLaDA: its shape, forward pass for gradients, loss, optimizer, and checkpoint."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ CONFIG = ModelConfig(
 
 
 def with_kept_buffers() -> None:
-    """Starts the running script again with an allocator that keeps what it has mapped.
+    """Restarts the running script with an allocator that keeps the memory it has mapped.
 
-    Fresh temporaries are otherwise mapped and faulted in at every step, which takes longer than the arithmetic.
+    Otherwise temporaries are mapped and faulted in at every step, which takes longer than the arithmetic.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
         settings = {
@@ -55,7 +55,7 @@ def with_kept_buffers() -> None:
 
 
 def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Plain attention as batched matrix products; what gradients need.
+    """Plain attention as batched matrix products, for gradients.
 
     Args:
         q: [B, N, T, H].
@@ -71,7 +71,7 @@ def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
 
 
 def logits_of(params: dict[str, Any], ids: Array, visible: Array, config: ModelConfig = CONFIG) -> Array:
-    """Logits of every position, layers unrolled; embedding and head as matrix products, which scatter nothing."""
+    """Logits of every position, with unrolled layers; embedding and head are matrix products, to avoid scatters."""
     model = backbone_for(config)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     x = jax.nn.one_hot(ids, config.vocab_size) @ params["embed"]
@@ -83,7 +83,7 @@ def logits_of(params: dict[str, Any], ids: Array, visible: Array, config: ModelC
 
 
 def loss_of(params: dict[str, Any], batch: tuple[Array, ...], config: ModelConfig = CONFIG) -> Array:
-    """Mean cross-entropy over the targets that count; a batch is inputs, targets, which count, and what is visible."""
+    """Mean cross-entropy over the targets that count; a batch is inputs, targets, which targets count, visibility."""
     ids, targets, counts, visible = batch
     log_p = jax.nn.log_softmax(logits_of(params, ids, visible, config))
     picked = jnp.sum(log_p * jax.nn.one_hot(targets, config.vocab_size), axis=-1)
@@ -91,7 +91,7 @@ def loss_of(params: dict[str, Any], batch: tuple[Array, ...], config: ModelConfi
 
 
 def make_optimizer(rate: float, total: int) -> optax.GradientTransformation:
-    """Adam as the task likes it: warm-up, constant, and a linear end."""
+    """Adam with warm-up, constant rate, and linear decay at the end."""
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(0.0, rate, 30),
@@ -106,7 +106,7 @@ def make_optimizer(rate: float, total: int) -> optax.GradientTransformation:
 def drawn_ahead(
     draw: Callable[[int], tuple[np.ndarray, ...]], first: int
 ) -> Generator[tuple[np.ndarray, ...], None, None]:
-    """Batches of the steps from `first` on, the next drawn in a thread while the last is used."""
+    """Batches of the steps from `first` on; the next batch is drawn in a thread while the last one is used."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(draw, first)
         step = first

@@ -1,14 +1,14 @@
-"""Where the training of the example model begins.
+"""Initial parameters of the example model.
 
-From a usual random start such a model sits on guessing a value of the document for thousands of steps. So it starts
-*structured*, and this is all of it (everything is trained afterwards, and the checkpoint is an ordinary LLaDA):
+From a usual random start such a model only guesses some value of the document for thousands of steps. So it has a
+*structured* start, described here. Everything is trained afterwards, and the checkpoint is an ordinary LLaDA.
 
-* embeddings are normal plus one vector that all tokens share, the mask token being that vector and one of its own that
-  nothing reads; the head is the transposed token part;
-* queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
-  heads at fixed offsets: the words just before each word, each kept in a quarter of the dimensions;
-* above, heads compare one such quarter, in dimensions that rotary embedding hardly turns, so that what stands behind
-  the same words attends to each other across a document, and copy another quarter.
+* Embeddings are normal plus one vector that all tokens share. The mask token is that vector plus a vector of its own
+  that nothing reads. The head is the transposed token part.
+* Queries and keys of layers 0 and 1 point along the shared vector, so that rotary embedding turns them into sharp
+  heads at fixed offsets: the words just before each word, each kept in a quarter of the dimensions.
+* In later layers, heads compare one such quarter, in dimensions that rotary embedding hardly rotates, so that words
+  after the same words attend to each other across a document. They copy another quarter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bicache_jax.core.config import ModelConfig
 from bicache_jax.example import task
 from bicache_jax.models import init
 
-# Of the heads of layers 0 and 1: offset, which quarter of the content they keep, and how much of it.
+# For the heads of layers 0 and 1: offset, the quarter of the content that they keep, and its gain.
 OFFSETS = (
     ((-1, 0, 1.0), (-2, 1, 1.0), (-3, 2, 1.0), (1, 3, 0.5)),
     ((-4, 3, 1.0), (-5, 0, 0.1), (2, 1, 0.1), (3, 2, 0.1)),
@@ -31,14 +31,14 @@ OFFSETS = (
 
 
 def at_offset(offset: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A query and a key [H] that meet at full length, rotated, where the key stands `offset` tokens further on."""
+    """A query and a key [H] that are equal after rotation if the key is `offset` tokens later."""
     angle = offset * config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
     key = np.concatenate([np.ones(config.head_dim // 2), np.zeros(config.head_dim // 2)])
     return np.concatenate([np.cos(angle), np.sin(angle)]), key
 
 
 def slow_dimensions(config: ModelConfig) -> np.ndarray:
-    """Which dimensions of a head [H] hardly turn within a document, so that content can be compared in them."""
+    """Which dimensions of a head [H] hardly rotate within a document, so that content can be compared in them."""
     return np.tile(np.arange(config.head_dim // 2) >= 5, 2)
 
 
@@ -59,13 +59,13 @@ def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     blank /= np.linalg.norm(blank)
     away = np.eye(width) - np.outer(direction, direction) - np.outer(blank, blank)
     tokens = rng.normal(size=(config.vocab_size, width)) * 0.5 @ away
-    for relation in task.RELATIONS:  # a question's verb starts out like the statement's
+    for relation in task.RELATIONS:  # a question's verb starts similar to the statement's
         said, asked = task.TOKEN_ID[relation.verb[0]], task.TOKEN_ID[relation.ends[0]]
         tokens[asked] = 0.8 * tokens[said] + 0.6 * tokens[asked]
     tokens *= 0.5 * np.sqrt(width) / np.linalg.norm(tokens, axis=1, keepdims=True)
     tokens[config.mask_id] = 0
     params["embed"] = tokens + shared
-    # As long as any other token, so that its norm lets it stand out nowhere.
+    # The same norm as any other token.
     params["embed"][config.mask_id] += blank * 0.5 * np.sqrt(width)
     params["head"] = tokens / (0.25 * np.sqrt(width)) * 0.5
 
@@ -78,12 +78,12 @@ def structured_start(config: ModelConfig, seed: int) -> dict[str, Any]:
     for layer in range(config.num_layers):
         queries, keys, values, outputs = [], [], [], []
         for index in range(config.num_heads):
-            if layer < len(OFFSETS):  # look at a fixed offset, keep a part of what stands there
+            if layer < len(OFFSETS):  # look at a fixed offset, keep a part of that token
                 offset, kept, gain = OFFSETS[layer][index]
                 query, key = at_offset(offset, config)
                 queries.append(np.outer(direction, query) * 0.92 + noise(0.2))
                 keys.append(np.outer(direction, key) * 0.92 + noise(0.2))
-            else:  # look for equal content in one part, copy another part of what stands there
+            else:  # look for equal content in one part, copy another part of that token
                 kept, gain = (index + layer) % config.num_heads, 0.4
                 turn = np.linalg.qr(rng.normal(size=(head, head)))[0] * slow * 1.8
                 queries.append(parts[index].T @ turn + noise(0.2))

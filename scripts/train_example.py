@@ -2,10 +2,10 @@
 
     python scripts/train_example.py --output runs/example [--resume]
 
-That made the bundled checkpoint. Training begins from the structured start of `structured_start.py`, without which it
-would sit for thousands of steps on guessing a value of the document. Every sequence is drawn fresh from the seed;
-lessons grow from 3 persons with one fact each to whole documents. Lists are learned in the last lesson but one, which
-is mostly lists and where many values are several persons'; the last brings the other kinds back up.
+This command made the bundled checkpoint. Training begins from the start in `structured_start.py`; without it the model
+would only guess some value of the document for thousands of steps. Every sequence is drawn from the seed. Lessons grow
+from 3 people with one fact each to whole documents. Lists are learned in the second to last lesson, which has mostly
+lists and many shared values. The last lesson restores the accuracy of the other kinds.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Lesson:
     """A stage of the curriculum.
 
     Attributes:
-        people: most persons of a document; a third as many at least.
-        facts: most facts of each.
-        questions: questions of a sequence.
-        batch: sequences of a step.
-        length: tokens of a sequence, padded.
+        people: largest number of people in a document; the smallest is a third of it.
+        facts: largest number of facts per person.
+        questions: questions per sequence.
+        batch: sequences per step.
+        length: tokens per sequence, with padding.
         restated: share of the questions that restate a fact with one word missing.
-        repeat: chance that a value is another person's, too.
-        kinds: kinds of questions asked; one that is named several times is asked more often.
-        steps: most steps; the next lesson begins earlier once every kind is above `PASS`.
+        repeat: probability that a value is shared with another person.
+        kinds: kinds of questions; a kind that is listed several times is asked more often.
+        steps: largest number of steps; the next lesson begins earlier if every kind is above `PASS`.
     """
 
     people: int
@@ -60,7 +60,7 @@ class Lesson:
 
 
 PASS = 0.92
-STATE = "training.safetensors"  # in --output: parameters and optimizer, to go on from
+STATE = "training.safetensors"  # in --output: parameters and optimizer state for --resume
 _SIMPLE = ("forward", "reverse")
 LESSONS = (
     Lesson(3, 1, 6, 48, 96, 0.4, 0.0, _SIMPLE, 400),
@@ -74,7 +74,7 @@ LESSONS = (
 
 
 def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], list[bool]]:
-    """One sequence: a document, then questions with their answers and the end-of-text tokens behind them.
+    """One sequence: a document, then questions with their answers and end-of-text tokens.
 
     Returns:
         Tokens, and which of them may be masked.
@@ -88,7 +88,7 @@ def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], 
     tokens = task.ids(document.words)
     answers = [False] * len(tokens)
     count = int(rng.integers(1, lesson.questions + 1)) if rng.random() < 0.3 else lesson.questions
-    for place in range(count):
+    for number in range(count):
         if rng.random() < lesson.restated:
             words = task.ids(task.statement(*document.facts[rng.integers(len(document.facts))]))
             missing = int(rng.choice([0, len(words) - 2]))
@@ -97,7 +97,7 @@ def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], 
             continue
         group = by_kind[rng.integers(len(by_kind))]
         question = group[rng.integers(len(group))]
-        last = place == count - 1
+        last = number == count - 1
         ends = int(rng.integers(1, 5)) if not last else int(rng.integers(1, 13))
         answer = [*task.ids(question.answer), *[EOS] * ends]
         tokens += [*task.ids(question.words), *answer]
@@ -106,7 +106,7 @@ def draw_sequence(rng: np.random.Generator, lesson: Lesson) -> tuple[list[int], 
 
 
 def draw_batch(seed: int, step: int, lesson: Lesson) -> tuple[np.ndarray, ...]:
-    """A step's batch: inputs, targets, which targets count, which tokens are there [B, 1, T]."""
+    """A step's batch: inputs, targets, which targets count, which tokens are not padding [B, 1, T]."""
     rng, length = np.random.default_rng([seed, 0, step]), lesson.length
     ids = np.full((lesson.batch, length), task.TOKEN_ID[task.PAD], np.int32)
     counts = np.zeros((lesson.batch, length), bool)
@@ -123,9 +123,9 @@ def draw_batch(seed: int, step: int, lesson: Lesson) -> tuple[np.ndarray, ...]:
 
 
 def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Lesson) -> dict[str, float]:
-    """Share of held-out questions whose answer is right when all of it is predicted at once, by kind.
+    """Share of held-out questions with a right answer if all of it is predicted in one pass, by kind.
 
-    Answers of several words are easier step by step; this is a lower bound, cheap enough to steer lessons.
+    Answers of several words are easier step by step, so this is a lower bound. It is cheap enough to control lessons.
     """
     rng, length = np.random.default_rng([seed, 2]), lesson.length
     right: dict[str, list[bool]] = {kind: [] for kind in lesson.kinds}
@@ -145,16 +145,16 @@ def quick_accuracy(predict: Any, params: dict[str, Any], seed: int, lesson: Less
         part = rows[begin : begin + 20]
         ids = np.zeros((20, length), np.int32)
         valid = np.zeros((20, length), bool)
-        for place, row in enumerate(part):
-            ids[place, : len(row)], valid[place, : len(row)] = row, True
+        for index, row in enumerate(part):
+            ids[index, : len(row)], valid[index, : len(row)] = row, True
         found = np.asarray(predict(params, ids, valid[:, None]))
-        for place, (kind, at, answer) in enumerate(spans[begin : begin + 20]):
-            right[kind].append(list(found[place, at : at + len(answer)]) == answer)
+        for index, (kind, at, answer) in enumerate(spans[begin : begin + 20]):
+            right[kind].append(list(found[index, at : at + len(answer)]) == answer)
     return {kind: round(float(np.mean(values)), 3) for kind, values in right.items() if values}
 
 
 def save_checkpoint(folder: Path, tree: Any, state: dict[str, Any]) -> None:
-    """Writes parameters and optimizer state; complete or not at all."""
+    """Writes parameters and optimizer state atomically."""
     leaves = {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     save_file(leaves, folder / "next.safetensors", metadata={"state": json.dumps(state)})
     os.replace(folder / "next.safetensors", folder / STATE)
@@ -172,7 +172,7 @@ def load_checkpoint(folder: Path, tree: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def keep_log(log: Path, step: int) -> None:
-    """Drops what was logged after `step`, since that is about to be done again."""
+    """Drops log lines after `step`, since those steps will run again."""
     lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     log.write_text("".join(lines))
 
@@ -209,7 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=integer(1), default=3400, help="steps in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state in --output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last saved state in --output")
     parser.add_argument(
         "--save-every", type=integer(1), default=200, help="steps between saved states (default: %(default)s)"
     )
@@ -218,7 +218,7 @@ def main() -> None:
     if saved != args.resume:
         parser.error(
             f"--output {args.output}: "
-            + ("holds a training: go on with it by --resume" if saved else f"has no {STATE} for --resume to go on from")
+            + ("has a saved state; continue it with --resume" if saved else f"has no {STATE}; start without --resume")
         )
     with_kept_buffers()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def main() -> None:
                 over = min(quick.values()) >= PASS or state["lesson_step"] >= lesson.steps
             state["seconds"] = time.perf_counter() - started
             over = over and state["lesson"] + 1 < len(LESSONS)
-            if over:  # before the state is saved: a resumed run goes on with the next lesson, too
+            if over:  # before the state is saved, so that a resumed run also continues with the next lesson
                 state |= {"lesson": state["lesson"] + 1, "lesson_step": 0}
             if state["step"] % args.save_every == 0 or state["step"] == args.steps:
                 save_checkpoint(args.output, tree, state)

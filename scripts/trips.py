@@ -1,7 +1,7 @@
-"""A task whose answers need a document that has read what stands behind it: trips, and rules that sort the towns.
+"""A task with answers that need a document that has read the text after it: trips, and rules that sort the towns.
 
 The document, which is the shared prefix, says who went from which town to which. The suffix begins with a rule that
-says in which region each town lies, another one for each question. What a trip means depends on it.
+says in which region each town lies; each question has its own rule. The meaning of a trip depends on the rule.
 
 | kind | question | answer |
 |---|---|---|
@@ -9,8 +9,8 @@ says in which region each town lies, another one for each question. What a trip 
 | regions | from northern to southern went | Mara |
 | within | within one region went | Mara |
 
-The first kind needs no rule. The second could be answered without a document that has read it: a question might gather
-the towns of its two regions first. For the third, each trip has to be compared with itself under the rule.
+The first kind needs no rule. The second could be answered without a document that has read the rule: the question could
+first collect the towns of its two regions. For the third, the rule has to be applied to both towns of each trip.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question in words, and the person who answers it."""
+    """A question as words, and the person who is the answer."""
 
     kind: str
     words: tuple[str, ...]
@@ -62,7 +62,7 @@ class Document:
         return tuple(word for a, b, name in self.trips for word in ("from", a, "to", b, "went", name, "."))
 
     def questions(self, region: dict[str, str]) -> list[Question]:
-        """Everything with one answer under a rule."""
+        """All questions with exactly one answer under a rule."""
         kinds = [(region[a], region[b]) for a, b, _ in self.trips]
         found = []
         for (a, b, name), kind in zip(self.trips, kinds, strict=True):
@@ -78,7 +78,7 @@ def draw_document(rng: np.random.Generator, people: int, towns: int) -> Document
     """Draws a trip of each of `people` between two of `towns` towns.
 
     Raises:
-        ValueError: so few towns that no two lie in one region.
+        ValueError: there are so few towns that no two lie in one region.
     """
     if towns <= len(REGIONS):
         raise ValueError(f"towns must be more than {len(REGIONS)}, so that two lie in one region; got {towns}")
@@ -93,7 +93,7 @@ def draw_document(rng: np.random.Generator, people: int, towns: int) -> Document
 
 
 def draw_rule(rng: np.random.Generator, document: Document) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Draws a region for each town, so that one trip stays within one; returns it as a mapping and as text."""
+    """Draws a region for each town, so that exactly one trip stays within a region; as a mapping and as text."""
     while True:
         order = [document.towns[index] for index in rng.permutation(len(document.towns))]
         region = {town: REGIONS[index % len(REGIONS)] for index, town in enumerate(order)}
@@ -106,14 +106,14 @@ def draw_rule(rng: np.random.Generator, document: Document) -> tuple[dict[str, s
 def draw_requests(
     seed: int, samples: int, *, per_document: int = 12, people: int = 8, towns: int = 10
 ) -> Iterator[dict[str, Any]]:
-    """Draws requests as a request file has them, each with a rule of its own; kinds in turn.
+    """Draws requests in the form of a request file, each with its own rule; the kinds alternate.
 
     Args:
-        seed: fresh documents for every seed; `task.FIRST_HELD_OUT` and above were never trained on.
-        samples: requests.
-        per_document: requests that share a document, their prefix.
-        people: trips of a document.
-        towns: towns of a document.
+        seed: each seed gives new documents; `task.FIRST_HELD_OUT` and above were never used in training.
+        samples: number of requests.
+        per_document: requests that share a document as their prefix.
+        people: trips in a document.
+        towns: towns in a document.
     """
     rng = np.random.default_rng([seed, 3])
     document = draw_document(rng, people, towns)
@@ -135,16 +135,17 @@ def draw_requests(
 
 
 def trips_start(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Parameters to start from: heads that keep words at fixed offsets, and heads that find words behind the same ones.
+    """Initial parameters: heads that keep words at fixed offsets, and heads that find words after the same words.
 
-    The width is cut into four parts; a word's own is the first. Layer 0 copies the words one, two and four before into
-    the others. Above, one head finds what stands two behind the same word, one what stands two behind the word four
-    before, one what stands alike in both, each adding the word that it finds. So words of the document can read the
-    rule in layer 1 from the first step on, and so can those of a question. All of it is trained afterwards.
+    The width is split into four parts; the first holds the word itself. Layer 0 copies the words one, two and four
+    positions earlier into the others. In later layers, one head finds words two after the same word, one finds words
+    two after the word four positions earlier, and one finds words for which both match; each adds the word that it
+    finds. So words of the document and of the question can read the rule in layer 1 from the first step on. Everything
+    is trained afterwards.
 
     Args:
-        config: of four heads, each as wide as a part.
-        seed: of the noise.
+        config: an architecture with four heads, each as wide as a part.
+        seed: seed of the noise.
 
     Returns:
         The tree of `bicache_jax.models.init`.

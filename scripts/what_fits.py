@@ -1,10 +1,10 @@
-"""Largest planned batches, by model, slice and mesh, and what the TPU compiler says of them.
+"""Largest planned batches by model, slice and mesh, compared with the TPU compiler's figures.
 
 python scripts/what_fits.py --output scripts/results/what_fits
 
-Every line of the table is two programs compiled for a slice that need not be here (`bicache aot --rows max`); lines
-that the output already has are not compiled again. `--beyond` also compiles a batch one bucket larger, to show that it
-does not fit, or by how much the planner is careful.
+For each line of the table two programs are compiled for a slice that need not be attached (`bicache aot --rows max`).
+Lines that are already in the output are not compiled again. `--beyond` also compiles a batch that is one bucket larger,
+to show that it does not fit, or how conservative the planner is.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ MESHES = {
 
 
 def one(config: str, slice_name: str, rows: int | None) -> dict[str, Any]:
-    """A compile check."""
+    """Runs a compile check."""
     return check(AotCase(config, slice_name, MESHES[slice_name], rows=rows))
 
 
 def peak(found: dict[str, Any]) -> int | None:
-    """Bytes of the larger program; None where one does not fit."""
+    """Bytes of the larger program; None if one does not fit."""
     parts = (found["decode"], found["encode"])
     return max(part["peak_bytes"] for part in parts) if found["fits"] else None
 
 
 def planned(found: dict[str, Any]) -> int:
-    """Bytes that the planner says today for a line."""
+    """Bytes that the current planner computes for a line."""
     partition = Partition(model_shape(found["config"]), found["mesh"]["model"])
     size = {"groups": found["prefixes"], **{key: found[key] for key in ("rows", "prefix", "suffix")}}
     dtype, copies = jnp.dtype(jnp.bfloat16), topology(found["topology"]).copies
@@ -80,9 +80,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles what is missing, and writes the table after every line."""
     parser = argparse.ArgumentParser(description="Largest batches that fit, by the TPU compiler.")
-    parser.add_argument("--output", type=Path, required=True, help="path without ending; .json and .md are written")
+    parser.add_argument("--output", type=Path, required=True, help="path without extension; writes .json and .md")
     parser.add_argument("--slices", nargs="+", default=list(MESHES), choices=list(MESHES), help="default: all")
-    parser.add_argument("--beyond", action="store_true", help="also compile what should not fit any more")
+    parser.add_argument("--beyond", action="store_true", help="also compile a batch that should not fit")
     args = parser.parse_args(argv)
     file: Path = args.output.with_suffix(".json")
     records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
