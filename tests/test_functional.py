@@ -109,7 +109,7 @@ def test_gradients(model: Model, prefix: PrefixCache) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.full)])
 def test_meshes_shards_and_maps_give_the_same_tokens(family: str) -> None:
     child = Path(__file__).with_name("functional_child.py")
     environment = os.environ | {"PYTHONPATH": f"{child.parents[1]}{os.pathsep}{child.parent}"}

@@ -27,7 +27,6 @@ def write_lines(path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "block_cache", "decoder"),
     [
-        ("llada", "off", []),
         ("llada", "off", ["--threshold", "0.02"]),
         ("llada", "dual", []),
         ("llada", "dual", ["--cfg-scale", "0.5", "--steps", "16"]),
