@@ -34,7 +34,7 @@ def model() -> Model:
         ("dual", BLOCKS, 8),
         ("prefix", {**BLOCKS, "steps": 16}, 4),
         ("dual", {**BLOCKS, "steps": 4}, 1),
-        ("dual", {**BLOCKS, "steps": 128}, 8),  # no block takes more steps than it has tokens
+        ("dual", {**BLOCKS, "steps": 128}, 32),
         ("dual", {**BLOCKS, "steps": 4, "threshold": 0.9}, 8),  # where steps mean nothing
         ("dual", {**BLOCKS, "factor": 1.0}, 8),
         ("dual", {"gen_length": 128}, 128),
