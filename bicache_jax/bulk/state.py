@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.bulk.journal import Journal, check_same_run, dump, header_of, read_journal
+from bicache_jax.bulk.journal import Journal, check_same_run, dump, header_of
 from bicache_jax.bulk.manifest import Entry, check_finished, digest_of, read_manifest, write_manifest
 from bicache_jax.bulk.storage import (
     AnyPath,
@@ -37,10 +35,10 @@ from bicache_jax.bulk.storage import (
     read_bytes,
     remove,
     remove_folder,
-    upload,
     write_whole,
 )
-from bicache_jax.core.types import BicacheError, Key, Record, native
+from bicache_jax.bulk.window_journal import WindowJournal, in_order, read_window
+from bicache_jax.core.types import BicacheError, Record, native
 
 Form = Callable[[Iterable[Record | None]], Iterator[Record | None]]
 """A format of results: turns records in input order into the lines that are written."""
@@ -50,9 +48,6 @@ def native_form(records: Iterable[Record | None]) -> Iterator[Record | None]:
     """Our own format: a line for each result; None where the next one is not there yet."""
     return (None if record is None else native(record) for record in records)
 
-
-UPLOAD_SECONDS = 30.0
-"""Objects in buckets cannot be appended to: journals are uploaded anew, at most this often."""
 
 _ERROR: Record = {"finish_reason": "error"}
 _OWN = re.compile(r"(?:\d{6}\.)?(\d{5})-of-(\d{5})\.(?:journal|done)")
@@ -230,7 +225,7 @@ class State:
         others = {}
         for path in listed(folder, f"{number:06d}.*.journal"):
             if path != target:
-                found, records = _read(path)
+                found, records = read_window(path)
                 if records:
                     check_same_run(path, found, header_of(header))
                 others.update({(record["id"], record["sample"]): record for record in records})
@@ -336,7 +331,7 @@ class State:
             first: Record = {}
             found: dict[int, dict[int, Record]] = {}
             for path in listed(folder, f"{number:06d}.*.journal"):
-                header, records = _read(path)
+                header, records = read_window(path)
                 if records:  # workers may have read files of one name that differ
                     first = first or header
                     check_same_run(path, header, first)
@@ -348,80 +343,7 @@ class State:
             if not requests:
                 raise BicacheError(f"{folder}: there is no journal of window {number}; run again with --resume")
             for index in range(requests):
-                yield from _in_order(found.get(index, {}), f"{folder}, window {number}, request {index}")
+                yield from in_order(found.get(index, {}), f"{folder}, window {number}, request {index}")
         # State is removed when all outputs are there. If this one is not, nothing was missing in what was read here.
         if self.is_complete(name):
             raise BicacheError(f"another worker has written {self.final(name)}")
-
-
-class WindowJournal:
-    """One worker's journal of one window.
-
-    Attributes:
-        finished: results that need not be computed again, by (id, sample): this worker's and the others'.
-        errors: places of requests whose error is in the journal.
-    """
-
-    def __init__(self, journal: Journal, others: Mapping[Key, Record], target: AnyPath | None) -> None:
-        self._journal = journal
-        self._target = target
-        self._uploaded = time.monotonic()
-        found = {**others, **journal.finished}
-        self.finished = {key: record for key, record in found.items() if record["finish_reason"] != "error"}
-        self.errors = {record["index"] for record in found.values() if record["finish_reason"] == "error"}
-
-    def begin(self, run: Mapping[str, Any]) -> None:
-        """Checks that the journal is of this run, or writes its header."""
-        self._journal.begin(run)
-
-    def add(self, record: Record, *, index: int, of: int) -> None:
-        """Writes a finished result.
-
-        Args:
-            record: the result.
-            index: the place of its request in the window.
-            of: results that the request has in all.
-        """
-        self._journal.add({**record, "index": index, "of": of})
-        if self._target is not None and time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self._upload()
-
-    def close(self) -> None:
-        """Makes sure that everything is where a restart will look for it."""
-        self._journal.close()
-        if self._target is not None:
-            self._upload()
-            self._journal.path.unlink(missing_ok=True)
-
-    def _upload(self) -> None:
-        assert self._target is not None
-        if self._journal.path.exists():  # a journal without results removes itself
-            with faults(f"cannot write {self._target}"):
-                upload(self._journal.path, self._target)
-        self._uploaded = time.monotonic()
-
-
-def _read(path: AnyPath) -> tuple[Record, list[Record]]:
-    """Reads a journal that may be another worker's, which removes it when its window ends without a result in it."""
-    try:
-        lines = read_bytes(path)
-    except Exception:  # bucket libraries raise many kinds
-        if exists(path):
-            raise
-        lines = b""
-    header, records, _ = read_journal(io.BytesIO(lines), path)
-    return header, [record for record in records if {"index", "of", "finish_reason"} <= record.keys()]
-
-
-def _in_order(samples: Mapping[int, Record], source: str) -> Iterator[Record]:
-    """Yields the results of a request by sample, as users see them.
-
-    Raises:
-        BicacheError: some are missing.
-    """
-    records = [samples[sample] for sample in sorted(samples)]
-    failed = any(record["finish_reason"] == "error" for record in records)
-    if not failed and len(records) != (records[0]["of"] if records else 1):
-        raise BicacheError(f"{source}: results are missing; run again with --resume")
-    for record in records:
-        yield {name: value for name, value in record.items() if name not in ("index", "of")}

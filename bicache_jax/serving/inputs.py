@@ -89,7 +89,7 @@ def read_requests(name: str, flag: str = "--input") -> Requests:
     source = "standard input" if name == STANDARD else name
     try:
         data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
-        if data.startswith(_GZIP):
+        if data.startswith(_GZIP) or name.endswith(".gz"):
             data = gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BicacheError(f"{flag} {source}: not a whole gzip file ({error})") from None

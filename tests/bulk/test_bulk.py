@@ -16,7 +16,7 @@ from fake_run import FakeSession, write_requests
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from bicache_jax.bulk import state
+from bicache_jax.bulk import state, window_journal
 from bicache_jax.bulk.storage import inputs, path_of
 from bicache_jax.bulk.windows import ahead, windows
 from bicache_jax.cli import backend
@@ -109,7 +109,7 @@ def run(model: str, *flags: str) -> int:
 
 @pytest.mark.parametrize("upload", [0.0, 1e9])
 def test_buckets_in_and_out_and_through_an_interruption(bucket, monkeypatch, tmp_path, capsys, upload):
-    monkeypatch.setattr(state, "UPLOAD_SECONDS", upload)
+    monkeypatch.setattr(window_journal, "UPLOAD_SECONDS", upload)
     files = [write_requests(tmp_path / "a.jsonl", 17, n=2), write_requests(tmp_path / "b.jsonl", 10)]
     for file in files:
         (bucket / "in" / file.name).write_bytes(file.read_bytes())
