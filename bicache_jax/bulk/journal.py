@@ -195,7 +195,7 @@ def write_atomic(path: str | Path, lines: Iterable[bytes], temporary: Path | Non
     """Writes a file that is either whole or not there: a temporary file, synced, then one rename.
 
     Args:
-        path: the file; what stands there is replaced, through a symbolic link if it is one.
+        path: the file; what is there is replaced, through a symbolic link if it is one.
         lines: its content.
         temporary: the temporary file, on the same file system, which no other process writes; by default it is
             beside `path`, of one name, so that what a killed process left is replaced.

@@ -1,4 +1,4 @@
-"""Workers of a bulk job meet, wait for each other, and take leave."""
+"""Workers of a bulk job meet, wait for each other, and leave together."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
 
 
 def leave(worker: Worker, seconds: float) -> None:
-    """Takes leave of the other processes, if they do so too; after a while, without."""
+    """Leaves together with the other processes; alone, if they have not left after some seconds."""
     if worker.count == 1:
         return
     import jax

@@ -234,7 +234,7 @@ def test_of_two_that_put_outputs_together_one_can_die(tmp_path, monkeypatch):
 
 
 def test_what_another_writes_and_removes_meanwhile_is_not_written_over(bucket, monkeypatch):
-    """An earlier run's error stands in one journal, and the answer in one that is removed while others are read."""
+    """An earlier run's error is in one journal, and the answer in one that is removed while others are read."""
     first, second = (
         state.State("s3://bucket/out", [Path(n) for n in "ab"], state.Worker(i, 2), resume=True) for i in (0, 1)
     )
