@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_attention import plain_attention
 
 from bicache_jax.core import attention
 from bicache_jax.kernels import prefix_attention
@@ -19,19 +20,6 @@ def _inputs(
     prefix, queries, suffix = sizes
     shapes = [(rows, heads, queries, 16), *[(prefixes, kv, prefix, 16)] * 2, *[(rows, kv, suffix, 16)] * 2]
     return [rng.normal(size=shape) for shape in shapes]
-
-
-def plain_attention(inputs: list, index: np.ndarray, prefix_len: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    q, k_prefix, v_prefix, k_suffix, v_suffix = inputs
-    k, v = (np.concatenate([p[index], s], axis=2) for p, s in ((k_prefix, k_suffix), (v_prefix, v_suffix)))
-    repeat = q.shape[1] // k.shape[1]
-    k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
-    seen = np.concatenate([np.arange(k_prefix.shape[2]) < prefix_len[index][:, None], valid], axis=1)
-    scores = np.where(seen[:, None, None], q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, -np.inf)
-    with np.errstate(invalid="ignore"):
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        out = p @ v / p.sum(-1, keepdims=True)
-    return np.nan_to_num(out)
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from test_attention import plain_attention
+from plain_attention import plain_attention
 
 from bicache_jax import BicacheError, CacheConfig, Engine, load_model
 from bicache_jax.cli import main
