@@ -123,6 +123,28 @@ def test_the_triton_kernel(case: Case) -> None:
     _check(case, functools.partial(gpu.prefix_attention, form=form, interpret=True))
 
 
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_the_triton_kernel_lowers(case: Case) -> None:
+    """The interpreter is more lenient: it broadcasts masks that Triton does not."""
+    tensors, named = case.arrays()
+    cast = [jax.ShapeDtypeStruct(tensor.shape, case.dtype) for tensor in tensors]
+    layer = {"layer": max(0, case.layers - 1)} if case.layers else {}
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        return gpu.prefix_attention(
+            *arrays,
+            prefix_index=None if case.own else jnp.asarray(named["index"]),
+            prefix_len=jnp.asarray(named["lengths"]),
+            suffix_valid=jnp.asarray(named["valid"]),
+            form=gpu.Form("triton", queries=32, keys=16),
+            **layer,
+        )
+
+    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)(*cast)
+    assert "xla.gpu.triton" in exported.mlir_module()
+
+
 @pytest.mark.parametrize("case", [*CASES[1:4], Case(2, 1, 4, 2, 16, 9, 3, 5)], ids=str)
 def test_the_library_form(case: Case) -> None:
     _check(case, functools.partial(gpu.prefix_attention, form=gpu.Form("library")))
@@ -171,7 +193,7 @@ def test_a_prefix_is_fetched_once_for_consecutive_rows_and_its_padding_is_not() 
     # Of chunks that are padding in every row, the one block that a pipeline must start with.
     assert _fetches(case, blocks, np.full(8, 130, np.int32)) == 3 * 2 * 2 + 2
     assert _fetches(case, blocks, np.zeros(8, np.int32)) == 4
-    # Longer than what stays: each row fetches it anew.
+    # Longer than what stays: each row fetches it again.
     assert _fetches(case, dataclasses.replace(blocks, chunks=2), full) > 3 * 2 * 4
 
 
