@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 # Two test processes, and the commands that tests start, compile the same programs: whoever is first keeps them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name + "/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# A shell starts background jobs deaf to Ctrl-C, and the commands that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # a checkout needs no installation to be tested
 
 import hypothesis  # noqa: E402

@@ -113,7 +113,7 @@ class _Stream:
             self.entering = (boundary, inputs[boundary]) if boundary < num_layers else None
 
     def step(self, refresh: bool, window: np.ndarray, *, block_start: bool) -> np.ndarray:
-        """Logits of all positions; `window` are the suffix positions whose keys and values are made anew."""
+        """Logits of all positions; `window` are the suffix positions whose keys and values are computed again."""
         shallow = np.arange(self.model.config.num_layers)[:, None] < self.boundary
         where = np.where(self.prefix, shallow | (not refresh), ~window)
         kept = Kept(where, self.k.copy(), self.v.copy())

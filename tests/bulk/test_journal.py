@@ -174,7 +174,10 @@ def run_fake(output: Path, requests: Path, *flags: str, wait: float, log: Path, 
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, errors = process.communicate()
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     return process.returncode, errors
 
 

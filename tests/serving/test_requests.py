@@ -214,9 +214,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=12,
 )
-_FIELDS = st.sampled_from(
-    [*KEYS, "x", "custom_id", "method", "url", "body"]
-)
+_FIELDS = st.sampled_from([*KEYS, "x", "custom_id", "method", "url", "body"])
 _LINES = st.one_of(
     st.binary(max_size=60),
     st.text(max_size=60),
