@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all is well, 1 where programs do not fit a device, 2 for bad flags and unreadable files, 3 if some results
         are errors, 130 after Ctrl-C, 141 where the reader of standard output went away.
     """
+
     def command() -> int:
         args = build_parser().parse_args(argv)
         return COMMANDS[args.command].run(args)

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="generation and sides of the slice: v5e:2x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1, ...; v5e:1 is one chip",
     )
     where.add_argument("--mesh", required=True, metavar="data=D,model=M", help="how the slice's devices are used")
-    where.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)"
-    )
+    where.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     shape = parser.add_argument_group("batch")
     shape.add_argument(
         "--prefix", type=integer(0), default=1024, metavar="P", help="prefix tokens (default: %(default)s)"

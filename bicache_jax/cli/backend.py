@@ -73,9 +73,7 @@ def load(args: argparse.Namespace, mesh: Any = None) -> Model:
     from bicache_jax.loading import load_model
 
     start_compilation_cache(args)
-    return load_model(
-        args.model, dtype=args.dtype, mask_id=args.mask_id, mesh=mesh, check_weights=args.check_weights
-    )
+    return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id, mesh=mesh, check_weights=args.check_weights)
 
 
 def random(args: argparse.Namespace) -> Model:

@@ -76,9 +76,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_from_flags(
-    args: argparse.Namespace, *, gen_length: int, seed: int, **more: Any
-) -> SamplingConfig:
+def sampling_from_flags(args: argparse.Namespace, *, gen_length: int, seed: int, **more: Any) -> SamplingConfig:
     """Decoding settings from the flags.
 
     Args:

@@ -160,8 +160,7 @@ def add_running_arguments(parser: Parser) -> None:
         " %(default)s)",
     )
 
-    decoding = parser.add_argument_group("length and seed", "a request's own settings override these and the following"
-    )
+    decoding = parser.add_argument_group("length and seed", "a request's own settings override these and the following")
     add_preset_flag(parser, decoding)
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
@@ -229,9 +228,7 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(ends_at_once(last_words))
         requests = read_requests(args.input)
         # The output comes before the model: a fault of its must not cost a load.
-        output = open_output(
-            args.output, args.input, resume=args.resume, stream=args.stream, overwrite=args.overwrite
-        )
+        output = open_output(args.output, args.input, resume=args.resume, stream=args.stream, overwrite=args.overwrite)
         stack.callback(output.close)
         run = backend.open_session(args, cache, sampling)
         requests.items = run.parse(requests)

@@ -175,9 +175,7 @@ def _answer(group: Sequence[Record], digest: str, model: str, created: int) -> R
     for record in group:
         text = record["text"] if record["text"] is not None else ""
         said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choices.append(
-            {"index": record["sample"], **said, "logprobs": None, "finish_reason": record["finish_reason"]}
-        )
+        choices.append({"index": record["sample"], **said, "logprobs": None, "finish_reason": record["finish_reason"]})
     asked, written = group[0]["prompt_len"], sum(record["text_len"] for record in group)
     return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",

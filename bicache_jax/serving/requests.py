@@ -165,9 +165,7 @@ def parse_requests(
 
 def error_result(name: str, message: str) -> Result:
     """What a request gets that cannot run: its fault, in one line that any file can hold."""
-    return Result(
-        id=name, finish_reason="error", error=" ".join(message.split()).encode("utf-8", "replace").decode()
-    )
+    return Result(id=name, finish_reason="error", error=" ".join(message.split()).encode("utf-8", "replace").decode())
 
 
 def accepted(answer: Any) -> tuple[str, ...]:

@@ -78,9 +78,7 @@ class Session:
     def divide(self, requests: Sequence[Request], parts: int) -> list[int]:
         """Divides settled requests by prefix into parts of equal work; returns the part of each."""
         rows = self._rows(requests)
-        return divide(
-            self._engine.model.config, self._engine.cache, [rows[request.id] for request in requests], parts
-        )
+        return divide(self._engine.model.config, self._engine.cache, [rows[request.id] for request in requests], parts)
 
     def _rows(self, requests: Sequence[Request]) -> dict[str, list[Row]]:
         """The rows of each request."""
