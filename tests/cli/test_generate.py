@@ -126,6 +126,7 @@ def test_compilation_cache_that_cannot_be_written_is_one_line(whole, capfd):
     assert capfd.readouterr().err == f"bicache: error: cannot write --compilation-cache {folder}: Not a directory\n"
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(whole, tmp_path, capsys):
     """Kills a real run, then resumes from what any moment of it may have left."""
     requests, expected = whole
@@ -186,6 +187,7 @@ def odd_line(chance: random.Random, number: int) -> bytes:
     return json.dumps(record).encode() + chance.choice([b"", b"\r", b"  ", b"\x00"])
 
 
+@pytest.mark.slow
 def test_a_thousand_lines_have_a_result_each(tmp_path, capfd):
     folder = checkpoint_files.llada(tmp_path / "model", n_layers=2)
     chance = random.Random(5)

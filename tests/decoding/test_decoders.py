@@ -31,6 +31,7 @@ def _tokens(
     return [result.token_ids for result in results]
 
 
+@pytest.mark.slow
 def test_guidance_caches_its_masks_as_it_caches_the_prefix(model: Model) -> None:
     """Refreshed always from the first layer on, both caches change nothing; and neither do neighbours."""
     requests = _requests(SamplingConfig(16, 8, cfg_scale=1.5, temperature=0.4, top_p=0.9))

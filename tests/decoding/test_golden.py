@@ -26,14 +26,18 @@ from bicache_jax.kernels import PrefixAttention
 _SETTINGS = ("boundary", "refresh_interval", "steps", "gen_length", "block_length", "threshold", "alg", "batch")
 
 
-def _groups() -> list[tuple[str, str, tuple[str, ...]]]:
-    """Cases that can run in one batch: they differ in their prefix only."""
+def _groups() -> list[Any]:
+    """Family, block cache and names of cases that can run in one batch: they differ in their prefix only."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for family in golden.FOLDERS:
         for name, case in golden.cases(family).items():
             key = (family, golden.block_cache(name), *(case.get(field) for field in _SETTINGS), "prefix_len" in case)
             groups.setdefault(key, []).append(name)
-    return [(key[0], key[1], tuple(names)) for key, names in sorted(groups.items(), key=str)]
+    return [
+        # A prefix block cache compiles one program for each place of its window.
+        pytest.param(family, block_cache, tuple(names), marks=[pytest.mark.slow] * (block_cache == "prefix"))
+        for (family, block_cache, *_), names in sorted(groups.items(), key=str)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,7 @@ def test_the_reference_gives_the_recorded_tokens() -> None:
             assert out.passes == case["nfe"] and out.gap > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("block_cache", BLOCK_CACHES)
 def test_a_sample_of_the_matrix(
@@ -189,6 +190,7 @@ def test_the_whole_matrix(
     assert close <= 0.02 * total
 
 
+@pytest.mark.slow
 def test_a_prefix_block_cache_compiles_one_program_for_each_window(models: dict[str, Model]) -> None:
     model = models["llada"]
     sampling = SamplingConfig(32, 16, 8, threshold=0.2)

@@ -102,6 +102,7 @@ def test_requests_have_the_lengths_asked_for() -> None:
         synthetic_requests(SMALL, dataclasses.replace(case, suffix=7))
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_column(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     picture = tmp_path / "speed.png"
     status = main(
@@ -211,6 +212,7 @@ def test_lengths_that_flags_leave_open_go_together() -> None:
     assert set(sampling("--policies", "none+dual", "--suffix", "9")) == {SamplingConfig(4, 4, 4)}
 
 
+@pytest.mark.slow
 def test_the_sweep_measures_each_setting_and_draws_it(tmp_path) -> None:
     from scripts import benchmark_sweep
 

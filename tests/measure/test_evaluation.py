@@ -102,6 +102,7 @@ def test_differences_are_judged_as_scipy_does() -> None:
     assert (same.difference, same.p_value, same.interval) == (0.0, 1.0, (0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     command = "evaluate --model example --task example --policies none,naive,bicache --samples 12 --seed 3 --json"
     assert main([*command.split(), "--no-compilation-cache"]) == 0
@@ -143,6 +144,7 @@ def _run(task: Path, *flags: str) -> int:
     return main(["evaluate", "--model", str(golden.FOLDERS["llada"]), "--task", str(task), *common, *flags])
 
 
+@pytest.mark.slow
 def test_policies_are_compared_with_none_wherever_it_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,6 +257,7 @@ def test_a_text_ends_at_the_first_of_its_ends(model: Model) -> None:
     assert read((5, model.config.mask_id, 8), stop=("w8",)).text == "w5\u2591 "
 
 
+@pytest.mark.slow
 def test_without_other_requests_for_a_prefix_company_does_not_matter(model: Model) -> None:
     shared = "w9 " * 40
     asked = [{"id": f"{i}", "prompt": f"{shared}w{20 + i} w{30 + i} w{50 + i}"} for i in range(3)]

@@ -47,6 +47,7 @@ def _engine(model: Model, batch_size: int | None = None, **cache: Any) -> Engine
     return Engine(model, cache=CacheConfig(table=TABLE, refresh_interval=3, **cache), batch_size=batch_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"temperature": 0.8}, {"remasking": "random"}, {"block_length": 4, "temperature": 0.5}],
@@ -65,6 +66,7 @@ def test_a_request_gets_the_same_tokens_in_any_company(model: Model, settings: d
         assert alone.generate([request])[0].token_ids == wanted[request.id]
 
 
+@pytest.mark.slow
 def test_block_caches_and_thresholds_keep_that_promise(model: Model) -> None:
     requests = _requests(12, block_length=4, threshold=0.3)
     for block_cache in ("off", "prefix", "dual"):
@@ -74,6 +76,7 @@ def test_block_caches_and_thresholds_keep_that_promise(model: Model) -> None:
             assert alone.generate([request])[0].token_ids == wanted[request.id], block_cache
 
 
+@pytest.mark.slow
 def test_each_prefix_is_encoded_once_in_a_run(model: Model) -> None:
     engine = _engine(model, batch_size=2)
     engine.generate(_requests())
