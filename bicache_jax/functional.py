@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
@@ -247,12 +248,13 @@ def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> 
     """
     if isinstance(boundary, jax.core.Tracer):
         return
-    boundary = int(boundary)
+    boundary = int(np.asarray(boundary))
     if not 0 <= boundary <= config.num_layers:
         raise ValueError(f"boundary must lie in 0..{config.num_layers}, got {boundary}")
     if isinstance(prefix.boundaries, jax.core.Tracer) or not prefix.k.shape[-2]:
         return
-    encoded = sorted(set(map(int, prefix.boundaries)))
+    # In NumPy: inside a trace, jax would trace what is done with the numbers, known or not.
+    encoded = sorted(set(np.asarray(prefix.boundaries).tolist()))
     if clamp_boundary(boundary, config.num_layers) not in encoded:
         listed = ", ".join(str(b) for b in encoded if b < config.num_layers)
         raise ValueError(

@@ -49,6 +49,21 @@ def test_a_boundary_that_was_not_encoded_is_refused(model: Model, prefix: Prefix
             answer(model, prefix, beyond)
 
 
+def test_a_prefix_that_a_traced_function_closes_over(model: Model, prefix: PrefixCache) -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    canvas = jnp.broadcast_to(jnp.arange(40, 52), (2, 12))
+    wanted = answer(model, prefix, 3).tokens
+
+    def run(canvas: jax.Array, boundary: int = 3) -> jax.Array:
+        return denoise(model.params, model.config, prefix, canvas, boundary, SAMPLING, jax.random.key(0)).tokens
+
+    np.testing.assert_array_equal(jax.jit(run)(canvas), wanted)
+    np.testing.assert_array_equal(jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows))(canvas), wanted)
+    with pytest.raises(ValueError, match="boundary 2 is none"):
+        jax.jit(functools.partial(run, boundary=2))(canvas)
+
+
 def test_a_traced_boundary_that_was_not_encoded_gives_no_tokens(model: Model, prefix: PrefixCache) -> None:
     run = jax.jit(lambda prefix, boundary: answer(model, prefix, boundary))
     right = run(prefix, 3)
