@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TextIO
 
-from bicache_jax.cli import aot, batch, benchmark, convert, evaluate, generate, plan, profile
+from bicache_jax.cli import aot, batch, benchmark, convert, doctor, evaluate, generate, plan, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser, version
 from bicache_jax.cli.outputs import abandon
@@ -31,6 +31,7 @@ COMMANDS = {
     "benchmark": benchmark,
     "convert": convert,
     "aot": aot,
+    "doctor": doctor,
 }
 
 EXIT_FAULT = 2
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; those of the process by default.
 
     Returns:
-        0 if all is well, 1 where programs do not fit a device, 2 for bad flags and unreadable files, 3 if some results
-        are errors, 130 after Ctrl-C, 141 where the reader of standard output went away.
+        0 if all is well, 1 where programs do not fit a device or a check of it fails, 2 for bad flags and unreadable
+        files, 3 if some results are errors, 130 after Ctrl-C, 141 where the reader of standard output went away.
     """
 
     def command() -> int:

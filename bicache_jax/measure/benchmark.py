@@ -177,20 +177,29 @@ class EngineRunner:
         }
 
 
-def matmul_peak(dtype: Any) -> Callable[[], float]:
+def matmul_peak(dtype: Any, size: int | None = None) -> Callable[[], float]:
     """A function that measures how many operations a second a large matrix product makes.
 
     A try is short; of many, spread over a whole run, some are left alone even on a shared machine, and the best counts.
+
+    Args:
+        dtype: of the factors; integers are summed in int32.
+        size: of the square matrices; None: what fills the device.
     """
     from bicache_jax.core.numerics import precision
 
     on_cpu = jax.default_backend() == "cpu"
-    size, turns = (2048, 1) if on_cpu else (8192, 20)
-    ones, mean = jnp.ones((size, size), dtype), jnp.full((size, size), 1 / size, dtype)
+    size, turns = size or (2048 if on_cpu else 8192), 1 if on_cpu else 20
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    ones, mean = jnp.ones((size, size), dtype), jnp.full((size, size), 1 if integer else 1 / size, dtype)
+
+    def multiply(x: jax.Array, mean: jax.Array) -> jax.Array:
+        sums = jnp.int32 if integer else None
+        return jnp.matmul(mean, x, precision=precision(dtype), preferred_element_type=sums).astype(dtype)
 
     @jax.jit
     def product(x: jax.Array, mean: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, turns, lambda _, x: jnp.matmul(mean, x, precision=precision(dtype)), x)
+        return jax.lax.fori_loop(0, turns, lambda _, x: multiply(x, mean), x)
 
     def once() -> float:
         started = time.perf_counter()

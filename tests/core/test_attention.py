@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_attention import plain_attention
 
 from bicache_jax.core import attention
 from bicache_jax.kernels import prefix_attention
-
-BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}
+from bicache_jax.testing import BOUNDS, reference_attention
 
 
 def _inputs(
@@ -46,7 +44,7 @@ def test_it_is_attention_over_both_parts(
         suffix_valid=jnp.asarray(valid),
     )
     assert out.dtype == dtype
-    wanted = plain_attention(rounded, index, prefix_len, valid)
+    wanted = reference_attention(rounded, index, prefix_len, valid)
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=BOUNDS[dtype], rtol=BOUNDS[dtype])
     assert not np.asarray(out[0], np.float64).any()
 
@@ -77,7 +75,7 @@ def test_tiles_of_queries_that_do_not_come_out_even(monkeypatch: pytest.MonkeyPa
         prefix_len=jnp.asarray(lengths, jnp.int32),
         suffix_valid=jnp.asarray(valid),
     )
-    wanted = plain_attention(inputs, index, lengths, valid)
+    wanted = reference_attention(inputs, index, lengths, valid)
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=2e-6, rtol=2e-6)
 
 

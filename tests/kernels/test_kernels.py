@@ -16,94 +16,24 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from plain_attention import plain_attention
 
 from bicache_jax import BicacheError, CacheConfig, Engine, load_model
 from bicache_jax.cli import main
 from bicache_jax.core import attention
 from bicache_jax.kernels import dispatch, gpu, prefix_attention, tpu
+from bicache_jax.testing import SMALL_CASES, attend, error_over_bound, exact
+from bicache_jax.testing import AttentionCase as Case
 from scripts import benchmark_kernels
 
-BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}  # of the result, for normal inputs; the documentation names them
 SMALL = tpu.Blocks(queries=16, keys=128, chunks=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Rows, prefixes, query and KV heads, head size, prefix, queries, suffix; layers of a stack, or 0 for none."""
-
-    rows: int
-    prefixes: int
-    heads: int
-    kv: int
-    head_dim: int
-    prefix: int
-    queries: int
-    suffix: int
-    dtype: str = "float32"
-    layers: int = 0
-    own: bool = False
-
-    def arrays(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """Inputs: prefixes in shuffled order and ragged, one empty; a row with nothing valid; holes in suffixes."""
-        rng = np.random.default_rng(seed)
-        prefix = (self.layers,) * bool(self.layers) + (self.prefixes, self.kv, self.prefix, self.head_dim)
-        suffix = (self.rows, self.kv, self.suffix, self.head_dim)
-        q = (self.rows, self.heads, self.queries, self.head_dim)
-        tensors = [np.asarray(rng.normal(size=s)) for s in (q, prefix, prefix, suffix, suffix)]
-        index = np.arange(self.rows) if self.own else rng.permutation(np.arange(self.rows) % self.prefixes)
-        lengths = rng.integers(0, self.prefix + 1, self.prefixes)
-        lengths[index[-1]] = self.prefix
-        lengths[index[0]] = 0
-        valid = rng.random((self.rows, self.suffix)) < 0.7
-        valid[0] = False
-        return tensors, {"index": index.astype(np.int32), "lengths": lengths.astype(np.int32), "valid": valid}
-
-
-CASES = [
-    Case(3, 2, 4, 4, 16, 8, 5, 5),
-    Case(3, 2, 4, 2, 64, 300, 20, 270, "bfloat16", layers=3),  # ragged blocks of everything, several stretches
-    Case(4, 2, 6, 2, 20, 640, 3, 140),  # a head size that is no power of two, more chunks than a stretch takes
-    Case(2, 2, 7, 1, 128, 130, 6, 7, "bfloat16", own=True),
-    Case(3, 1, 2, 2, 16, 40, 33, 0),
-    Case(2, 1, 2, 1, 16, 0, 9, 140),
-]
-
-
-def _run(case: Case, call: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(a kernel's result, the specification's) for a case, the layer traced."""
-    tensors, named = case.arrays(seed)
-    cast = [jnp.asarray(tensor, case.dtype) for tensor in tensors]
-    settings = {
-        "prefix_index": None if case.own else jnp.asarray(named["index"]),
-        "prefix_len": jnp.asarray(named["lengths"]),
-        "suffix_valid": jnp.asarray(named["valid"]),
-    }
-
-    @jax.jit
-    def both(layer: jax.Array) -> Any:
-        at = {"layer": layer} if case.layers else {}
-        return call(*cast, **settings, **at), attention.prefix_attention(*cast, **settings, **at)
-
-    out, wanted = both(jnp.asarray(max(0, case.layers - 1)))
-    assert out.dtype == case.dtype
-    return np.asarray(out, np.float64), np.asarray(wanted, np.float64)
-
-
-def _exact(case: Case) -> np.ndarray:
-    tensors, named = case.arrays()
-    rounded = [np.asarray(jnp.asarray(tensor, case.dtype), np.float64) for tensor in tensors]
-    if case.layers:
-        rounded[1:3] = [rounded[1][-1], rounded[2][-1]]
-    return plain_attention(rounded, named["index"], named["lengths"], named["valid"])
+CASES = SMALL_CASES
 
 
 def _check(case: Case, call: Any) -> None:
-    out, specification = _run(case, call)
-    bound = BOUNDS[case.dtype]
-    np.testing.assert_allclose(out, _exact(case), atol=bound, rtol=bound)
-    np.testing.assert_allclose(out, specification, atol=bound, rtol=bound)
-    if case.suffix and case.prefix:
+    out, specification, wanted = attend(case, call), attend(case, attention.prefix_attention), exact(case)
+    assert error_over_bound(out, wanted, case.dtype) <= 1
+    assert error_over_bound(out, specification, case.dtype) <= 1
+    if case.prefixes > 1 or not case.prefix:
         assert not out[0].any(), "a row with nothing valid gives zeros"
 
 
