@@ -16,6 +16,10 @@ import numpy as np
 from bicache_jax.core.config import ATTENTION
 from bicache_jax.kernels import elsewhere, refusal
 from bicache_jax.kernels import prefix_attention as prefix_attention
+from bicache_jax.kernels.forms import Candidate as Candidate
+from bicache_jax.kernels.forms import candidates as candidates
+from bicache_jax.kernels.forms import shape_class as shape_class
+from bicache_jax.kernels.tuning import save_rows as save_rows
 
 BOUNDS: Mapping[str, float] = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-2}
 """By dtype, the largest error of a result x for normally distributed inputs, absolute and in parts of |x| together."""

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
-import json
 import math
 from typing import Any, Literal
 
@@ -32,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
+from bicache_jax.kernels.tuning import device_kind, rows
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 SMALLEST = 16  # the smallest dimension of a matrix product in Triton
@@ -58,15 +57,11 @@ class Form:
     library: Literal["xla", "cudnn"] = "xla"
 
 
-@functools.cache
-def _table() -> list[dict[str, Any]]:
-    return json.loads((importlib.resources.files("bicache_jax.kernels") / "gpu_forms.json").read_bytes())["forms"]
-
-
-def form_for(num_queries: int, head_dim: int, dtype: Any) -> Form:
+def form_for(kind: str | None, num_queries: int, head_dim: int, dtype: Any) -> Form:
     """Looks up the form for a shape.
 
     Args:
+        kind: device kind as JAX names it; None: not known.
         num_queries: queries per row and KV head, `N / K * T`.
         head_dim: H.
         dtype: dtype of the operands.
@@ -74,11 +69,26 @@ def form_for(num_queries: int, head_dim: int, dtype: Any) -> Form:
     Returns:
         The first row of the table that fits.
     """
-    for row in _table():
+    for row in rows("cuda", kind):
         limits = ((num_queries, row["max_queries"]), (head_dim, row["max_head_dim"]))
         if jnp.dtype(dtype).name in row["dtypes"] and all(not most or value <= most for value, most in limits):
             return Form(**{field.name: row[field.name] for field in dataclasses.fields(Form) if field.name in row})
     raise NotImplementedError(f"no form serves {jnp.dtype(dtype).name} with head size {head_dim}")
+
+
+def candidates(num_queries: int, head_dim: int, dtype: Any) -> list[Form]:
+    """Forms that are worth timing for a shape; `form_for` describes the arguments."""
+    wide, size = jnp.dtype(dtype).itemsize > 2, max(SMALLEST, pl.next_power_of_2(head_dim))
+    library = [Form("library")]
+    if size > 128:
+        return library
+    if num_queries <= 32:
+        tried = [(32, 64, 2, 3), (32, 128, 4, 3), (32, 32, 2, 3), (32, 64, 4, 4), (16, 64, 4, 3)]
+    else:
+        tried = [(64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 4, 3), (64, 128, 4, 2)]
+    if wide:
+        tried = [(64, 32, 8, 1), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 2, 2), (128, 32, 8, 1)]
+    return [Form("triton", *sizes) for sizes in tried] + library
 
 
 def _kernel(
@@ -284,7 +294,7 @@ def prefix_attention(
     num_prefixes, num_prefix = k_prefix.shape[-4], k_prefix.shape[-2]
     if not q.size or not (num_prefix or num_suffix):
         return jnp.zeros_like(q)
-    form = form or form_for(num_heads // num_kv_heads * num_queries, head_dim, q.dtype)
+    form = form or form_for(device_kind("cuda"), num_heads // num_kv_heads * num_queries, head_dim, q.dtype)
     if layer is None:
         k_prefix, v_prefix, layer = k_prefix[None], v_prefix[None], 0
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_prefix.shape[0] - 1)

@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
-import json
 from typing import Any
 
 import jax
@@ -40,6 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
+from bicache_jax.kernels.tuning import device_kind, rows
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 LANES = 128
@@ -71,18 +70,6 @@ class Blocks:
             raise ValueError(f"chunks must be >= 1, got {self.chunks}")
 
 
-@functools.cache
-def _table() -> list[dict[str, Any]]:
-    return json.loads((importlib.resources.files("bicache_jax.kernels") / "tpu_blocks.json").read_bytes())["blocks"]
-
-
-def device_kind() -> str | None:
-    """Kind of TPU that a computation is traced for; None if unknown (a remote topology)."""
-    if jax.default_backend() != "tpu":
-        return None
-    return jax.devices()[0].device_kind
-
-
 def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
     """Looks up the block sizes for a call.
 
@@ -94,14 +81,21 @@ def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
     Returns:
         The first row of the table that fits.
     """
-    for row in _table():
-        if (
-            row["device_kind"] in (kind, "any")
-            and num_queries <= (row["max_queries"] or num_queries)
-            and itemsize == row["itemsize"]
-        ):
-            return Blocks(**{field.name: row[field.name] for field in dataclasses.fields(Blocks)})
+    for row in rows("tpu", kind):
+        if num_queries <= (row["max_queries"] or num_queries) and itemsize == row["itemsize"]:
+            return Blocks(**{field.name: row[field.name] for field in dataclasses.fields(Blocks) if field.name in row})
     raise NotImplementedError(f"no block sizes for numbers of {itemsize} bytes")
+
+
+def candidates(num_queries: int, itemsize: int) -> list[Blocks]:
+    """Block sizes that are worth timing for a shape; `blocks_for` describes the arguments."""
+    if num_queries <= 128:
+        tried = [(128, 1024, 4), (128, 512, 8), (128, 512, 4), (128, 256, 8), (128, 2048, 2)]
+    else:
+        tried = [(512, 512, 8), (1024, 512, 8), (256, 512, 8), (512, 1024, 4), (512, 256, 16), (256, 1024, 4)]
+    if itemsize > 2:
+        tried = [(max(16, queries // 2), keys, max(1, chunks // 2)) for queries, keys, chunks in tried]
+    return [Blocks(*sizes) for sizes in tried]
 
 
 def _cut(length: int, most: int, multiple: int) -> tuple[int, int]:
@@ -288,7 +282,7 @@ def prefix_attention(
     if not q.size or not (num_prefix or num_suffix):
         return jnp.zeros_like(q)
     folded = num_heads // num_kv_heads * num_queries
-    blocks = blocks or blocks_for(device_kind(), folded, q.dtype.itemsize)
+    blocks = blocks or blocks_for(device_kind("tpu"), folded, q.dtype.itemsize)
     tiling = Tiling.of(folded, num_prefix, num_suffix, blocks)
     if layer is None:
         k_prefix, v_prefix, layer = k_prefix[None], v_prefix[None], 0

@@ -18,8 +18,7 @@ import json
 import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,63 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.core.config import ATTENTION
-from bicache_jax.core.numerics import precision
 from bicache_jax.kernels import prefix_attention
 from bicache_jax.measure.benchmark import matmul_peak, memory_bandwidth
-
-Inputs = tuple[jax.Array, ...]
-
-
-def gathered(
-    q: jax.Array,
-    k_prefix: jax.Array,
-    v_prefix: jax.Array,
-    k_suffix: jax.Array,
-    v_suffix: jax.Array,
-    index: jax.Array,
-    prefix_len: jax.Array,
-    valid: jax.Array,
-) -> jax.Array:
-    """The library's attention, with a copy of the prefix for every row."""
-    k, v = (jnp.concatenate([p[index], s], axis=2) for p, s in ((k_prefix, k_suffix), (v_prefix, v_suffix)))
-    seen = jnp.concatenate([jnp.arange(k_prefix.shape[2]) < prefix_len[index][:, None], valid], axis=1)
-    q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
-    with jax.default_matmul_precision(precision(q.dtype).name.lower()):
-        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None, None]).swapaxes(1, 2)
-
-
-def ours(*inputs: jax.Array, implementation: str) -> jax.Array:
-    """Prefix attention."""
-    *arrays, index, prefix_len, valid = inputs
-    return prefix_attention(
-        *arrays, prefix_index=index, prefix_len=prefix_len, suffix_valid=valid, implementation=implementation
-    )
-
-
-def seconds(call: Callable[..., jax.Array], inputs: Inputs, least: float) -> float:
-    """Shortest time of a call. A run makes several calls inside one program, to exclude the dispatch.
-
-    Args:
-        call: the function; its result has the shape of its first input.
-        inputs: its inputs.
-        least: seconds that a run should take.
-    """
-
-    @jax.jit
-    def chain(turns: jax.Array, *inputs: jax.Array) -> jax.Array:
-        def turn(_: jax.Array, q: jax.Array) -> jax.Array:
-            return call(q, *inputs[1:])
-
-        return jax.lax.fori_loop(0, turns, turn, inputs[0])
-
-    def once(turns: int) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(chain(jnp.asarray(turns), *inputs))
-        return time.perf_counter() - started
-
-    once(1)
-    turns = max(1, int(least / max(once(1), 1e-6)))
-    return min(once(turns) for _ in range(3)) / turns
+from bicache_jax.measure.kernel_times import Shape, gathered, seconds, with_inputs
 
 
 def grid(args: argparse.Namespace) -> Iterator[tuple[int, int, int, int]]:
@@ -96,32 +41,17 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[int, int, int, int]]:
 def measure(args: argparse.Namespace, case: tuple[int, int, int, int], peak: float, bandwidth: float) -> dict[str, Any]:
     """One row of the table."""
     rows, prefixes, prefix, queries = case
-    heads, kv_heads, head_dim = args.heads, args.kv_heads, args.head_dim
-    suffix = args.suffix or queries
-    dtype = jnp.dtype(args.dtype)
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-
-    def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape, dtype)
-
-    inputs = (
-        normal(rows, heads, queries, head_dim),
-        *(normal(prefixes, kv_heads, prefix, head_dim) for _ in range(2)),
-        *(normal(rows, kv_heads, suffix, head_dim) for _ in range(2)),
-        jnp.arange(rows, dtype=jnp.int32) * prefixes // rows,
-        jnp.full((prefixes,), prefix, jnp.int32),
-        jnp.ones((rows, suffix), bool),
-    )
-    flops = 4 * rows * heads * queries * (prefix + suffix) * head_dim
-    moved = 2 * dtype.itemsize * head_dim * (rows * heads * queries + kv_heads * (prefixes * prefix + rows * suffix))
-    taken = seconds(functools.partial(ours, implementation=args.attention), inputs, args.seconds)
-    library = seconds(gathered, inputs, args.seconds)
+    sizes = (args.heads, args.kv_heads, args.head_dim, prefix, queries, args.suffix or queries)
+    shape = Shape("", rows, prefixes, *sizes, dtype=args.dtype)
+    inputs, flops, moved = shape.inputs(), shape.flops, shape.nbytes
+    ours = with_inputs(functools.partial(prefix_attention, implementation=args.attention))
+    taken, library = seconds(ours, inputs, args.seconds), seconds(gathered, inputs, args.seconds)
     return {
         "rows": rows,
         "prefixes": prefixes,
         "P": prefix,
         "T": queries,
-        "S": suffix,
+        "S": shape.suffix,
         "ms": taken * 1e3,
         "gflop_s": flops / taken / 1e9,
         "gb_s": moved / taken / 1e9,

@@ -45,7 +45,7 @@ class Check:
     """What one check found.
 
     Attributes:
-        part: `environment`, `speed`, `attention`, `answers` or `compiler`.
+        part: `environment`, `attention`, `answers`, `speed`, `compiler`; `kernels` and `runs` where all is measured.
         name: what was checked.
         status: `wrong` makes the command fail; `skipped` says in `detail` why.
         detail: a line for people.
@@ -72,13 +72,13 @@ class Clock:
         return self._end - time.monotonic()
 
 
-def checks(load: Callable[[], Model], recorded: Path, budget: float) -> Iterator[Check]:
+def checks(load: Callable[[], Model], recorded: Path, clock: Clock) -> Iterator[Check]:
     """Runs all checks in the order of their importance.
 
     Args:
         load: loads the bundled model.
         recorded: its recorded answers.
-        budget: seconds; what no longer fits is skipped and says so.
+        clock: what no longer fits is skipped and says so.
 
     Yields:
         Each check as soon as it is done. A check that raises is wrong; those after it still run.
@@ -86,7 +86,6 @@ def checks(load: Callable[[], Model], recorded: Path, budget: float) -> Iterator
     Raises:
         BicacheError: jax has no device that works.
     """
-    clock = Clock(budget)
     try:
         jax.devices()
     except RuntimeError as error:
@@ -158,7 +157,7 @@ def attention(clock: Clock) -> Iterator[Check]:
         try:
             error = testing.error_over_bound(testing.attend(case, call), testing.exact(case), case.dtype)
         except Exception as fault:  # whatever a compiler or a driver raises
-            yield Check("attention", name, "wrong", _line(fault))
+            yield Check("attention", name, "wrong", line(fault))
             continue
         bound = testing.BOUNDS[case.dtype]
         yield Check(
@@ -179,13 +178,13 @@ def answers(load: Callable[[], Model], recorded: Path) -> Iterator[Check]:
     try:
         model, kept = load(), json.loads(recorded.read_text(encoding="utf-8"))
     except (BicacheError, OSError, ValueError) as fault:
-        yield Check("answers", "the bundled model", "wrong", _line(fault))
+        yield Check("answers", "the bundled model", "wrong", line(fault))
         return
     for policy, wanted in kept["answers"].items():
         try:
             found = answer(model, kept["requests"], policy, kept["sampling"])
         except Exception as fault:
-            yield Check("answers", policy, "wrong", _line(fault))
+            yield Check("answers", policy, "wrong", line(fault))
             continue
         differ = [index for index, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
         yield Check(
@@ -218,7 +217,7 @@ def speed(clock: Clock) -> Iterator[Check]:
             product = matmul_peak(jnp.dtype(dtype))
             peak = max(product() for _ in range(3))
         except Exception as fault:
-            yield Check("speed", name, "wrong", _line(fault))
+            yield Check("speed", name, "wrong", line(fault))
             continue
         yield Check("speed", name, "ok", f"{_readable(peak)}op/s", {"dtype": dtype, "operations_per_s": peak})
     bandwidth = memory_bandwidth()
@@ -241,12 +240,13 @@ def compiler(clock: Clock) -> Iterator[Check]:
     try:
         found = aot.check(_TPU_CASE)
     except Exception as fault:
-        yield Check("compiler", name, "wrong", _line(fault))
+        yield Check("compiler", name, "wrong", line(fault))
         return
     yield Check("compiler", name, "ok", "compiles", {"fits": bool(found["fits"])})
 
 
-def _line(fault: BaseException) -> str:
+def line(fault: BaseException) -> str:
+    """A fault in one line."""
     return f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:300]
 
 
@@ -264,18 +264,35 @@ def report(found: Sequence[Check]) -> dict[str, Any]:
 
 
 def write(found: Sequence[Check], folder: str | Path) -> Path:
-    """Writes the report as `<kind of device>.json`, as a whole or not at all.
+    """Writes the report as `<kind of device>.json` and, for people, `.md`; each as a whole or not at all.
+
+    Returns:
+        The JSON file.
 
     Raises:
         BicacheError: the folder cannot be written.
     """
     kind = re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
     path = Path(folder) / f"{kind}.json"
+    texts = {path: json.dumps(report(found), indent=1) + "\n", path.with_suffix(".md"): _table(found)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(report(found), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        for target, text in texts.items():
+            part = target.with_name(target.name + ".part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(target)
     except OSError as error:
         raise BicacheError(f"--output {folder}: cannot write {path}: {error.strerror}") from error
     return path
+
+
+def _table(found: Sequence[Check]) -> str:
+    """The checks in Markdown, a table for each part."""
+    lines = [f"# {jax.devices()[0].device_kind}"]
+    part = ""
+    for check in found:
+        if check.part != part:
+            part = check.part
+            lines += ["", f"## {part.capitalize()}", "", "| check | | found |", "|---|---|---|"]
+        lines.append(f"| {check.name} | {check.status} | {check.detail.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from bicache_jax.core.cache_home import cache_home
+
 ENVIRONMENT = "BICACHE_COMPILATION_CACHE"
 """Environment variable: the folder of compiled programs where no call and no flag names one, or `off`."""
 
@@ -78,7 +80,7 @@ def use_compilation_cache(folder: str | Path | Literal[False] | None = None) -> 
             _set(None)
     elif folder is not None:
         _keep(folder)
-    elif current is None and (home := _cache_home()) is not None:
+    elif current is None and (home := cache_home()) is not None:
         try:
             _keep(home / "bicache-jax" / "xla")
         except OSError:
@@ -95,13 +97,6 @@ def start_compilation_cache() -> None:
 def _folder() -> str | None:
     found: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return found
-
-
-def _cache_home() -> Path | None:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        return None
 
 
 def _keep(folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 from bicache_jax import BicacheError, testing
 from bicache_jax.cli import doctor as command
 from bicache_jax.cli import main
-from bicache_jax.measure import doctor
+from bicache_jax.measure import doctor, doctor_full, kernel_times
 from bicache_jax.measure.doctor import Check, Clock
+from bicache_jax.measure.kernel_times import Shape, Timing, best_rows
+from bicache_jax.testing import Candidate, shape_class
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,7 @@ def test_all_is_well_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert lines[0] == "environment" and lines[-1].startswith("all is well")
     assert not any("WRONG" in line for line in lines)
     kept = json.loads((tmp_path / "devices" / "cpu.json").read_text())
+    assert "| versions | ok | python" in (tmp_path / "devices" / "cpu.md").read_text()
     assert kept["ok"]
     found = {(check["part"], check["name"]): check for check in kept["checks"]}
     assert found["environment", "versions"]["facts"]["jax"] == jax.__version__
@@ -81,6 +85,80 @@ def test_a_spent_budget_skips_and_says_so() -> None:
     found = [*doctor.attention(Clock(-1)), *doctor.speed(Clock(-1)), *doctor.compiler(Clock(-1))]
     assert {check.status for check in found} == {"skipped"}
     assert all("--budget" in check.detail for check in found if check.part != "speed" or "products" in check.name)
+
+
+FAST = dataclasses.replace(doctor_full.TINY, prefix=16, suffix=16, response=8, block=4)
+
+
+@pytest.mark.slow
+def test_everything_measured_is_kept_when_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After two policies, in the middle of the whole runs."""
+    monkeypatch.setattr(doctor, "checks", lambda load, recorded, clock: doctor.environment())
+    monkeypatch.setattr(doctor_full, "scale_here", lambda: FAST)
+    flags = ["doctor", "--full", "--output", str(tmp_path)]
+    assert main(flags) == 0
+    whole = json.loads((tmp_path / "cpu.json").read_text())["checks"]
+    names = [check["name"] for check in whole if check["part"] == "runs"]
+    assert names == [f"small, 2 rows, {policy}" for policy in doctor_full.POLICIES]
+    bicache = next(check["facts"] for check in whole if check["name"].endswith(", bicache"))
+    assert bicache["ratio_to_none"] > 0 and 0 < bicache["limit_share"] and bicache["rows"] == 2
+    timed = [check for check in whole if check["part"] == "kernels" and check["facts"]]
+    assert all(check["facts"]["seconds"] > 0 for check in timed) and len(timed) == 4
+
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor_full, "runs", killed)
+    assert main(flags) == 130
+    kept = json.loads((tmp_path / "cpu.json").read_text())["checks"]
+    assert len([check for check in kept if check["part"] == "kernels" and check["facts"]]) == 4
+
+
+def test_the_fastest_of_each_class_is_a_row() -> None:
+    def timing(name: str, form: str, seconds: float | None) -> Timing:
+        shape = Shape(name, 8, 1, 32, 32, 128, 1024, 32 if "block" in name else 512, 512)
+        limits = shape_class("cuda", shape.num_queries, 128, "bfloat16")
+        return Timing(shape, form, seconds, 0.3, {**limits, "form": form})
+
+    found = [
+        timing("suffix", "a", 1.0),
+        timing("suffix", "b", 1.1),
+        timing("no prefix", "a", 4.0),
+        timing("no prefix", "b", 2.0),
+        timing("no prefix", "c", 1.0),  # did not run on the other shape of its class
+        timing("suffix", "c", None),
+        timing("block", "d", 0.1),
+        Timing(_suffix(), "plain JAX", 0.01),
+    ]
+    rows = best_rows(found, "cuda")
+    assert [(row["max_queries"], row["form"]) for row in rows] == [(32, "d"), (0, "b")]
+    assert "no prefix 2000.000 ms" in rows[1]["reason"]
+
+
+def _suffix() -> Shape:
+    return Shape("suffix", 8, 1, 32, 32, 128, 1024, 512, 512)
+
+
+def test_a_candidate_that_fails_is_no_fault_and_library_attention_that_fails_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(call: Any, inputs: Any, least: float) -> float:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(kernel_times, "seconds", broken)
+    monkeypatch.setattr(kernel_times, "candidates", lambda *args: [Candidate("a", {"max_queries": 0}, lambda: None)])
+    found = list(doctor_full.kernels(Clock(60), FAST, save_tuning=True))
+    assert {check.status for check in found if check.name.endswith(": a")} == {"skipped"}
+    assert {check.status for check in found if check.name.endswith("plain JAX")} == {"wrong"}
+    assert all("out of shared memory" in check.detail for check in found if ": " in check.name)
+    assert found[-1].name == "tuning table" and found[-1].status == "skipped"
+
+
+def test_tuning_needs_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--save-tuning"]) == 2
+    assert "--save-tuning needs --full" in capsys.readouterr().err
 
 
 def test_without_a_device_it_cannot_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

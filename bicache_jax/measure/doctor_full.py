@@ -1,0 +1,202 @@
+"""How fast is the device that is there? The measurements of `bicache doctor --full`, the most important first."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.types import Model
+from bicache_jax.measure import benchmark, kernel_times
+from bicache_jax.measure.benchmark import Case, EngineRunner
+from bicache_jax.measure.doctor import Check, Clock, line
+from bicache_jax.measure.kernel_times import Shape, Timing
+from bicache_jax.testing import save_rows
+
+POLICIES = ("none", "bicache", "none+dual", "bicache+dual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes that a device gets through in minutes.
+
+    Attributes:
+        shapes: of attention.
+        models: names of model shapes; random weights.
+        prefix: P.
+        suffix: U.
+        response: response tokens.
+        block: tokens of a block, where there is a block cache.
+        rows: rows of a batch, each timed.
+        dtype: of the models.
+    """
+
+    shapes: tuple[Shape, ...]
+    models: tuple[str, ...]
+    prefix: int
+    suffix: int
+    response: int
+    block: int
+    rows: tuple[int, ...]
+    dtype: str
+
+
+LARGE = Scale(kernel_times.SHAPES, ("llada_8b", "dream_7b"), 1024, 512, 256, 32, (8, 32), "bfloat16")
+TINY = Scale(
+    (Shape("a suffix", 2, 1, 2, 2, 16, 32, 16, 16, "float32"), Shape("a block", 2, 1, 2, 2, 16, 32, 4, 16, "float32")),
+    ("small",),
+    64,
+    32,
+    16,
+    8,
+    (2,),
+    "float32",
+)
+ENOUGH = 24 * 2**30
+"""Bytes of a device that holds 8B parameters in bfloat16 and their caches."""
+
+
+def scale_here() -> Scale:
+    """The scale of this process's device: models of 8B where they fit, sizes of a CPU elsewhere."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    if jax.default_backend() == "cpu":
+        return TINY
+    return LARGE if limit >= ENOUGH else dataclasses.replace(LARGE, models=("small",))
+
+
+def measurements(
+    make: Callable[[str, str], Model], clock: Clock, scale: Scale, *, save_tuning: bool
+) -> Iterator[Check]:
+    """Kernels, then whole runs.
+
+    Args:
+        make: makes a model of a named shape and dtype with random weights.
+        clock: no measurement starts when it is spent.
+        scale: sizes.
+        save_tuning: keep the fastest block sizes for this kind of device.
+
+    Yields:
+        A check after every measurement; one that fails is wrong, and the others go on.
+    """
+    yield from kernels(clock, scale, save_tuning=save_tuning)
+    for name in scale.models:
+        yield from runs(make, name, clock, scale)
+
+
+def kernels(clock: Clock, scale: Scale, *, save_tuning: bool) -> Iterator[Check]:
+    """Times every way to compute prefix attention; the fastest are the rows of a tuning table."""
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    peaks = {dtype: _peak(dtype) for dtype in sorted({shape.dtype for shape in scale.shapes})}
+    bandwidth = benchmark.memory_bandwidth()
+    timings: list[Timing] = []
+    for shape in scale.shapes:
+        if clock.left < 0:
+            yield Check("kernels", shape.name, "skipped", "no time is left; --budget gives more")
+            continue
+        for timing in kernel_times.times([shape], platform, peaks, bandwidth):
+            timings.append(timing)
+            facts = dataclasses.asdict(timing)
+            if timing.seconds is None or timing.roofline is None:
+                # A candidate that this device cannot run is no fault: another one serves.
+                status = "skipped" if timing.row is not None else "wrong"
+                yield Check("kernels", f"{shape.name}: {timing.form}", status, timing.error or "", facts)  # type: ignore[arg-type]
+                continue
+            detail = f"{timing.seconds * 1e3:.3f} ms, {timing.roofline:.0%} of the roofline"
+            yield Check("kernels", f"{shape.name}: {timing.form}", "ok", detail, facts)
+    rows = kernel_times.best_rows(timings, platform)
+    for row in rows:
+        yield Check("kernels", "fastest", "ok", f"{_sizes(row)}; {row['reason']}", {"row": row})
+    if save_tuning and rows:
+        facts = {"jax": jax.__version__, "bandwidth": bandwidth if math.isfinite(bandwidth) else None, "peaks": peaks}
+        try:
+            path = save_rows(platform, jax.devices()[0].device_kind, rows, facts)
+        except OSError as fault:
+            yield Check("kernels", "tuning table", "wrong", line(fault))
+        else:
+            yield Check(
+                "kernels", "tuning table", "ok", f"kept in {path}: the next process reads it", {"path": str(path)}
+            )
+    elif save_tuning:
+        yield Check("kernels", "tuning table", "skipped", "this platform has no kernel to tune")
+
+
+def _sizes(row: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items() if name != "reason")
+
+
+def _peak(dtype: str) -> float:
+    product = benchmark.matmul_peak(jnp.dtype(dtype))
+    return max(product() for _ in range(3))
+
+
+def runs(make: Callable[[str, str], Model], name: str, clock: Clock, scale: Scale) -> Iterator[Check]:
+    """Runs a random model under each policy, in turns, as `bicache benchmark` does."""
+    if clock.left < 0:
+        yield Check("runs", name, "skipped", "no time is left; --budget gives more")
+        return
+    try:
+        model = make(name, scale.dtype)
+    except Exception as fault:
+        yield Check("runs", name, "wrong", line(fault))
+        return
+    for rows in scale.rows:
+        if clock.left < 0:
+            yield Check("runs", f"{name}, {rows} rows", "skipped", "no time is left; --budget gives more")
+            continue
+        cases = [_case(policy, rows, scale) for policy in POLICIES]
+        yield from _timed(model, name, cases, clock)
+
+
+def _case(policy: str, rows: int, scale: Scale) -> Case:
+    """A case in 16 steps, fewer where there are fewer tokens."""
+    block = scale.block if "+" in policy else scale.response
+    sampling = SamplingConfig(gen_length=scale.response, steps=min(16, scale.response), block_length=block)
+    return Case(policy, scale.prefix, scale.suffix, rows, 1, 16, "auto", sampling)
+
+
+def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock) -> Iterator[Check]:
+    runners: list[EngineRunner] = []
+    run: list[Case] = []
+    for case in cases:
+        title = f"{name}, {case.rows} rows, {case.policy}"
+        if clock.left < 0:
+            yield Check("runs", title, "skipped", "no time is left; --budget gives more")
+            continue
+        try:
+            runner = EngineRunner(model, case)
+            runner.prepare()
+        except Exception as fault:
+            yield Check("runs", title, "wrong", line(fault))
+            continue
+        runners.append(runner)
+        run.append(case)
+    if not run:
+        return
+    embed = model.params["embed"]
+    times, firsts, peak = benchmark.measure(
+        runners, peak=benchmark.matmul_peak(embed.dtype), repeats=3, seconds=max(1, clock.left)
+    )
+    records = benchmark.report(
+        model.config,
+        run,
+        runners,
+        times,
+        firsts,
+        peak=peak,
+        bandwidth=benchmark.memory_bandwidth(),
+        itemsize=embed.dtype.itemsize,
+    )
+    plain = next((record["tokens_per_s"] for record in records if record["policy"] == "none"), None)
+    for record in records:
+        if plain is not None:  # with a block cache the blocks differ, and the tokens are as many
+            record["ratio_to_none"] = round(float(record["tokens_per_s"]) / float(plain), 4)
+            record["limit_share"] = round(record["ratio_to_none"] / record["limit"], 4)
+        detail = f"{record['tokens_per_s']:.1f} tokens/s, mfu {record['mfu']:.2f}"
+        if plain is not None:
+            detail += f", {record['ratio_to_none']:.2f} times none, {record['limit_share']:.2f} of its limit"
+        facts = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
+        yield Check("runs", f"{name}, {record['rows']} rows, {record['policy']}", "ok", detail, facts)
