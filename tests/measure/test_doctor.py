@@ -58,6 +58,7 @@ def test_a_broken_kernel_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return out.at[-1, 0, 0, 0].add(0.1) if implementation == "pallas_tpu" else out
 
     monkeypatch.setattr(testing, "prefix_attention", broken)
+    monkeypatch.setattr(doctor, "answers", lambda load, recorded: iter(()))  # they compile for half of the time
     assert main(["doctor", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert not record["ok"]
