@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from bicache_jax.kernels import prefix_attention as prefix_attention
 from bicache_jax.kernels.forms import Candidate as Candidate
 from bicache_jax.kernels.forms import candidates as candidates
 from bicache_jax.kernels.forms import shape_class as shape_class
+from bicache_jax.kernels.tuning import platform_here as platform_here
 from bicache_jax.kernels.tuning import save_rows as save_rows
 
 BOUNDS: Mapping[str, float] = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-2}
@@ -137,21 +137,28 @@ def reference_attention(
     return np.nan_to_num(out)
 
 
-def attend(case: AttentionCase, call: Callable[..., jax.Array], seed: int = 0) -> np.ndarray:
-    """Runs an implementation on a case, jitted, with the last layer of a stack as a traced number.
-
-    Returns:
-        Its result in float64 [B, N, T, H].
-    """
+def operands(case: AttentionCase, seed: int = 0) -> tuple[list[jax.Array], dict[str, jax.Array | None]]:
+    """A case's arrays in its dtype, and the arguments of `prefix_attention` by name: the last layer of a stack."""
     tensors, named = case.arrays(seed)
     arrays = [jnp.asarray(tensor, case.dtype) for tensor in tensors]
-    settings = {
+    settings: dict[str, jax.Array | None] = {
         "prefix_index": None if case.own else jnp.asarray(named["index"]),
         "prefix_len": jnp.asarray(named["lengths"]),
         "suffix_valid": jnp.asarray(named["valid"]),
     }
-    layer: dict[str, Any] = {"layer": jnp.asarray(case.layers - 1)} if case.layers else {}
-    out = jax.jit(call)(*arrays, **settings, **layer)
+    if case.layers:
+        settings["layer"] = jnp.asarray(case.layers - 1)
+    return arrays, settings
+
+
+def attend(case: AttentionCase, call: Callable[..., jax.Array], seed: int = 0) -> np.ndarray:
+    """Runs an implementation on a case, jitted, so with the layer of a stack traced.
+
+    Returns:
+        Its result in float64 [B, N, T, H].
+    """
+    arrays, settings = operands(case, seed)
+    out = jax.jit(call)(*arrays, **settings)
     if out.dtype != case.dtype:
         raise TypeError(f"the result is {out.dtype}, not {case.dtype}")
     return np.asarray(out, np.float64)
@@ -173,19 +180,21 @@ def error_over_bound(out: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
     return float(np.max(np.abs(out - wanted) / (BOUNDS[dtype] * (1 + np.abs(wanted))), initial=0))
 
 
-def implementations(platform: str) -> dict[str, str | None]:
-    """Implementations of prefix attention, and why each does not run on a platform; None if it does."""
-    return {name: elsewhere(name, platform) for name in ATTENTION if name != "auto"}
+def kernels() -> list[str]:
+    """Names of the kernels of all platforms."""
+    return [name for name in ATTENTION if name not in ("auto", "xla")]
 
 
-def why_not(case: AttentionCase, implementation: str, platform: str) -> str | None:
-    """Why an implementation does not serve a case on a platform; None if it does."""
-    if implementation in ("auto", "xla"):
-        return None
+def kernel_here() -> str | None:
+    """The kernel of this process's platform; None if there is none."""
+    return next((name for name in kernels() if elsewhere(name, platform_here()) is None), None)
+
+
+def refused(case: AttentionCase, implementation: str) -> str | None:
+    """Why a kernel does not serve a case, on any platform; None if it does."""
     shapes = [
         (case.rows, case.heads, case.queries, case.head_dim),
         *[(case.prefixes, case.kv, case.prefix, case.head_dim)] * 2,
         *[(case.rows, case.kv, case.suffix, case.head_dim)] * 2,
     ]
-    arrays = [jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes]
-    return elsewhere(implementation, platform) or refusal(implementation, *arrays)
+    return refusal(implementation, *(jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes))

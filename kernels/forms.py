@@ -12,8 +12,7 @@ from jaxtyping import Array
 
 from bicache_jax.kernels import gpu, tpu
 
-FEW_QUERIES = {"cuda": 32, "tpu": 128}
-"""Queries of a row and KV head up to which a shape is one of few queries: a block of a block cache."""
+FEW_QUERIES = {"cuda": gpu.FEW_QUERIES, "tpu": tpu.FEW_QUERIES}
 
 
 @dataclasses.dataclass(frozen=True)

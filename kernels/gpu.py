@@ -34,6 +34,8 @@ from bicache_jax.kernels.tuning import device_kind, rows
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 SMALLEST = 16  # the smallest dimension of a matrix product in Triton
+FEW_QUERIES = 32
+"""Queries of a row and KV head up to which a shape is a block of a block cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +80,15 @@ def form_for(kind: str | None, num_queries: int, head_dim: int, dtype: Any) -> F
 
 def candidates(num_queries: int, head_dim: int, dtype: Any) -> list[Form]:
     """Forms that are worth timing for a shape; `form_for` describes the arguments."""
-    wide, size = jnp.dtype(dtype).itemsize > 2, max(SMALLEST, pl.next_power_of_2(head_dim))
-    library = [Form("library")]
-    if size > 128:
-        return library
-    if num_queries <= 32:
+    if head_dim > 128:
+        return [Form("library")]
+    if jnp.dtype(dtype).itemsize > 2:
+        tried = [(64, 32, 8, 1), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 2, 2), (128, 32, 8, 1)]
+    elif num_queries <= FEW_QUERIES:
         tried = [(32, 64, 2, 3), (32, 128, 4, 3), (32, 32, 2, 3), (32, 64, 4, 4), (16, 64, 4, 3)]
     else:
         tried = [(64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 4, 3), (64, 128, 4, 2)]
-    if wide:
-        tried = [(64, 32, 8, 1), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 2, 2), (128, 32, 8, 1)]
-    return [Form("triton", *sizes) for sizes in tried] + library
+    return [*(Form("triton", *sizes) for sizes in tried), Form("library")]
 
 
 def _kernel(

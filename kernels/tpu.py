@@ -42,6 +42,8 @@ from bicache_jax.kernels.tuning import device_kind, rows
 
 UNSEEN = float(jnp.finfo(jnp.float32).min) * 0.5  # finite: with nothing seen yet, -inf - -inf would be nan
 LANES = 128
+FEW_QUERIES = 128
+"""Queries of a row and KV head up to which a shape is a block of a block cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ def blocks_for(kind: str | None, num_queries: int, itemsize: int) -> Blocks:
 
 def candidates(num_queries: int, itemsize: int) -> list[Blocks]:
     """Block sizes that are worth timing for a shape; `blocks_for` describes the arguments."""
-    if num_queries <= 128:
+    if num_queries <= FEW_QUERIES:
         tried = [(128, 1024, 4), (128, 512, 8), (128, 512, 4), (128, 256, 8), (128, 2048, 2)]
     else:
         tried = [(512, 512, 8), (1024, 512, 8), (256, 512, 8), (512, 1024, 4), (512, 256, 16), (256, 1024, 4)]

@@ -10,7 +10,6 @@ import functools
 import importlib.resources
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from bicache_jax.core.cache_home import cache_home
+from bicache_jax.core.device import file_name
 
 TABLES = {"cuda": "gpu_forms.json", "tpu": "tpu_blocks.json"}
 """The library's table of each platform, as jax names the platform of a program."""
@@ -31,10 +31,15 @@ _REQUIRED = {
 Row = Mapping[str, Any]
 
 
+def platform_here() -> str:
+    """The platform of programs for this process's devices, as jax names it when it lowers them."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
 def device_kind(platform: str) -> str | None:
     """Kind of device that a program of a platform is traced for; None if it is not attached (a remote topology)."""
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return jax.devices()[0].device_kind if here == platform else None
+    return jax.devices()[0].device_kind if platform_here() == platform else None
 
 
 def tuning_file(kind: str) -> Path | None:
@@ -44,7 +49,7 @@ def tuning_file(kind: str) -> Path | None:
         return None
     home = cache_home()
     folder = Path(named).expanduser() if named else home / "bicache-jax" / "tuning" if home is not None else None
-    return None if folder is None else folder / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
+    return None if folder is None else folder / f"{file_name(kind)}.json"
 
 
 @functools.cache

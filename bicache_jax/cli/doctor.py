@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         if check.part != part:
             part = check.part
-            print(f"{part}")
+            print(part)
         print(f"  {_MARKS[check.status]} {check.name}: {check.detail}", flush=True)
     record = doctor.report(found)
     wrong = [check.name for check in found if check.status == "wrong"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +30,8 @@ class DeviceMemory:
 
     nbytes: int
     copies: Copies = Copies()
+
+
+def file_name(kind: str) -> str:
+    """A kind of device, as jax names it, in a form that any file may be named: `NVIDIA H200` gives `nvidia_h200`."""
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")

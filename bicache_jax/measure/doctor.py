@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,12 @@ import jax.numpy as jnp
 
 from bicache_jax import testing
 from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.device import file_name
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.measure import aot
 from bicache_jax.measure.benchmark import device_name, matmul_peak, memory_bandwidth
 from bicache_jax.measure.evaluate import parse_policy
+from bicache_jax.measure.kernel_times import line
 from bicache_jax.serving.engine import Engine
 from bicache_jax.testing import AttentionCase
 
@@ -126,24 +127,20 @@ def environment() -> Iterator[Check]:
         },
     )
 
-    serving = {name: why for name, why in testing.implementations(jax.default_backend()).items() if name != "xla"}
-    kernel = next((name for name, why in serving.items() if why is None), None)
+    kernel = testing.kernel_here()
     detail = f"{kernel}, the Pallas kernel of this platform" if kernel else "plain JAX: this platform has no kernel"
     yield Check("environment", "attention of --attention auto", "ok", detail, {"serves": kernel or "xla"})
 
 
 def _attention_runs() -> Iterator[tuple[AttentionCase, str, bool]]:
     """(case, implementation, interpreted), the most important first."""
-    here = testing.implementations(jax.default_backend())
-    kernels = [name for name, why in here.items() if name != "xla" and why is None]
-    if kernels:
+    kernel = testing.kernel_here()
+    if kernel is not None:
         for case in testing.DEVICE_CASES:
-            served = [name for name in kernels if testing.why_not(case, name, jax.default_backend()) is None]
-            yield case, served[0] if served else "auto", False
-        yield from ((case, "xla", False) for case in testing.SMALL_CASES)
-        return
+            yield case, kernel if testing.refused(case, kernel) is None else "auto", False
     yield from ((case, "xla", False) for case in testing.SMALL_CASES)
-    yield from ((case, name, True) for name in here if name != "xla" for case in INTERPRETED)
+    if kernel is None:
+        yield from ((case, name, True) for name in testing.kernels() for case in INTERPRETED)
 
 
 def attention(clock: Clock) -> Iterator[Check]:
@@ -245,11 +242,6 @@ def compiler(clock: Clock) -> Iterator[Check]:
     yield Check("compiler", name, "ok", "compiles", {"fits": bool(found["fits"])})
 
 
-def line(fault: BaseException) -> str:
-    """A fault in one line."""
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:300]
-
-
 def _readable(number: float) -> str:
     power = max(0, int(math.log10(max(number, 1)) // 3))
     return f"{number / 1000**power:.3g} {' kMGTP'[power].strip()}"
@@ -272,8 +264,7 @@ def write(found: Sequence[Check], folder: str | Path) -> Path:
     Raises:
         BicacheError: the folder cannot be written.
     """
-    kind = re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
-    path = Path(folder) / f"{kind}.json"
+    path = Path(folder) / f"{file_name(jax.devices()[0].device_kind)}.json"
     texts = {path: json.dumps(report(found), indent=1) + "\n", path.with_suffix(".md"): _table(found)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

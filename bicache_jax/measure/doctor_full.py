@@ -13,9 +13,9 @@ from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import Model
 from bicache_jax.measure import benchmark, kernel_times
 from bicache_jax.measure.benchmark import Case, EngineRunner
-from bicache_jax.measure.doctor import Check, Clock, line
-from bicache_jax.measure.kernel_times import Shape, Timing
-from bicache_jax.testing import save_rows
+from bicache_jax.measure.doctor import Check, Clock, Status
+from bicache_jax.measure.kernel_times import Shape, Timing, line
+from bicache_jax.testing import platform_here, save_rows
 
 POLICIES = ("none", "bicache", "none+dual", "bicache+dual")
 
@@ -82,16 +82,16 @@ def measurements(
     Yields:
         A check after every measurement; one that fails is wrong, and the others go on.
     """
-    yield from kernels(clock, scale, save_tuning=save_tuning)
-    for name in scale.models:
-        yield from runs(make, name, clock, scale)
-
-
-def kernels(clock: Clock, scale: Scale, *, save_tuning: bool) -> Iterator[Check]:
-    """Times every way to compute prefix attention; the fastest are the rows of a tuning table."""
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    peaks = {dtype: _peak(dtype) for dtype in sorted({shape.dtype for shape in scale.shapes})}
     bandwidth = benchmark.memory_bandwidth()
+    yield from kernels(clock, scale, bandwidth, save_tuning=save_tuning)
+    for name in scale.models:
+        yield from runs(make, name, clock, scale, bandwidth)
+
+
+def kernels(clock: Clock, scale: Scale, bandwidth: float, *, save_tuning: bool) -> Iterator[Check]:
+    """Times every way to compute prefix attention; the fastest are the rows of a tuning table."""
+    platform = platform_here()
+    peaks = {dtype: _peak(dtype) for dtype in sorted({shape.dtype for shape in scale.shapes})}
     timings: list[Timing] = []
     for shape in scale.shapes:
         if clock.left < 0:
@@ -102,8 +102,8 @@ def kernels(clock: Clock, scale: Scale, *, save_tuning: bool) -> Iterator[Check]
             facts = dataclasses.asdict(timing)
             if timing.seconds is None or timing.roofline is None:
                 # A candidate that this device cannot run is no fault: another one serves.
-                status = "skipped" if timing.row is not None else "wrong"
-                yield Check("kernels", f"{shape.name}: {timing.form}", status, timing.error or "", facts)  # type: ignore[arg-type]
+                status: Status = "skipped" if timing.row is not None else "wrong"
+                yield Check("kernels", f"{shape.name}: {timing.form}", status, timing.error or "", facts)
                 continue
             detail = f"{timing.seconds * 1e3:.3f} ms, {timing.roofline:.0%} of the roofline"
             yield Check("kernels", f"{shape.name}: {timing.form}", "ok", detail, facts)
@@ -133,7 +133,7 @@ def _peak(dtype: str) -> float:
     return max(product() for _ in range(3))
 
 
-def runs(make: Callable[[str, str], Model], name: str, clock: Clock, scale: Scale) -> Iterator[Check]:
+def runs(make: Callable[[str, str], Model], name: str, clock: Clock, scale: Scale, bandwidth: float) -> Iterator[Check]:
     """Runs a random model under each policy, in turns, as `bicache benchmark` does."""
     if clock.left < 0:
         yield Check("runs", name, "skipped", "no time is left; --budget gives more")
@@ -148,7 +148,7 @@ def runs(make: Callable[[str, str], Model], name: str, clock: Clock, scale: Scal
             yield Check("runs", f"{name}, {rows} rows", "skipped", "no time is left; --budget gives more")
             continue
         cases = [_case(policy, rows, scale) for policy in POLICIES]
-        yield from _timed(model, name, cases, clock)
+        yield from _timed(model, name, cases, clock, bandwidth)
 
 
 def _case(policy: str, rows: int, scale: Scale) -> Case:
@@ -158,7 +158,7 @@ def _case(policy: str, rows: int, scale: Scale) -> Case:
     return Case(policy, scale.prefix, scale.suffix, rows, 1, 16, "auto", sampling)
 
 
-def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock) -> Iterator[Check]:
+def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwidth: float) -> Iterator[Check]:
     runners: list[EngineRunner] = []
     run: list[Case] = []
     for case in cases:
@@ -187,7 +187,7 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock) -> Iter
         times,
         firsts,
         peak=peak,
-        bandwidth=benchmark.memory_bandwidth(),
+        bandwidth=bandwidth,
         itemsize=embed.dtype.itemsize,
     )
     plain = next((record["tokens_per_s"] for record in records if record["policy"] == "none"), None)

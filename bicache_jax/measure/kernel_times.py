@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.core.numerics import precision
-from bicache_jax.testing import Candidate, candidates, prefix_attention, shape_class
+from bicache_jax.testing import candidates, prefix_attention, shape_class
 
 Inputs = tuple[jax.Array, ...]
 
@@ -183,7 +183,8 @@ def times(
     for shape in shapes:
         inputs = shape.inputs()
         tried: list[tuple[str, dict[str, Any] | None, Callable[..., jax.Array]]] = [
-            (candidate.name, candidate.row, with_inputs(candidate.call)) for candidate in _candidates(platform, shape)
+            (candidate.name, candidate.row, with_inputs(candidate.call))
+            for candidate in candidates(platform, shape.num_queries, shape.head_dim, shape.dtype)
         ]
         tried.append(("plain JAX", None, with_inputs(_plain)))
         tried.append(("library attention, KV gathered", None, gathered))
@@ -192,14 +193,14 @@ def times(
             try:
                 taken = seconds(call, inputs, least)
             except Exception as fault:  # whatever a compiler or a driver raises
-                error = f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:300]
-                yield Timing(shape, name, None, row=row, error=error)
+                yield Timing(shape, name, None, row=row, error=line(fault))
             else:
                 yield Timing(shape, name, taken, limit / taken, row)
 
 
-def _candidates(platform: str, shape: Shape) -> list[Candidate]:
-    return candidates(platform, shape.num_queries, shape.head_dim, shape.dtype)
+def line(fault: BaseException) -> str:
+    """A fault of a compiler or a driver in one line, cut where it gets long."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:300]
 
 
 def _plain(*arrays: jax.Array, **named: Any) -> jax.Array:
@@ -212,23 +213,22 @@ def best_rows(timings: Iterable[Timing], platform: str) -> list[dict[str, Any]]:
     Where several shapes are in one class, the candidate counts whose times, in parts of the best one's of each shape,
     have the smallest sum; it must have run on all of them.
     """
-    classes: dict[str, dict[str, dict[str, Timing]]] = {}
+    classes: dict[str, dict[str, dict[str, float]]] = {}  # class of shapes -> shape -> form -> seconds
+    picks: dict[tuple[str, str], dict[str, Any]] = {}  # (class, form) -> row
     for timing in timings:
         if timing.row is not None and timing.seconds is not None:
             shape = timing.shape
             key = repr(shape_class(platform, shape.num_queries, shape.head_dim, shape.dtype))
-            classes.setdefault(key, {}).setdefault(shape.name, {})[timing.form] = timing
+            classes.setdefault(key, {}).setdefault(shape.name, {})[timing.form] = timing.seconds
+            picks[key, timing.form] = timing.row
     rows = []
-    for by_shape in classes.values():
-        everywhere = set.intersection(*(set(forms) for forms in by_shape.values()))
-        least = {name: min(t.seconds or 0 for t in forms.values()) for name, forms in by_shape.items()}
-        if not everywhere:
-            continue
-        chosen = min(
-            sorted(everywhere), key=lambda form: sum((f[form].seconds or 0) / least[n] for n, f in by_shape.items())
-        )
-        found = ", ".join(f"{name} {1e3 * (forms[chosen].seconds or 0):.3f} ms" for name, forms in by_shape.items())
-        row = next(iter(by_shape.values()))[chosen].row or {}
-        rows.append({**row, "reason": f"measured: {found}"})
+    for key, by_shape in classes.items():
+        everywhere = sorted(set.intersection(*(set(forms) for forms in by_shape.values())))
+        if everywhere:
+            chosen = min(
+                everywhere, key=lambda form: sum(taken[form] / min(taken.values()) for taken in by_shape.values())
+            )
+            found = ", ".join(f"{name} {1e3 * taken[chosen]:.3f} ms" for name, taken in by_shape.items())
+            rows.append({**picks[key, chosen], "reason": f"measured: {found}"})
     # A row with a limit must come before the one that takes everything.
     return sorted(rows, key=lambda row: [row[name] or 2**30 for name in ("max_queries", "max_head_dim") if name in row])

@@ -21,7 +21,7 @@ from bicache_jax import BicacheError, CacheConfig, Engine, load_model
 from bicache_jax.cli import main
 from bicache_jax.core import attention
 from bicache_jax.kernels import dispatch, gpu, prefix_attention, tpu
-from bicache_jax.testing import SMALL_CASES, attend, error_over_bound, exact
+from bicache_jax.testing import SMALL_CASES, attend, error_over_bound, exact, operands
 from bicache_jax.testing import AttentionCase as Case
 from scripts import benchmark_kernels
 
@@ -56,22 +56,10 @@ def test_the_triton_kernel(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_the_triton_kernel_lowers(case: Case) -> None:
     """The interpreter is more lenient: it broadcasts masks that Triton does not."""
-    tensors, named = case.arrays()
-    cast = [jax.ShapeDtypeStruct(tensor.shape, case.dtype) for tensor in tensors]
-    layer = {"layer": max(0, case.layers - 1)} if case.layers else {}
-
-    def run(*arrays: jax.Array) -> jax.Array:
-        return gpu.prefix_attention(
-            *arrays,
-            prefix_index=None if case.own else jnp.asarray(named["index"]),
-            prefix_len=jnp.asarray(named["lengths"]),
-            suffix_valid=jnp.asarray(named["valid"]),
-            form=gpu.Form("triton", queries=32, keys=16),
-            **layer,
-        )
-
+    arrays, settings = operands(case)
+    run = jax.jit(functools.partial(gpu.prefix_attention, form=gpu.Form("triton", queries=32, keys=16)))
     checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)(*cast)
+    exported = jax.export.export(run, platforms=["cuda"], disabled_checks=checks)(*arrays, **settings)
     assert "xla.gpu.triton" in exported.mlir_module()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_a_candidate_that_fails_is_no_fault_and_library_attention_that_fails_is(
 
     monkeypatch.setattr(kernel_times, "seconds", broken)
     monkeypatch.setattr(kernel_times, "candidates", lambda *args: [Candidate("a", {"max_queries": 0}, lambda: None)])
-    found = list(doctor_full.kernels(Clock(60), FAST, save_tuning=True))
+    found = list(doctor_full.kernels(Clock(60), FAST, math.inf, save_tuning=True))
     assert {check.status for check in found if check.name.endswith(": a")} == {"skipped"}
     assert {check.status for check in found if check.name.endswith("plain JAX")} == {"wrong"}
     assert all("out of shared memory" in check.detail for check in found if ": " in check.name)
