@@ -30,6 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "INTERPRETED", testing.SMALL_CASES[:1])
 
 
+@pytest.mark.slow
 def test_all_is_well_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["doctor", "--output", str(tmp_path / "devices")]) == 0
     lines = capsys.readouterr().out.splitlines()
