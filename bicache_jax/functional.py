@@ -139,7 +139,8 @@ def denoise(
             `sampling.gen_length` of a row's `canvas_len` tokens are its response. They are taken as masks.
             Under guidance rows also run behind a prompt of masks, their prefix being encoded here.
         boundary: b, 0..L; layers below it reuse the prefix-alone KV. May be traced.
-        sampling: decoding settings (static under `jit`).
+        sampling: decoding settings (static under `jit`); a block cache implies a block length where they name none, as
+            in `CacheConfig.with_blocks`.
         key: one noise key per row [B], or one key that is folded with the row number; `jax.random.key` or the older
             `jax.random.PRNGKey`.
         refresh_interval: N in denoising steps; `auto` as in `CacheConfig`. May be traced.
@@ -155,6 +156,8 @@ def denoise(
         ValueError: shapes do not fit each other, or `boundary` is none that `prefix` was made for.
         TypeError: it is differentiated.
     """
+    cache = CacheConfig(block_cache=block_cache)
+    sampling = cache.with_blocks(sampling)
     num_rows, length = canvas.shape
     num_prefixes = prefix.length.shape[0]
     if length < sampling.gen_length + config.shifted:
@@ -171,7 +174,7 @@ def denoise(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if isinstance(refresh_interval, str):
-        refresh_interval = CacheConfig(block_cache=block_cache).interval(sampling)
+        refresh_interval = cache.interval(sampling)
     run = functools.partial(_denoise, backbone_for(config, attention), sampling, block_cache)
     args = (
         params,

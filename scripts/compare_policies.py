@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
-from bicache_jax.measure.evaluate import exact_match, measure_speed, parse_policy
-from bicache_jax.serving.requests import accepted, is_blank, parse_requests
+from bicache_jax.measure.evaluate import exact_match, measure_speed
+from bicache_jax.measure.policies import comparable_blocks, parse_policy
+from bicache_jax.serving.requests import Parser, accepted, is_blank
 
 HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward passes", "prefixes encoded", "boundary")
 
@@ -48,20 +49,14 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> str:
     """The comparison as a Markdown table."""
     model = load_model(args.model)
-    sampling = SamplingConfig(temperature=args.temperature)
+    caches = [parse_policy(name, CacheConfig()) for name in args.policies.split(",")]
+    sampling = comparable_blocks(caches, SamplingConfig(temperature=args.temperature))
     lines = [line for line in args.requests.read_bytes().split(b"\n") if not is_blank(line)]
-    parsed = parse_requests(
-        lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=str(args.requests)
-    )
-    requests = [entry for entry in parsed if isinstance(entry, Request)]
-    if len(requests) < len(parsed):
-        raise BicacheError(next(entry.error or "" for entry in parsed if not isinstance(entry, Request)))
+    requests = Parser(model.config, model.tokenizer, sampling).requests(lines, str(args.requests))
     answers = {
         request.id: accepted(json.loads(line).get("answer")) for request, line in zip(requests, lines, strict=True)
     }
-    engines = [
-        Engine(model, cache=parse_policy(name, CacheConfig()), sampling=sampling) for name in args.policies.split(",")
-    ]
+    engines = [Engine(model, cache=cache, sampling=sampling) for cache in caches]
     rows = [_answer(engine, requests, answers) for engine in engines]
     made = sum(request.n * request.sampling.gen_length for request in requests)
     times = measure_speed(engines, requests, turns=args.turns, seconds=300)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, integers, listed
-from bicache_jax.core.config import CACHED_BLOCK, DTYPES, REFRESH_INTERVAL, SamplingConfig
+from bicache_jax.core.config import DTYPES, REFRESH_INTERVAL, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"
@@ -170,21 +170,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _cases(args: argparse.Namespace) -> list[Any]:
     """The grid, policies innermost."""
-    from bicache_jax.core.config import CacheConfig
     from bicache_jax.measure.benchmark import Case
-    from bicache_jax.measure.evaluate import parse_policy
+    from bicache_jax.measure.policies import comparable, parse_policy
 
     for name in args.baseline:
         if name != "torch":
             raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
-    block_cache = any(parse_policy(name, CacheConfig()).block_cache != "off" for name in args.policies)
+    shared = comparable(parse_policy(name, CacheConfig()) for name in args.policies)
     cases: dict[Any, None] = {}
     prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
     for suffix, length, rows, groups in itertools.product(args.suffix, prefixes, args.rows, args.prefixes):
         if groups > rows:
             raise BicacheError(f"--prefixes {groups} needs at least as many --rows, got {rows}")
         prefix = round(length * suffix / (100 - length)) if args.ratio is not None else length
-        sampling = _sampling(args, suffix, block_cache)
+        sampling = _sampling(args, suffix, shared)
         for interval, b, policy in itertools.product(
             args.refresh_interval, args.boundary, (*args.policies, *args.baseline)
         ):
@@ -206,10 +205,10 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     return list(cases)
 
 
-def _sampling(args: argparse.Namespace, suffix: int, block_cache: bool) -> SamplingConfig:
+def _sampling(args: argparse.Namespace, suffix: int, cache: CacheConfig) -> SamplingConfig:
     """Lengths that go together where the flags leave them open."""
     gen_length = args.gen_length or max(1, suffix // 2)
-    block = args.block_length or (min(CACHED_BLOCK, gen_length) if block_cache else gen_length)
+    block = args.block_length or cache.default_block(gen_length)
     if args.gen_length is None:
         gen_length -= gen_length % block if gen_length > block else 0
     blocks = max(1, gen_length // block)

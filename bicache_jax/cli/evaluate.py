@@ -65,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
     cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
-    cache.add_argument("--block-length", type=integer(1), metavar="N", help="(default: gen-length)")
+    cache.add_argument(
+        "--block-length",
+        type=integer(1),
+        metavar="N",
+        help="(default: gen-length; 32 where a policy has a block cache)",
+    )
     cache.add_argument(
         "--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of the questions drawn and the noise"
     )

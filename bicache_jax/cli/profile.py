@@ -131,14 +131,10 @@ _DETERMINING = ("synthetic", "samples", "ratio_step", "with_response", "gen_leng
 
 def _samples(args: argparse.Namespace, model: Model, lines: list[bytes], source: str) -> list[Any]:
     from bicache_jax.measure.profile import samples_of_requests, synthetic_samples
-    from bicache_jax.serving.requests import parse_requests
+    from bicache_jax.serving.requests import Parser
 
     sampling = SamplingConfig(gen_length=args.gen_length if args.with_response else 1)
-    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
-    faults = [entry for entry in parsed if not isinstance(entry, Request)]
-    if faults:
-        raise BicacheError(f"--data: {faults[0].error}")
-    requests = [entry for entry in parsed if isinstance(entry, Request)]
+    requests = Parser(model.config, model.tokenizer, sampling).requests(lines, f"--data {source}")
     if args.synthetic:
         samples = synthetic_samples(
             [request.prompt_ids for request in requests],

@@ -156,9 +156,9 @@ class CacheConfig:
                 f"prefix_detection must be one of {', '.join(PREFIX_DETECTIONS)}, got {self.prefix_detection!r}"
             )
 
-    def open_block(self, sampling: SamplingConfig) -> int | None:
-        """Most tokens of a block where settings name none: `CACHED_BLOCK` with a block cache, None without one."""
-        return CACHED_BLOCK if sampling.block_length is None and self.block_cache != "off" else None
+    def default_block(self, gen_length: int) -> int:
+        """Tokens of a block where none are named: the response, at most `CACHED_BLOCK` of it with a block cache."""
+        return gen_length if self.block_cache == "off" else min(CACHED_BLOCK, gen_length)
 
     def with_blocks(self, sampling: SamplingConfig) -> SamplingConfig:
         """The settings with the block length that a block cache implies where they name none.
@@ -166,10 +166,9 @@ class CacheConfig:
         Raises:
             ValueError: lengths and steps do not go together.
         """
-        block = self.open_block(sampling)
-        if block is None:
+        if self.block_cache == "off" or sampling.block_length is not None:
             return sampling
-        return dataclasses.replace(sampling, block_length=min(block, sampling.gen_length))
+        return dataclasses.replace(sampling, block_length=self.default_block(sampling.gen_length))
 
     def interval(self, sampling: SamplingConfig) -> int:
         """N of rows with these decoding settings.

@@ -21,7 +21,7 @@ import numpy as np
 
 from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request
-from bicache_jax.measure.evaluate import parse_policy
+from bicache_jax.measure.policies import parse_policy
 from bicache_jax.serving.engine import Engine
 from bicache_jax.serving.flops import Job, gain_limit, jobs, row_flops
 from bicache_jax.serving.grouping import prefix_ratio

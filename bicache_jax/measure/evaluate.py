@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from bicache_jax.core.config import BLOCK_CACHES, POLICIES, BlockCache, CacheConfig, Policy, SamplingConfig
+from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
+from bicache_jax.measure.policies import comparable_blocks, parse_policy, reference_of
 from bicache_jax.serving.engine import Engine
-from bicache_jax.serving.requests import accepted, is_blank, parse_requests
+from bicache_jax.serving.requests import Parser, accepted, is_blank
 from bicache_jax.serving.requests import exact_match as exact_match
 
 Scorer = Callable[[str, Sequence[str]], bool]
@@ -60,11 +61,9 @@ def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, sourc
             records.append(line if isinstance(line, dict) else json.loads(line))
         except (ValueError, RecursionError):
             records.append({})
-    parsed = parse_requests(lines, config=model.config, tokenizer=model.tokenizer, sampling=sampling, source=source)
+    requests = Parser(model.config, model.tokenizer, sampling).requests(lines, source)
     items = []
-    for entry, record in zip(parsed, records, strict=True):
-        if not isinstance(entry, Request):
-            raise BicacheError(entry.error)
+    for entry, record in zip(requests, records, strict=True):
         answers = accepted(record.get("answer"))
         if not answers:
             raise BicacheError(f"{source}: request {entry.id!r} needs an 'answer', a string or a list of strings")
@@ -126,25 +125,6 @@ def find_scorer(name: str) -> Scorer:
     return scorer
 
 
-def parse_policy(name: str, cache: CacheConfig) -> CacheConfig:
-    """A policy as named on the command line: `none`, `naive`, `bicache`, each also with `+prefix` or `+dual`.
-
-    Raises:
-        BicacheError: the name is none of these.
-    """
-    policies: dict[str, Policy] = {policy: policy for policy in POLICIES}
-    caches: dict[str, BlockCache] = {cache: cache for cache in BLOCK_CACHES}
-    policy, _, block_cache = name.partition("+")
-    if policy not in policies or (block_cache or "off") not in caches:
-        raise BicacheError(f"policy {name!r}: must be one of {', '.join(POLICIES)}, each also with +prefix or +dual")
-    return dataclasses.replace(
-        cache,
-        policy=policies[policy],
-        block_cache=caches[block_cache or "off"],
-        boundary=cache.boundary if policy == "bicache" else "auto",
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """How a policy's accuracy differs from the reference's on the same questions.
@@ -195,11 +175,6 @@ def _breakdown(right: Sequence[bool], labels: Sequence[str]) -> dict[str, dict[s
     for flag, label in zip(right, labels, strict=True):
         groups.setdefault(label, []).append(flag)
     return {label: {"exact_match": _share(flags), "samples": len(flags)} for label, flags in sorted(groups.items())}
-
-
-def reference_of(policies: Sequence[str]) -> int:
-    """Place of the policy that the others are compared with: `none` if it is named, else the first."""
-    return list(policies).index("none") if "none" in policies else 0
 
 
 def measure_speed(
@@ -283,10 +258,12 @@ def evaluate(
     """
     if not items:
         raise BicacheError("there are no questions to evaluate")
-    requests = [item.request for item in items]
+    caches = [parse_policy(name, cache) for name in policies]
+    requests = [
+        dataclasses.replace(item.request, sampling=comparable_blocks(caches, item.request.sampling)) for item in items
+    ]
     engines = [
-        Engine(model, cache=parse_policy(name, cache), sampling=sampling, batch_size=batch_size, attention=attention)
-        for name in policies
+        Engine(model, cache=own, sampling=sampling, batch_size=batch_size, attention=attention) for own in caches
     ]
     ratios = _ratios(model, requests, cache, sampling)
     right: list[list[bool]] = []

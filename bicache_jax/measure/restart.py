@@ -13,7 +13,7 @@ from pathlib import Path
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.measure.benchmark import Case, synthetic_requests
-from bicache_jax.measure.evaluate import parse_policy
+from bicache_jax.measure.policies import parse_policy
 
 
 def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> dict[str, float]:

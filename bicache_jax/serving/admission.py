@@ -90,8 +90,7 @@ def admit(asked: Asked, parser: Parser, *, errors: Errors) -> list[Request | Res
                 raise BadRequest(f"id {name!r} is that of an earlier request; give every request an id of its own")
             seen.add(name)
             if isinstance(record, Request):
-                parser.check(record)
-                admitted.append(dataclasses.replace(record, index=place))
+                admitted.append(dataclasses.replace(parser.checked(record), index=place))
             else:
                 admitted.append(parser.parse(record, name, place))
         except (BadRequest, TypeError) as fault:

@@ -215,8 +215,7 @@ class Engine:
 
     def parser(self, sampling: Settings = None) -> Parser:
         """What makes requests of objects; `sampling` as in `generate`."""
-        own = settings(sampling, self.sampling)
-        return Parser(self.model.config, self.model.tokenizer, own, self.cache.open_block(own))
+        return Parser(self.model.config, self.model.tokenizer, settings(sampling, self.sampling), self.cache)
 
     def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
         return admit(asked, self.parser(sampling), errors=errors)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import Record
 from bicache_jax.serving.fields import SAMPLING, BadRequest, check_keys, integer, is_int, shown
 
@@ -46,7 +46,7 @@ def is_openai(record: Mapping[str, Any]) -> bool:
 
 
 def from_openai(
-    record: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None, longest: int
+    record: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig, longest: int
 ) -> tuple[dict[str, Any], int | None]:
     """A line of a batch file as a request of ours.
 
@@ -57,7 +57,7 @@ def from_openai(
     Args:
         record: the line.
         sampling: settings of a request that names none.
-        auto_block: most tokens of a block where none is given (`bicache_jax.serving.requests.Parser`).
+        cache: how prefixes are reused; a block cache implies a block length.
         longest: tokens of the longest sequence that the model takes.
 
     Returns:
@@ -88,7 +88,7 @@ def from_openai(
         raise BadRequest("'max_tokens' and 'max_completion_tokens' differ: give one of them")
     max_tokens = next(iter(lengths.values()), None)
     if max_tokens is not None and "gen_length" not in native:
-        native |= _canvas(max_tokens, native, sampling, auto_block)
+        native |= _canvas(max_tokens, native, sampling, cache)
     return native, max_tokens
 
 
@@ -112,13 +112,10 @@ def _prompt(record: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
 
 
 def _canvas(
-    max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, auto_block: int | None
+    max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig
 ) -> dict[str, int]:
     """Canvas and steps for so many tokens of text."""
-    block = integer(native, "block_length", 1, 2**31)
-    if block is None:
-        block = sampling.block_length if auto_block is None else min(auto_block, max_tokens)
-    block = block or max_tokens
+    block = integer(native, "block_length", 1, 2**31) or sampling.block_length or cache.default_block(max_tokens)
     blocks = -(-max_tokens // block)
     found = {"gen_length": blocks * block}
     if sampling.steps is not None and "steps" not in native:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bicache_jax.core.config import ModelConfig, SamplingConfig
-from bicache_jax.core.types import Request, Result, Tokenizer
+from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
+from bicache_jax.core.types import BicacheError, Request, Result, Tokenizer
 from bicache_jax.serving.fields import (
     KEYS,
     MOST_SAMPLES,
@@ -35,14 +35,13 @@ class Parser:
         config: architecture of the model the requests are for.
         tokenizer: its tokenizer; without one only `prompt_ids` can be served.
         sampling: settings of a request that names none.
-        auto_block: where neither a request nor `sampling` was given a block length: the most tokens of a block, which
-            is never longer than the response; None: `sampling` holds for all.
+        cache: how prefixes are reused; a block cache implies a block length.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer | None
     sampling: SamplingConfig
-    auto_block: int | None = None
+    cache: CacheConfig = CacheConfig()
 
     def parse(self, record: Mapping[str, Any], name: str, index: int) -> Request:
         """The request that an object describes, in our own form or as a line of OpenAI's batch format.
@@ -57,13 +56,13 @@ class Parser:
         """
         max_tokens = None
         if is_openai(record):
-            record, max_tokens = from_openai(record, self.sampling, self.auto_block, self.config.max_length)
+            record, max_tokens = from_openai(record, self.sampling, self.cache, self.config.max_length)
         check_keys(record, KEYS, "a request")
         config = self.config
         given = [field for field in PROMPTS if record.get(field) is not None]
         if len(given) != 1:
             raise BadRequest(f"must have exactly one of {', '.join(map(repr, PROMPTS))}, has {_listed(given)}")
-        sampling = self._sampling(record)
+        sampling = with_settings(self.sampling, given_sampling(record, config))
         samples = integer(record, "n", 1, MOST_SAMPLES) or 1
         prefix_len: int | None = None
         if given == ["messages"]:
@@ -89,14 +88,14 @@ class Parser:
             chat=given == ["messages"],
             prefix_from_messages=explicit is None and prefix_len is not None,
         )
-        self.check(request)
-        return request
+        return self.checked(request)
 
-    def check(self, request: Request) -> None:
-        """Refuses a request that the model cannot run.
+    def checked(self, request: Request) -> Request:
+        """A request as it is run, with the block length that the block cache implies.
 
         Raises:
-            BadRequest: its tokens, its length, its prefix or its stops do not fit the model.
+            BadRequest: its lengths do not go together, or its tokens, its length, its prefix or its stops do not fit
+                the model.
         """
         ids, config, gen_length = request.prompt_ids, self.config, request.sampling.gen_length
         if not ids:
@@ -113,6 +112,10 @@ class Parser:
         integer({"n": request.n}, "n", 1, MOST_SAMPLES)
         if request.stop:
             stops({"stop": request.stop}, self.tokenizer)
+        try:
+            return dataclasses.replace(request, sampling=self.cache.with_blocks(request.sampling))
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
 
     def lines(self, lines: Iterable[Any], source: str = "<input>") -> Iterator[Request | Result]:
         """Parses the lines of a request file one by one.
@@ -143,24 +146,18 @@ class Parser:
                 yield error_result(name, f"{source}, line {number}: {fault}")
             index += 1
 
-    def _sampling(self, record: Mapping[str, Any]) -> SamplingConfig:
-        given = given_sampling(record, self.config)
-        if self.auto_block is not None and "block_length" not in given:
-            given["block_length"] = min(self.auto_block, given.get("gen_length", self.sampling.gen_length))
-        return with_settings(self.sampling, given)
+    def requests(self, lines: Iterable[Any], source: str = "<input>") -> list[Request]:
+        """The requests of a file that must not have a bad line; arguments as `lines`.
 
-
-def parse_requests(
-    lines: Iterable[Any],
-    *,
-    config: ModelConfig,
-    tokenizer: Tokenizer | None,
-    sampling: SamplingConfig,
-    source: str = "<input>",
-    auto_block: int | None = None,
-) -> list[Request | Result]:
-    """`Parser.lines` of a whole file, by a parser of these attributes."""
-    return list(Parser(config, tokenizer, sampling, auto_block).lines(lines, source))
+        Raises:
+            BicacheError: it has one; the message is the first's.
+        """
+        found = []
+        for entry in self.lines(lines, source):
+            if isinstance(entry, Result):
+                raise BicacheError(entry.error)
+            found.append(entry)
+        return found
 
 
 def error_result(name: str, message: str) -> Result:

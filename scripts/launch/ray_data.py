@@ -31,16 +31,7 @@ class Answer:
 
     def __call__(self, block: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Answers the lines in column `text`; one row a result, bad lines included."""
-        from bicache_jax.serving.requests import parse_requests
-
-        model = self._engine.model
-        requests = parse_requests(
-            list(block["text"]),
-            config=model.config,
-            tokenizer=model.tokenizer,
-            sampling=self._engine.sampling,
-            source="block",
-        )
+        requests = self._engine.parser().lines(block["text"], source="block")
         results = [result.to_json() for result in self._engine.generate(requests)]
         return {field: [result.get(field) for result in results] for field in FIELDS}
 

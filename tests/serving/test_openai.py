@@ -12,20 +12,20 @@ from fake_run import FakeSession, write_requests
 from word_tokenizer import word_tokenizer
 
 from bicache_jax.cli import backend, main
-from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, SamplingConfig
 from bicache_jax.core.types import Request, Result
 from bicache_jax.serving.openai import to_openai
-from bicache_jax.serving.requests import parse_requests
+from bicache_jax.serving.requests import Parser
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "system", "content": "w5 w6"}, {"role": "user", "content": "w7"}]
 
 
-def _parse(*lines: Any, auto_block: int | None = None, **sampling: Any) -> list[Request | Result]:
+def _parse(*lines: Any, block_cache: BlockCache = "off", **sampling: Any) -> list[Request | Result]:
     config = golden.model("llada")[0]
     tokenizer = word_tokenizer(config.vocab_size)
     settings = SamplingConfig(**({"gen_length": 64} | sampling))
-    return parse_requests(lines, config=config, tokenizer=tokenizer, sampling=settings, auto_block=auto_block)
+    return list(Parser(config, tokenizer, settings, CacheConfig(block_cache=block_cache)).lines(lines))
 
 
 def _line(body: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def test_lines_of_both_formats_mix() -> None:
         ({}, 10, 10, None),
         ({"block_length": 16}, 10, 16, None),
         ({"block_length": 16}, 40, 48, None),
-        ({"auto_block": 32}, 10, 10, None),
-        ({"auto_block": 32}, 40, 64, None),
+        ({"block_cache": "dual"}, 10, 10, None),
+        ({"block_cache": "prefix"}, 40, 64, None),
         ({"steps": 32}, 10, 10, 5),  # as many tokens a step as the run has
         ({"steps": 16, "block_length": 16}, 33, 48, 12),
         ({"steps": 4, "block_length": 16}, 100, 112, 7),

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers
 
 from bicache_jax.checkpoints.tokenizer import Tokenizer
-from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import Request, Result
 from bicache_jax.serving.fields import KEYS
-from bicache_jax.serving.requests import is_blank, parse_requests
+from bicache_jax.serving.requests import Parser, is_blank
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
@@ -38,7 +38,7 @@ def _tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
 
 def _parse(*lines: Any, tokenizer: Tokenizer | None = None, **sampling: Any) -> list[Request | Result]:
     settings = SamplingConfig(**({"gen_length": 8} | sampling))
-    return parse_requests(lines, config=_config(), tokenizer=tokenizer, sampling=settings, source="in.jsonl")
+    return list(Parser(_config(), tokenizer, settings).lines(lines, source="in.jsonl"))
 
 
 def _fault(line: Any, tokenizer: Tokenizer | None = None) -> str:
@@ -197,16 +197,13 @@ def test_what_is_no_line_at_all_is_a_fault_too(line: Any) -> None:
 
 
 def test_an_open_block_length_follows_the_response() -> None:
-    lines = [{"prompt_ids": [1], "gen_length": 4}, {"prompt_ids": [1]}, {"prompt_ids": [1], "block_length": 2}]
-    found = parse_requests(
-        [*lines, {"prompt_ids": [1], "gen_length": 12}],
-        config=_config(),
-        tokenizer=None,
-        sampling=SamplingConfig(gen_length=16),
-        auto_block=8,
-    )
-    assert [entry.sampling.block_length for entry in found[:3] if isinstance(entry, Request)] == [4, 8, 2]
-    assert isinstance(found[3], Result) and "12 and 8" in (found[3].error or "")
+    lines = [{"gen_length": 16}, {}, {"block_length": 2}, {"gen_length": 48}]
+    lines = [{"prompt_ids": [1]} | line for line in lines]
+    config = dataclasses.replace(_config(), max_length=99)
+    parser = Parser(config, None, SamplingConfig(gen_length=64), CacheConfig(block_cache="dual"))
+    found = list(parser.lines(lines))
+    assert [entry.sampling.block_length for entry in found[:3] if isinstance(entry, Request)] == [16, 32, 2]
+    assert isinstance(found[3], Result) and "48 and 32" in (found[3].error or "")
 
 
 _JSON = st.recursive(
