@@ -23,7 +23,7 @@ from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
-from bicache_jax.core.layout import lay_out_canvases
+from bicache_jax.core.layout import lay_out_canvases, response_slots
 from bicache_jax.core.numerics import precision
 from bicache_jax.decoding.encode import encode_alone
 from bicache_jax.decoding.interval import NO_LIMIT, denoise_steps, initial_state
@@ -32,7 +32,7 @@ from bicache_jax.wiring import backbone_for
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value and no hash
 class Denoised:
     """What `denoise` returns.
 
@@ -158,6 +158,9 @@ def denoise(
     """
     cache = CacheConfig(block_cache=block_cache)
     sampling = cache.with_blocks(sampling)
+    canvas = jnp.asarray(canvas)
+    if canvas.ndim != 2:
+        raise ValueError(f"canvas must be [B, U], a row for each response, got shape {list(canvas.shape)}")
     num_rows, length = canvas.shape
     num_prefixes = prefix.length.shape[0]
     if length < sampling.gen_length + config.shifted:
@@ -179,7 +182,7 @@ def denoise(
     args = (
         params,
         prefix,
-        jnp.asarray(canvas),
+        canvas,
         canvas_len,
         jnp.asarray(prefix_index, jnp.int32),
         key,
@@ -230,7 +233,7 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
             guided=sampling.guided,
         )
     finished = jax.tree.map(lambda leaf: leaf[:num_rows], state.rows)
-    response = finished.tokens[:, config.shifted : config.shifted + sampling.gen_length]
+    response = finished.tokens[:, response_slots(config, sampling.gen_length)]
     return Denoised(response, finished.step, finished.forward_passes, finished.failed)
 
 
@@ -307,7 +310,13 @@ def forward(
 
     Returns:
         Logits of every position.
+
+    Raises:
+        ValueError: `ids` is not [B, S].
     """
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2:
+        raise ValueError(f"ids must be [B, S], a row for each sequence, got shape {list(ids.shape)}")
     backbone = backbone_for(config, attention)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     out = P(explicit_axis(jnp.asarray(ids), 0))

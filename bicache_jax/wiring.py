@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.configs import model_shape as model_shape
-from bicache_jax.configs import names, topology_of
 from bicache_jax.configs import published_table as published_table
 from bicache_jax.configs import topology as topology
+from bicache_jax.configs import topology_of
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.config import ATTENTION, ModelConfig
 from bicache_jax.core.device import DeviceMemory
@@ -52,11 +52,6 @@ def device_memory(devices: Sequence[Any]) -> DeviceMemory | None:
         return None
     known = topology_of(mine[0].device_kind)
     return DeviceMemory(nbytes) if known is None else DeviceMemory(nbytes, known.copies)
-
-
-def model_shapes() -> list[str]:
-    """Names that `model_shape` takes."""
-    return names("models")
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:

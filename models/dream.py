@@ -14,6 +14,7 @@ PUBLISHED_MASK_ID = 151666
 # Settings of its published loop (`generation_utils.py` of the checkpoints); fields of `ModelConfig`.
 LOOP: Mapping[str, Any] = {
     "shift_logits": True,
+    "anchor_blocks": True,
     "remasking": "entropy",
     "schedule": "time",
     "time_eps": 1e-3,

@@ -14,6 +14,7 @@ PUBLISHED_MASK_ID = 126336
 # Settings of its published loop (`generate.py`); fields of `ModelConfig`.
 LOOP: Mapping[str, Any] = {
     "shift_logits": False,
+    "anchor_blocks": False,
     "remasking": "low_confidence",
     "schedule": "even",
     "time_eps": 0.0,

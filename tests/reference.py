@@ -152,7 +152,7 @@ def denoise(
     if sampling.cfg_scale:
         streams.append(_Stream(model, np.asarray([config.mask_id] * start + masks), prefix_len, boundary))
     noise = _Noise(name, sampling.seed, config)
-    anchored = config.shift_logits and block_cache != "off"
+    anchored = config.anchor_blocks and block_cache != "off"
     steps, gap = 0, np.inf
     for block in range(sampling.num_blocks):
         places = start + block * size + np.arange(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -47,6 +48,41 @@ def test_a_boundary_that_was_not_encoded_is_refused(model: Model, prefix: Prefix
     for beyond in (99, -1):
         with pytest.raises(ValueError, match=r"boundary must lie in 0\.\.6"):
             answer(model, prefix, beyond)
+
+
+def test_shapes_that_do_not_fit_and_what_has_arrays_in_it(model: Model, prefix: PrefixCache) -> None:
+    call = inspect.unwrap(denoise)  # without the checker of the tests
+    with pytest.raises(ValueError, match=r"canvas must be \[B, U\], a row for each response, got shape \[12\]"):
+        call(model.params, model.config, prefix, list(range(40, 52)), 1, SAMPLING, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"ids must be \[B, S\].* got shape \[3\]"):
+        inspect.unwrap(forward)(model.params, model.config, jnp.arange(3))
+    rows = call(model.params, model.config, prefix, [list(range(40, 52))] * 2, 1, SAMPLING, jax.random.key(0))
+    np.testing.assert_array_equal(rows.tokens, answer(model, prefix, 1).tokens)
+    for one in (rows, prefix):
+        assert one == one and hash(one) is not None and one != jax.tree.map(lambda leaf: leaf, one)
+
+
+def test_a_block_cache_implies_a_block_length_here_too(model: Model) -> None:
+    """As in `generate`: what a call says and what it leaves open give one result."""
+    sampling, prefix = SamplingConfig(gen_length=40, block_length=None, steps=None), jnp.arange(10, 30)
+    cache, canvas = encode_prefix(model.params, model.config, prefix), jnp.arange(40, 104)[None]
+    with pytest.raises(ValueError, match="40 and 32"):
+        denoise(model.params, model.config, cache, canvas, 1, sampling, jax.random.key(0), block_cache="dual")
+    found = [
+        denoise(
+            model.params,
+            model.config,
+            cache,
+            canvas,
+            1,
+            SamplingConfig(gen_length=64, block_length=block),
+            jax.random.key(0),
+            block_cache="dual",
+        ).tokens
+        for block in (None, 32, 64)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
 
 
 def test_a_prefix_that_a_traced_function_closes_over(model: Model, prefix: PrefixCache) -> None:

@@ -46,7 +46,6 @@ class Job:
         state: State,
         *,
         window: int,
-        output_format: str = "native",
         report_seconds: float = 30.0,
         quiet: bool = False,
     ) -> None:
@@ -58,7 +57,6 @@ class Job:
             files: the input files.
             state: what has been done.
             window: requests in memory at a time.
-            output_format: the format of results, by name.
             report_seconds: between reports.
             quiet: whether to tell people nothing.
 
@@ -70,7 +68,7 @@ class Job:
         self._identity: dict[str, Any] = {"window": window}
         if run.get("batch_boundary") == "min":  # only then do results depend on who is batched with whom
             self._identity["workers"] = worker.count
-        self._identity["output_format"] = output_format
+        self._identity |= state.format.identity
         settings = {name: value for name, value in run.items() if name not in ("input", "tokens")}
         finished = state.begin({**settings, **self._identity})
         self.errors = sum(entry.errors for entry in finished)

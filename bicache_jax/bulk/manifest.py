@@ -1,13 +1,14 @@
 """What finished outputs were made from, so that a restart can tell whether they are its own.
 
-A manifest is JSON, `{"format", "outputs": {name: entry}}`; an entry has the run (everything that determines results, by
-name), the SHA-256 of the input and of the output, and how many requests, results and errors there are.
+A manifest is JSON, `{"format", "outputs": {name: entry}}`, with the fields of `Entry`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,12 +25,13 @@ class Entry:
     """What an output was made from.
 
     Attributes:
-        run: everything that determines its results.
-        input: SHA-256 of the input.
+        run: everything that determines its results, by name.
+        input: SHA-256 of the input, decompressed (of a bulk job's: `InputDigest`).
         requests: requests of the input, bad lines included.
         output: SHA-256 of the output.
         results: lines of the output.
         errors: those that are errors.
+        versions: releases of the libraries that computed the last of it. They are noted, and not compared.
     """
 
     run: Mapping[str, Any]
@@ -38,6 +40,7 @@ class Entry:
     output: str = ""
     results: int = 0
     errors: int = 0
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def with_output(self, path: AnyPath) -> Entry:
         """The entry with what is in an output, which is read."""
@@ -47,7 +50,16 @@ class Entry:
                 digest.update(line)
                 results += 1
                 errors += is_error(json.loads(line))
-        return dataclasses.replace(self, output=digest.hexdigest(), results=results, errors=errors)
+        made = {"output": digest.hexdigest(), "results": results, "errors": errors}
+        return dataclasses.replace(self, **made, versions=self.versions or _versions())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("bicache-jax", "jax", "jaxlib", "flax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def is_error(record: Record) -> bool:
@@ -111,10 +123,24 @@ def check_finished(path: AnyPath, output: AnyPath, entry: Entry | None, run: Map
     return found
 
 
-def digest_of(lines: Iterable[bytes]) -> str:
+class InputDigest:
     """SHA-256 of the lines of an input that are not blank."""
-    digest = hashlib.sha256()
-    for line in lines:
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, line: bytes) -> None:
+        """Takes the next line."""
         if line.strip():
-            digest.update(line)
-    return digest.hexdigest()
+            self._digest.update(line)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
+
+
+def digest_of(lines: Iterable[bytes]) -> str:
+    """The `InputDigest` of all these lines."""
+    digest = InputDigest()
+    for line in lines:
+        digest.add(line)
+    return str(digest)

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,8 @@ from bicache_jax.bulk.storage import (
     write_whole,
 )
 from bicache_jax.bulk.window_journal import WindowJournal, in_order, read_window
-from bicache_jax.core.types import BicacheError, Record, native
-
-Form = Callable[[Iterable[Record | None]], Iterator[Record | None]]
-"""A format of results: turns records in input order into the lines that are written."""
-
-
-def native_form(records: Iterable[Record | None]) -> Iterator[Record | None]:
-    """Our own format: a line for each result; None where the next one is not there yet."""
-    return (None if record is None else native(record) for record in records)
-
+from bicache_jax.core.types import BicacheError, Record
+from bicache_jax.serving.results import ResultFormat
 
 _ERROR: Record = {"finish_reason": "error"}
 _OWN = re.compile(r"(?:\d{6}\.)?(\d{5})-of-(\d{5})\.(?:journal|done)")
@@ -83,7 +75,14 @@ class State:
     """The state of a job, as one worker sees it."""
 
     def __init__(
-        self, output: str, files: Sequence[AnyPath], worker: Worker, *, resume: bool, overwrite: bool = False
+        self,
+        output: str,
+        files: Sequence[AnyPath],
+        worker: Worker,
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        format: ResultFormat | None = None,
     ) -> None:
         """Looks at what there is.
 
@@ -93,6 +92,7 @@ class State:
             worker: which worker this is.
             resume: whether to go on with what an earlier run left.
             overwrite: whether to delete that, and outputs of these inputs.
+            format: how results are written; None: in our own format.
 
         Raises:
             BicacheError: the folder cannot be written, or holds results of an earlier run and `resume` is not set.
@@ -103,7 +103,7 @@ class State:
         self._files = {path.name: path for path in files}
         self._manifest = self.output / f"_manifest{worker.suffix}.json"
         self._noted = self._folder / "inputs.json"  # what the manifest will say, from before there is an output
-        self.form: Form = native_form
+        self.format = format or ResultFormat()
         self._run: Mapping[str, Any] = {}
         with self._faults():
             if overwrite:
@@ -322,7 +322,7 @@ class State:
 
     def _results(self, name: str, windows: Sequence[int]) -> Iterator[bytes]:
         """Yields the lines of an output, a window in memory at a time."""
-        return (dump(line) for line in self.form(self._records(name, windows)) if line is not None)
+        return (dump(line) for line in self.format.lines(self._records(name, windows)) if line is not None)
 
     def _records(self, name: str, windows: Sequence[int]) -> Iterator[Record]:
         folder = self._folder / name

@@ -9,7 +9,6 @@ import gzip
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from bicache_jax.bulk.journal import write_atomic
 from bicache_jax.core.types import BicacheError
+from bicache_jax.serving.inputs import gzip_faults, is_gzip
 
 AnyPath = Any
 """A `pathlib.Path` or an `etils.epath.Path`; they share their methods."""
@@ -114,13 +114,8 @@ def opened(path: AnyPath) -> contextlib.AbstractContextManager[Any]:
     return file
 
 
-def is_gzip(path: AnyPath) -> bool:
-    """Whether a file is compressed, by its name."""
-    return str(path).endswith(".gz")
-
-
 class Lines:
-    """The lines of an input file, decompressed where it is a `.gz`.
+    """The lines of an input file, decompressed where it is gzip.
 
     Attributes:
         bytes: how much of the file, as it is stored, has been read.
@@ -132,17 +127,17 @@ class Lines:
 
     def __iter__(self) -> Iterator[bytes]:
         with faults(f"cannot read --input {self._path}"), opened(self._path) as stream:
-            if not is_gzip(self._path):
+            compressed = is_gzip(str(self._path), stream.read(2))
+            stream.seek(0)
+            if not compressed:
                 for line in stream:
                     self.bytes += len(line)
                     yield line
                 return
-            try:
+            with gzip_faults(f"--input {self._path}"):
                 for line in gzip.GzipFile(fileobj=stream):
                     self.bytes = stream.tell()
                     yield line
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise BicacheError(f"--input {self._path}: not a whole gzip file ({error})") from None
             self.bytes = stream.tell()
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from bicache_jax.bulk.manifest import InputDigest
 from bicache_jax.bulk.storage import AnyPath, Lines
 from bicache_jax.core.types import Request, Result
 from bicache_jax.serving.inputs import Requests
@@ -26,7 +27,7 @@ class Window:
         requests: what they are; their digest is that of the window's lines.
         first: place of the first request in the file.
         end: bytes of the file up to its end.
-        digest: hash of the file's lines up to its end, blank ones left out.
+        digest: `InputDigest` of the file's lines up to its end.
     """
 
     number: int
@@ -35,24 +36,18 @@ class Window:
     end: int
     digest: str
 
-    @property
-    def responses(self) -> int:
-        """Results of the window: one a sample, one a bad line."""
-        return sum(item.n if isinstance(item, Request) else 1 for item in self.requests.items)
-
 
 class _Lines:
     """Lines of a file, hashed and counted as they pass."""
 
     def __init__(self, path: AnyPath) -> None:
         self._lines = Lines(path)
-        self._digest, self._whole = hashlib.sha256(), hashlib.sha256()
+        self._digest, self._whole = hashlib.sha256(), InputDigest()
 
     def __iter__(self) -> Iterator[bytes]:
         for line in self._lines:
             self._digest.update(line)
-            if line.strip():
-                self._whole.update(line)
+            self._whole.add(line)
             yield line
 
     @property
@@ -62,8 +57,8 @@ class _Lines:
 
     @property
     def whole(self) -> str:
-        """The hash of all lines so far, as `bicache_jax.bulk.manifest.digest_of` gives it."""
-        return self._whole.hexdigest()
+        """The digest of all lines so far."""
+        return str(self._whole)
 
     def digest(self) -> str:
         """The hash of the lines since the last call."""

@@ -14,7 +14,7 @@ from bicache_jax.bulk.job import Job, Stopped
 from bicache_jax.bulk.state import State, Worker
 from bicache_jax.bulk.storage import inputs
 from bicache_jax.cli import backend
-from bicache_jax.cli.generate import EXIT_ERRORS, add_running_arguments, configurations, output_form
+from bicache_jax.cli.generate import EXIT_ERRORS, add_running_arguments, configurations, result_format
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import Parser, integer
 from bicache_jax.core.types import BicacheError
@@ -148,17 +148,15 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(ends_at_once(lambda: kept if job is not None else ""))
         output = stack.enter_context(TemporaryDirectory()) if args.dry_run else args.output
-        state = State(output, files, worker, resume=args.resume, overwrite=args.overwrite)
+        state = State(output, files, worker, resume=args.resume, overwrite=args.overwrite, format=result_format(args))
         stack.callback(state.close)
         session = backend.open_session(args, *settings, alone=count > 1)
-        state.form = output_form(args)
         job = Job(
             session,
             worker,
             files,
             state,
             window=args.window,
-            output_format=args.output_format,
             report_seconds=args.report_seconds,
             quiet=args.quiet,
         )

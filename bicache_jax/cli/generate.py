@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from bicache_jax.bulk.manifest import Entry
-from bicache_jax.bulk.state import native_form
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import Parser, add_weights_flag, auto_or_integer, boundary, from_flags, integer
-from bicache_jax.cli.outputs import Form, Output, open_output, write_event
+from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
 from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, PREFIX_DETECTIONS, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Record, Result
 from bicache_jax.serving.inputs import read_requests
-from bicache_jax.serving.openai import to_openai
+from bicache_jax.serving.results import FORMATS, ResultFormat
 
 HELP = "answer a file of requests"
 DESCRIPTION = """\
@@ -192,7 +189,7 @@ def add_running_arguments(parser: Parser) -> None:
     running = parser.add_argument_group("running")
     running.add_argument(
         "--output-format",
-        choices=("native", "openai"),
+        choices=FORMATS,
         default="native",
         help="native: one result a line, one for each sample; openai: OpenAI's batch output, one line for each request"
         " with its samples as choices; --stream shows native results (default: %(default)s)",
@@ -232,8 +229,8 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(output.close)
         run = backend.open_session(args, cache, sampling)
         requests.items = run.parse(requests)
-        output.form = output_form(args)
-        output.begin(requests, {**run.identity(requests), "output_format": args.output_format})
+        output.format = result_format(args)
+        output.begin(requests, {**run.identity(requests), **output.format.identity})
         if output.complete is not None:
             return _already(args, output.complete)
         resumed = len(output.finished)
@@ -293,11 +290,9 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
     return cache, sampling
 
 
-def output_form(args: argparse.Namespace) -> Form:
+def result_format(args: argparse.Namespace) -> ResultFormat:
     """The format of results that the flags name."""
-    if args.output_format == "openai":
-        return functools.partial(to_openai, model=args.model, created=int(time.time()))
-    return native_form
+    return ResultFormat(args.output_format, args.model)
 
 
 def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 from bicache_jax.bulk.journal import Journal, dump, journal_path, write_atomic
 from bicache_jax.bulk.manifest import Entry, check_finished, read_manifest, write_manifest
-from bicache_jax.bulk.state import Form, native_form
 from bicache_jax.bulk.storage import faults, remove
 from bicache_jax.core.types import BicacheError, Key, Record, native
 from bicache_jax.serving.inputs import STANDARD, Requests
+from bicache_jax.serving.results import ResultFormat
 
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Other names of standard output: where it is redirected to a file, that file must not be replaced by a rename."""
@@ -25,13 +25,13 @@ class Output:
 
     Attributes:
         finished: results by (id, sample).
-        form: turns results in input order into the lines that are written.
+        format: how results are written.
         complete: what an earlier run has said of the output that it finished; None where there is something to do.
     """
 
     def __init__(self) -> None:
         self.finished: dict[Key, Record] = {}
-        self.form: Form = native_form
+        self.format = ResultFormat()
         self.complete: Entry | None = None
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class StreamOutput(Output):
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
         """Writes the errors that come before the first result."""
         super().begin(requests, run)
-        self._due = self.form(requests.follow(self.finished))
+        self._due = self.format.lines(requests.follow(self.finished))
         self._write()
 
     def add(self, record: Record) -> None:
@@ -134,7 +134,7 @@ class FileOutput(Output):
         records = super().finish()
         with faults(f"cannot write {self._manifest}"):
             remove(self._manifest)  # whatever it says is of the file that is replaced now
-        write_atomic(self.path, (dump(line) for line in self.form(records) if line is not None))
+        write_atomic(self.path, (dump(line) for line in self.format.lines(records) if line is not None))
         write_manifest(self._manifest, {Path(self.path).name: self._entry.with_output(Path(self.path))})
         self._journal.remove()
         self._written = True

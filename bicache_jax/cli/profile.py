@@ -14,7 +14,7 @@ from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import add_weights_flag, fraction, integer, version
 from bicache_jax.core.config import DTYPES, SamplingConfig
-from bicache_jax.core.types import BicacheError, Model, Request
+from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.serving.inputs import read_requests
 
 HELP = "measure how deep a model's prefixes stay valid, and write its boundary table"

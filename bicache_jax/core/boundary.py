@@ -37,8 +37,8 @@ class BoundaryTable:
     num_layers: int
     threshold: float
     samples_per_ratio: int
-    table: Mapping[int, int]
-    similarity: Mapping[int, tuple[float, ...]] | None = None
+    table: Mapping[int, int] = dataclasses.field(hash=False)
+    similarity: Mapping[int, tuple[float, ...]] | None = dataclasses.field(default=None, hash=False)
     source: str | None = None
 
     def boundary(self, ratio: int) -> int:

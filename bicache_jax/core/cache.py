@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PrefixCache:
     """The encodings of G prefixes, each encoded alone.
 
@@ -32,11 +32,6 @@ class PrefixCache:
     boundaries: Int[Array, " J"]
     length: Int[Array, " G"]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
     def hidden_at(self, boundary: Int[Array, ""] | int) -> Float[Array, "G P D"]:
         """Hidden states before layer `boundary`, which must be one of `boundaries`."""
         slot = jnp.argmax(self.boundaries == boundary)
@@ -44,7 +39,7 @@ class PrefixCache:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DeepCache:
     """Prefix KV of layers `b + 1 .. L - 1`, per row. A refresh step writes them; later steps of its interval read them.
 
@@ -58,7 +53,7 @@ class DeepCache:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SuffixCache:
     """Suffix KV of a block cache, per row. It lasts longer than an interval, so it is passed between dispatches.
 
@@ -72,7 +67,7 @@ class SuffixCache:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """The denoising state of B rows: tokens, counters and keys, but no KV.
 
@@ -111,7 +106,7 @@ class Rows:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DecodeState:
     """The state that one dispatch of the decode program passes to the next, which receives it as a donated argument.
 
@@ -129,7 +124,7 @@ class DecodeState:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Draw:
     """How a token is drawn from a position's logits; all fields are traced.
 
@@ -153,7 +148,7 @@ class Draw:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoding:
     """Settings that the rows of a batch share. All are traced, so changing a value never recompiles.
 

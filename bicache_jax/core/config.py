@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
+import types
+import typing
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
@@ -24,6 +30,48 @@ REFRESH_INTERVAL = 16
 """Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
 SCHEDULES: tuple[Schedule, ...] = ("even", "time")
+
+
+@functools.cache
+def _kinds(config: type[Any]) -> dict[str, tuple[Any, ...]]:
+    """What each field of a configuration may be: types, and words that a literal lists."""
+    found = {}
+    for name, hint in typing.get_type_hints(config).items():
+        members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        found[name] = members
+    return found
+
+
+def _takes(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str)  # which word it is, the configuration checks
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool | np.bool)
+    return isinstance(value, typing.get_origin(kind) or kind)
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
+
+
+def _in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return _WORDS.get(kind, "a mapping")
+
+
+def _check_types(config: Any) -> None:
+    """Refuses fields of a wrong type; numbers of NumPy become Python's, which have a hash and a JSON form.
+
+    Raises:
+        TypeError: a field is of another type than its annotation says.
+    """
+    for name, kinds in _kinds(config.__class__).items():
+        value = getattr(config, name)
+        if not any(_takes(kind, value) for kind in kinds):
+            raise TypeError(f"{name} must be {' or '.join(map(_in_words, kinds))}, got {value!r:.80}")
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +101,8 @@ class ModelConfig:
         head_bias: whether the head has a bias.
         tied: whether the head is the embedding.
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
+        anchor_blocks: whether, with a block cache, the pass at a block's start fixes the block's first token whatever
+            its confidence, since the token before it lies outside of the block (Fast-dLLM's loop for Dream).
         remasking: the unmasking rule where a request names none.
         schedule: how many tokens a step unmasks (`bicache_jax.decoding.schedule`): `even` as many in each (LLaDA),
             `time` a share of those left that follows from the step's time (Dream).
@@ -81,6 +131,7 @@ class ModelConfig:
     head_bias: bool = False
     tied: bool = False
     shift_logits: bool = False
+    anchor_blocks: bool = False
     remasking: Remasking = "low_confidence"
     schedule: Schedule = "even"
     time_eps: float = 0.0
@@ -136,19 +187,23 @@ class CacheConfig:
     prefix_detection: PrefixDetection = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if self.boundary != "auto" and (not isinstance(self.boundary, int) or self.boundary < 0):
+        if self.boundary != "auto" and (isinstance(self.boundary, str) or self.boundary < 0):
             raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
         if self.policy == "none" and self.boundary != "auto":
             raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
         interval = self.refresh_interval
-        if interval != "auto" and (not isinstance(interval, int) or interval < 1):
+        if interval != "auto" and (isinstance(interval, str) or interval < 1):
             raise ValueError(f"refresh_interval must be 'auto' or an integer >= 1, got {interval!r}")
         if self.block_cache not in BLOCK_CACHES:
             raise ValueError(f"block_cache must be one of {', '.join(BLOCK_CACHES)}, got {self.block_cache!r}")
         if self.batch_boundary not in ("own", "min"):
             raise ValueError(f"batch_boundary must be 'own' or 'min', got {self.batch_boundary!r}")
+        for ratio, boundary in (self.table or {}).items():
+            if not (isinstance(ratio, numbers.Integral) and isinstance(boundary, numbers.Integral)):
+                raise TypeError(f"table must map ratios in percent to boundaries, got {ratio!r}: {boundary!r}")
         if self.min_prefix < 1:
             raise ValueError(f"min_prefix must be >= 1, got {self.min_prefix}")
         if self.prefix_detection not in PREFIX_DETECTIONS:
@@ -233,6 +288,7 @@ class SamplingConfig:
     early_stop: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.gen_length < 1:
             raise ValueError(f"gen_length must be >= 1, got {self.gen_length}")
         if self.steps is not None and self.steps < 1:

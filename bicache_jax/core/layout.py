@@ -62,18 +62,14 @@ def reading_order(slot: Any, canvas_len: Any, gen_length: int, config: ModelConf
     return slot + in_front * (canvas_len - front) + (in_front - 1) * front
 
 
-def build_rows(
-    entries: Sequence[tuple[Request, int, int]],
-    prefix_index: Sequence[int],
-    config: ModelConfig,
-    *,
-    num_rows: int,
-    length: int,
-    guided: bool = False,
-) -> Rows:
-    """`lay_out`, and then to the default device."""
-    arrays = lay_out(entries, prefix_index, config, num_rows=num_rows, length=length, guided=guided)
-    return put_rows(arrays, jnp.asarray)
+def response_slots(config: ModelConfig, gen_length: int) -> slice:
+    """Where the response stands in a suffix."""
+    return slice(config.shifted, config.shifted + gen_length)
+
+
+def in_response(slot: Any, config: ModelConfig, gen_length: Any) -> Any:
+    """Whether places in the suffix, an array of any shape, are the response's; `gen_length` may be traced."""
+    return (slot >= config.shifted) & (slot < config.shifted + gen_length)
 
 
 def put_rows(arrays: Mapping[str, Any], put: Callable[[Any], Array]) -> Rows:
@@ -163,7 +159,7 @@ def lay_out_canvases(
     order = reading_order(slot, canvas_len[:, None], gen_length, config)
     valid = slot < canvas_len[:, None]
     order = jnp.where(valid, order, slot)
-    response = (slot >= config.shifted) & (slot < config.shifted + gen_length)
+    response = in_response(slot, config, gen_length)
     counter = jnp.zeros(num_rows, jnp.int32)
     rows = Rows(
         tokens=jnp.where(response, config.mask_id, jnp.take_along_axis(canvas, order, axis=1)).astype(jnp.int32),

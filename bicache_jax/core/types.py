@@ -84,6 +84,8 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.prompt_ids, str | bytes):
             raise TypeError('prompt_ids must be token ids, got text: a prompt in words is {"prompt": text}')
+        if not isinstance(self.id, str):
+            raise TypeError(f"id must be a string, got {self.id!r:.80}")
         if not isinstance(self.sampling, SamplingConfig):
             raise TypeError(f"sampling must be a SamplingConfig, got {self.sampling!r:.80}")
         if not isinstance(self.prompt_ids, tuple):  # lists and arrays have no hash
@@ -115,6 +117,7 @@ class Result:
         prompt_len: tokens of the prompt, prefix included.
         text_len: tokens of the canvas that `text` is made of.
         chat: whether the request is a conversation.
+        engine_fault: whether an error is not the request's own: the model could not answer it.
     """
 
     id: str
@@ -133,6 +136,7 @@ class Result:
     prompt_len: int = 0
     text_len: int = 0
     chat: bool = False
+    engine_fault: bool = False
 
     def __repr__(self) -> str:
         if self.error is not None:
@@ -153,15 +157,16 @@ class Result:
         record["token_ids"] = list(self.token_ids)
         if self.error is None:
             del record["error"]
-        if not self.chat:
-            del record["chat"]
+        for name in ("chat", "engine_fault"):
+            if not record[name]:
+                del record[name]
         masked = record.pop("masked")
         if self.finish_reason is None:
             record["masked"] = list(masked)
         return record
 
 
-_NOTES = ("prompt_len", "text_len", "chat")
+_NOTES = ("prompt_len", "text_len", "chat", "engine_fault", "created")
 
 
 def native(record: Record) -> Record:

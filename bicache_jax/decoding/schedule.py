@@ -108,7 +108,7 @@ def make_decoding(
         The settings that the rows share.
     """
     block_steps = sampling.num_steps // sampling.num_blocks
-    anchored = config.shift_logits and block_cache != "off"
+    anchored = config.anchor_blocks and block_cache != "off"
     rule = sampling.remasking or config.remasking
     counts, bars = np.zeros(block_steps, np.int32), np.full(block_steps, np.inf)
     if rule == "origin":

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.cache import Decoding, Rows
+from bicache_jax.core.layout import in_response
 from bicache_jax.decoding.head import choose, guide
 from bicache_jax.decoding.rules import by_confidence, order, ranks
 
@@ -56,8 +57,8 @@ def unmask(
     twins = jax.tree.map(lambda leaf: leaf[half:], rows)
     rows = jax.tree.map(lambda leaf: leaf[:half], rows)
     rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
-    index = jnp.arange(rows.tokens.shape[1]) - backbone.config.shifted
-    response = (index >= 0) & (index < decoding.num_blocks * decoding.block_length)
+    slots, gen_length = jnp.arange(rows.tokens.shape[1]), decoding.num_blocks * decoding.block_length
+    response = in_response(slots, backbone.config, gen_length)
     twins = dataclasses.replace(
         rows,
         tokens=jnp.where(response, rows.tokens, twins.tokens),
@@ -120,8 +121,7 @@ def _unmask(
             is_end = in_block & jnp.isin(now, jnp.asarray(config.eos_ids))
             ended &= jnp.any(is_end, axis=1)
             end = jnp.take_along_axis(now, jnp.argmax(is_end, axis=1)[:, None], axis=1)
-            behind = jnp.arange(length) - front
-            unused = (behind >= 0) & (behind < decoding.num_blocks * decoding.block_length)
+            unused = in_response(jnp.arange(length), config, decoding.num_blocks * decoding.block_length)
             updated = jnp.where(ended[:, None] & unused & (updated == config.mask_id), end, updated)
         else:
             ended &= False

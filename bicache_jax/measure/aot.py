@@ -131,7 +131,7 @@ def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan
     """A round of equal batches of the requested shape."""
     config = placement.config
     groups = -(-rows // case.per_prefix)
-    response = min(case.gen_length, case.suffix - config.shift_logits)  # shifted logits need a prompt token first
+    response = min(case.gen_length, case.suffix - config.shifted)  # shifted logits need a prompt token first
     block = min(case.block_length, response)
     sampling = SamplingConfig(response - response % block, None, block)
     rest = tuple(range(case.suffix - sampling.gen_length))

@@ -24,8 +24,8 @@ from bicache_jax.core.device import file_name
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.measure import aot
 from bicache_jax.measure.benchmark import device_name, matmul_peak, memory_bandwidth
-from bicache_jax.measure.policies import parse_policy
 from bicache_jax.measure.kernel_times import line
+from bicache_jax.measure.policies import parse_policy
 from bicache_jax.serving.engine import Engine
 from bicache_jax.testing import AttentionCase
 

@@ -65,6 +65,7 @@ def admit(asked: Asked, parser: Parser, *, errors: Errors) -> list[Request | Res
 
     Raises:
         TypeError: this is no request, nor a collection of them; or, with `errors="raise"`, one of them is none.
+        ValueError: `errors` is something else.
         BicacheError: with `errors="raise"`, a request is faulty; the message names the first and counts the others.
     """
     if errors not in ("raise", "return"):

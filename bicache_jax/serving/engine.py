@@ -170,13 +170,18 @@ class Engine:
 
         Returns:
             An iterator of results, errors first, then in the order of completion.
+
+        Raises:
+            TypeError: as in `generate`; or `every` is not an integer.
+            ValueError: as in `generate`; or `every` is below 1.
+            BicacheError: as in `generate`.
         """
         entries = self._admit(requests, sampling, errors)
         frames = Frames(every, seconds=frame_seconds) if partial else None
         return (result for _, _, result in self._answer(entries, frames))
 
     def plan(self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise") -> Plan:
-        """What `generate` would do with the same arguments; nothing is run."""
+        """What `generate` would do with the same arguments; nothing is run. Raises what that raises."""
         entries = self._admit(requests, sampling, errors)
         return self._plan([entry for entry in entries if isinstance(entry, Request)])
 
@@ -205,6 +210,11 @@ class Engine:
 
         Returns:
             What was compiled, and how long that took.
+
+        Raises:
+            TypeError: as in `generate`.
+            ValueError: both requests and a `prompt_len` are given, or neither; or as in `generate`.
+            BicacheError: as in `generate`.
         """
         if (requests is None) == (prompt_len is None):
             raise ValueError("warmup takes either requests or a prompt_len")

@@ -14,6 +14,7 @@ from bicache_jax.core.backbone import Backbone
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import CacheConfig
+from bicache_jax.core.layout import response_slots
 from bicache_jax.core.types import Model, Result
 from bicache_jax.decoding.encode import encode
 from bicache_jax.decoding.interval import NO_LIMIT, decode
@@ -168,8 +169,7 @@ class Executor:
 
     def _result(self, row: Row, boundary: int, values: Mapping[str, np.ndarray], *, finished: bool) -> Result:
         config, tokenizer = self.model.config, self.model.tokenizer
-        response = values["tokens"][config.shifted :][: row.request.sampling.gen_length]
-        tokens = tuple(map(int, response))
+        tokens = tuple(map(int, values["tokens"][response_slots(config, row.request.sampling.gen_length)]))
         read = read_text(tokens, row.request, config, tokenizer)
         return Result(
             id=row.request.id,
@@ -197,5 +197,7 @@ class Executor:
             finish_reason="error",
             error=f"request {row.request.id!r}: the model's logits are not finite at step {step}: its weights hold NaN"
             " or infinity, or overflow in this dtype; load it with --check-weights (check_weights=True) to see which",
+            steps=step,
             chat=row.request.chat,
+            engine_fault=True,
         )

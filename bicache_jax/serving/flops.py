@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig
 from bicache_jax.serving.grouping import Row
 
@@ -116,7 +117,7 @@ def encode_flops(config: ModelConfig, prefix: int, boundary: int) -> int:
     """Encoding of a prefix alone: layers below the boundary, and K and V of the layer at the boundary."""
     if not prefix:
         return 0
-    boundary = min(boundary, config.num_layers - 1)
+    boundary = clamp_boundary(boundary, config.num_layers)
     return boundary * layer_flops(config, prefix, prefix) + kv_flops(config, prefix)
 
 

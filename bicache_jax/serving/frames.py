@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from bicache_jax.serving.fields import is_int
+
 SECONDS = 0.1
 """Between frames that the clock decides: as quick as an eye needs, seldom enough to cost little."""
 
@@ -25,7 +27,17 @@ class Frames:
             every: steps between frames; None: as many as take about `seconds`, one at first.
             seconds: time between frames.
             clock: tells the time.
+
+        Raises:
+            TypeError: `every` is not an integer.
+            ValueError: it is below 1, or `seconds` is negative.
         """
+        if every is not None and not is_int(every):
+            raise TypeError(f"every must be an integer or None, got {every!r:.80}")
+        if every is not None and every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
+        if not seconds >= 0:
+            raise ValueError(f"seconds between frames must be >= 0, got {seconds!r:.80}")
         self._every, self._seconds, self._clock = every, seconds, clock
         self._last: float | None = None  # the time of the frame before
         self.steps = every or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -76,6 +77,24 @@ class Requests:
             yield record
 
 
+def is_gzip(name: str, beginning: bytes) -> bool:
+    """Whether a file is compressed: its name ends in `.gz`, or it begins as gzip files do."""
+    return name.endswith(".gz") or beginning.startswith(_GZIP)
+
+
+@contextlib.contextmanager
+def gzip_faults(what: str) -> Iterator[None]:
+    """Says that a file is not a whole gzip file.
+
+    Raises:
+        BicacheError: it is not; the message begins with `what`.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BicacheError(f"{what}: not a whole gzip file ({error})") from None
+
+
 def read_requests(name: str, flag: str = "--input") -> Requests:
     """Reads a file of requests.
 
@@ -89,12 +108,11 @@ def read_requests(name: str, flag: str = "--input") -> Requests:
     source = "standard input" if name == STANDARD else name
     try:
         data = sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
-        if data.startswith(_GZIP) or name.endswith(".gz"):
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BicacheError(f"{flag} {source}: not a whole gzip file ({error})") from None
     except OSError as error:
         raise BicacheError(f"cannot read {flag} {source}: {error.strerror}") from error
+    if is_gzip(name, data):
+        with gzip_faults(f"{flag} {source}"):
+            data = gzip.decompress(data)
     return Requests(source, data.split(b"\n"), hashlib.sha256(data).hexdigest())
 
 

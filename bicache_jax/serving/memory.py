@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import count_bucket, layer_bucket
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.device import Copies
@@ -68,7 +69,7 @@ class Buffers:
         used: dict[tuple[int, ...], set[int]] = {}
         for batch in (batch for batches in rounds for batch in batches if batch.rows):
             for prefix in batch.prefixes:
-                used.setdefault(prefix, set()).add(min(batch.boundary, last))
+                used.setdefault(prefix, set()).add(clamp_boundary(batch.boundary, num_layers))
         boundaries = set().union(*used.values())
         slots = count_bucket(max(map(len, used.values()), default=1))
         return cls.between(min(boundaries, default=last), max(boundaries, default=0), num_layers, slots)
@@ -133,7 +134,7 @@ class Footprint:
             copies: additional memory of the compiler.
         """
         num_layers = partition.logical.num_layers
-        used = [min(boundary, num_layers - 1) for boundary in boundaries]
+        used = [clamp_boundary(boundary, num_layers) for boundary in boundaries]
         buffers = Buffers.between(min(used, default=0), max(used, default=0), num_layers)
         if params is None:
             shapes = abstract_params(partition.config, dtype)

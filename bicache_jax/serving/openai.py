@@ -37,7 +37,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 _BODY = ("messages", "prompt", *_LENGTHS, *_PASSED, *_IGNORED, *_UNSUPPORTED)
 
-_BAD_REQUEST, _FAILED = 400, 500
+_BAD_REQUEST, _FAILED = (400, "invalid_request_error"), (500, "server_error")
 
 
 def is_openai(record: Mapping[str, Any]) -> bool:
@@ -111,9 +111,7 @@ def _prompt(record: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
     return {"prompt_ids": value}
 
 
-def _canvas(
-    max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig
-) -> dict[str, int]:
+def _canvas(max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig) -> dict[str, int]:
     """Canvas and steps for so many tokens of text."""
     block = integer(native, "block_length", 1, 2**31) or sampling.block_length or cache.default_block(max_tokens)
     blocks = -(-max_tokens // block)
@@ -124,14 +122,13 @@ def _canvas(
     return found
 
 
-def to_openai(records: Iterable[Record | None], *, model: str, created: int) -> Iterator[Record | None]:
+def to_openai(records: Iterable[Record | None], *, model: str) -> Iterator[Record | None]:
     """Results as lines of OpenAI's batch output: one a request, its samples as `choices`.
 
     Args:
         records: results in input order, the samples of a request one after the other; None where the next one is not
-            there yet, which is passed on.
+            there yet, which is passed on. Each answer has `created`, the time at which it came (seconds since 1970).
         model: what the model is called.
-        created: time of the answers, seconds since 1970.
 
     Yields:
         `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`, each when all its samples are
@@ -143,30 +140,29 @@ def to_openai(records: Iterable[Record | None], *, model: str, created: int) -> 
             yield None
             continue
         if group and (record["id"] != group[0]["id"] or record["sample"] == 0):
-            yield _line(group, model, created)
+            yield _line(group, model)
             group = []
         group.append(record)
     if group:
-        yield _line(group, model, created)
+        yield _line(group, model)
 
 
-def _line(group: Sequence[Record], model: str, created: int) -> Record:
+def _line(group: Sequence[Record], model: str) -> Record:
     name = group[0]["id"]
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:24]  # a second run names them the same
     failed = next((record for record in group if record["finish_reason"] == "error"), None)
     status, error = 200, None
     if failed is None:
-        body = _answer(group, digest, model, created)
+        body = _answer(group, digest, model)
     else:
-        status = _FAILED if failed["steps"] else _BAD_REQUEST
-        kind = "server_error" if failed["steps"] else "invalid_request_error"
+        status, kind = _FAILED if failed.get("engine_fault") else _BAD_REQUEST
         error = {"message": failed["error"], "type": kind, "param": None, "code": kind}
         body = {"error": error}
     response = {"status_code": status, "request_id": f"req_{digest}", "body": body}
     return {"id": f"batch_req_{digest}", "custom_id": name, "response": response, "error": error}
 
 
-def _answer(group: Sequence[Record], digest: str, model: str, created: int) -> Record:
+def _answer(group: Sequence[Record], digest: str, model: str) -> Record:
     chat = bool(group[0].get("chat"))
     choices = []
     for record in group:
@@ -177,7 +173,7 @@ def _answer(group: Sequence[Record], digest: str, model: str, created: int) -> R
     return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
-        "created": created,
+        "created": max(record["created"] for record in group),
         "model": model,
         "choices": choices,
         "usage": {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,7 +129,8 @@ class Session:
             frame_seconds: likewise.
 
         Yields:
-            Results as they happen; unfinished ones have no finish reason.
+            Results as they happen, each with the time at which it came (`created`, seconds since 1970): whoever keeps
+            it writes the same lines after a restart. Unfinished ones have no finish reason.
 
         Raises:
             BicacheError: the device is out of memory.
@@ -140,7 +142,8 @@ class Session:
                 first = {request.id: sample for request, sample in todo}
                 left = [request for request, _ in todo]
                 for result in self._engine.stream(left, partial=partial, every=every, frame_seconds=frame_seconds):
-                    yield {**result.to_record(), "sample": result.sample + first[result.id]}
+                    sample = result.sample + first[result.id]
+                    yield {**result.to_record(), "sample": sample, "created": int(time.time())}
                 finished = {**finished, **{(r.id, s + i): {} for r, s in todo for i in range(r.n)}}
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.rounds import Round
@@ -17,7 +18,6 @@ class PrefixStore:
     """Prefixes of a run by data shard; a shard only holds the prefixes that its own rows use."""
 
     def __init__(self, plan: Plan) -> None:
-        last = plan.config.num_layers - 1
         self._pieces: dict[tuple[int, int, Prefix], Piece] = {}
         self._uses: Counter[tuple[int, int, Prefix]] = Counter()
         self._boundaries: dict[Prefix, set[int]] = {}
@@ -25,7 +25,8 @@ class PrefixStore:
             self._uses.update(self._keys(batches, plan.shape(*batches)[1]))
             for batch in batches:
                 for prefix in batch.prefixes:
-                    self._boundaries.setdefault(prefix, set()).add(min(batch.boundary, last))
+                    used = self._boundaries.setdefault(prefix, set())
+                    used.add(clamp_boundary(batch.boundary, plan.config.num_layers))
 
     @staticmethod
     def _keys(batches: Round, length: int) -> list[tuple[int, int, Prefix]]:

@@ -76,6 +76,14 @@ def test_a_file_that_is_not_whole_is_one_line_and_leaves_no_output(damaged, caps
     assert not Path("out/a.jsonl").exists() and not Path("o").exists()
 
 
+def test_what_is_compressed_shows_by_its_first_bytes_too(plain):
+    source = Path("gz/a.jsonl.gz").rename("gz/a.jsonl")
+    assert main([*command(str(source)), "--output", "out"]) == 3
+    assert Path("out/a.jsonl").read_bytes().replace(b"gz/a.jsonl", b"a.jsonl") == plain
+    assert main(["generate", *command(str(source))[1:5], "--output", "o"]) == 3
+    assert Path("o").read_bytes().replace(b"gz/a.jsonl", b"a.jsonl") == plain
+
+
 def test_two_inputs_of_one_output_are_refused(capsys):
     assert main([*command("a.jsonl"), "--output", "out", "--input", "a.jsonl", "gz/a.jsonl.gz"]) == 2
     assert "names both a.jsonl and gz/a.jsonl.gz: results are named after files" in capsys.readouterr().err

@@ -66,6 +66,7 @@ def test_resume_of_a_finished_run_computes_nothing_and_exits_3_where_results_are
     assert made() == count and [path.read_bytes() for path in finished(name)] == before
     entries = json.loads(manifest_of(name).read_text())["outputs"]
     assert entries[finished(name)[-1].name]["errors"] == 1 and entries[finished(name)[-1].name]["requests"] == 2
+    assert {"bicache-jax", "jax"} <= entries[finished(name)[-1].name]["versions"].keys()
     if name == "batch":
         assert main([*command(name), "--resume", "--errors-status", "7"]) == 7
 
@@ -207,6 +208,26 @@ def test_a_kill_at_any_write_of_the_end_resumes_to_the_same_bytes(name, errors_o
         assert {path: path.read_bytes() for path in expected} == expected, at
         assert not Path("out/_state").exists() and not Path("out.jsonl.journal").exists()
     assert kills >= 6
+
+
+@NAMES
+def test_lines_of_openai_are_those_of_the_run_that_computed_them(name, monkeypatch, capsys):
+    """They hold the time of the answer and the name of the model: a restart, or another worker, writes the same."""
+    run = [*command(name), "--output-format", "openai"]
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_manifest", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(state.State, "_complete_manifest", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            main(run)
+    before, count = [path.read_bytes() for path in finished(name)], made()
+    times = [json.loads(line)["response"]["body"].get("created") for lines in before for line in lines.splitlines()]
+    assert count and len({time for time in times if time}) == count
+    capsys.readouterr()
+    assert main([*run, "--resume", "--model", "log=made,other"]) == 2
+    assert 'model_name was "log=made" and is "log=made,other" now' in only_line(capsys)
+    assert main([*run, "--resume"]) == 3
+    assert [path.read_bytes() for path in finished(name)] == before and made() == count
+    assert main([*run, "--resume"]) == 3 and made() == count
 
 
 def test_a_worker_waits_until_the_manifest_is_written(tmp_path):

@@ -16,6 +16,7 @@ from loops import taken_out
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
 from bicache_jax.serving.frames import Frames
 from bicache_jax.serving.grouping import detect_prefixes
+from bicache_jax.serving.openai import to_openai
 from bicache_jax.serving.programs import lower_decode
 
 TABLE = {0: 0, 52: 2, 62: 3, 68: 5, 72: 6}
@@ -200,7 +201,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(model: Model, where:
         assert failed == ({"r2"} if where == "head" else {request.id for request in requests})
         for result in results:
             if result.id in failed:
-                assert "not finite" in str(result.error) and result.token_ids == ()
+                assert "not finite" in str(result.error) and result.token_ids == () and result.engine_fault
+                (line,) = to_openai([result.to_record()], model="m")
+                assert line is not None and line["response"]["status_code"] == 500
             else:
                 assert result.token_ids == wanted[result.id]
 

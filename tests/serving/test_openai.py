@@ -13,7 +13,7 @@ from word_tokenizer import word_tokenizer
 
 from bicache_jax.cli import backend, main
 from bicache_jax.core.config import BlockCache, CacheConfig, SamplingConfig
-from bicache_jax.core.types import Request, Result
+from bicache_jax.core.types import Request, Result, native
 from bicache_jax.serving.openai import to_openai
 from bicache_jax.serving.requests import Parser
 
@@ -116,15 +116,15 @@ def test_faults_of_a_line_name_what_is_wrong(line: dict[str, Any], word: str) ->
 
 def _record(name: str, sample: int = 0, **more: Any) -> dict[str, Any]:
     result = Result(name, sample, (5, 6, 7), "w5 w6", "stop", steps=3, prompt_len=9, text_len=2)
-    return result.to_record() | more
+    return result.to_record() | {"created": 17 + sample} | more
 
 
 def test_results_become_one_line_a_request() -> None:
     failed = Result("bad", finish_reason="error", error="line 3: bad").to_record()
-    broken = _record("late", finish_reason="error", error="not finite", text=None)
+    broken = Result("late", finish_reason="error", error="not finite", engine_fault=True).to_record()
     samples = [_record("a", chat=True), _record("a", 1, chat=True, finish_reason="length")]
     records = [*samples, failed, _record("b"), broken]
-    lines = list(to_openai(records, model="m", created=17))
+    lines = list(to_openai(records, model="m"))
     assert [line["custom_id"] for line in lines if line] == ["a", "bad", "b", "late"]
     chat, bad, text, late = (line for line in lines if line)
     assert list(chat) == ["id", "custom_id", "response", "error"] and chat["error"] is None
@@ -132,7 +132,7 @@ def test_results_become_one_line_a_request() -> None:
     assert chat["response"]["body"] | {"id": ""} == {
         "id": "",
         "object": "chat.completion",
-        "created": 17,
+        "created": 18,
         "model": "m",
         "choices": [
             {"index": i, "message": {"role": "assistant", "content": "w5 w6"}, "logprobs": None, "finish_reason": why}
@@ -144,12 +144,13 @@ def test_results_become_one_line_a_request() -> None:
     assert body["object"] == "text_completion" and body["choices"][0]["text"] == "w5 w6"
     assert bad["response"]["status_code"] == 400 and bad["error"]["message"] == "line 3: bad"
     assert bad["response"]["body"] == {"error": bad["error"]} and bad["error"]["type"] == "invalid_request_error"
-    assert late["response"]["status_code"] == 500
+    assert late["response"]["status_code"] == 500 and late["error"]["type"] == "server_error"
+    assert failed.keys() == broken.keys() - {"engine_fault"} and native(broken).keys() == native(failed).keys()
 
 
 def test_a_line_is_there_when_all_its_samples_are() -> None:
     records = [None, _record("a"), None, _record("a", 1), None, _record("a", 0), None]
-    lines = [line and len(line["response"]["body"]["choices"]) for line in to_openai(records, model="m", created=0)]
+    lines = [line and len(line["response"]["body"]["choices"]) for line in to_openai(records, model="m")]
     assert lines == [None, None, None, 2, None, 1]  # the same name, asked again, is another request
 
 
@@ -163,11 +164,12 @@ def test_the_command_writes_both_formats(
     assert main([*flags, "--output", "native.jsonl"]) == 0
     assert main([*flags, "--output", "openai.jsonl", "--output-format", "openai"]) == 0
     assert main([*flags, "--output-format", "openai"]) == 0
-    native = [json.loads(line) for line in Path("native.jsonl").read_text().splitlines()]
+    own = [json.loads(line) for line in Path("native.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in Path("openai.jsonl").read_text().splitlines()]
     streamed = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
     for line in [*lines, *streamed]:
         line["response"]["body"]["created"] = 0
-    records = [{**line, "prompt_len": 0, "text_len": 0} for line in native]  # which the stand-in does not count
-    assert lines == streamed == list(to_openai(records, model="fake", created=0))
+    unseen = {"prompt_len": 0, "text_len": 0, "created": 0}
+    records = [line | unseen for line in own]
+    assert lines == streamed == list(to_openai(records, model="fake"))
     assert [len(line["response"]["body"]["choices"]) for line in lines] == [2, 3, 2, 3]
