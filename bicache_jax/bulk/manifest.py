@@ -50,8 +50,8 @@ class Entry:
                 digest.update(line)
                 results += 1
                 errors += is_error(json.loads(line))
-        made = {"output": digest.hexdigest(), "results": results, "errors": errors}
-        return dataclasses.replace(self, **made, versions=self.versions or _versions())
+        versions = self.versions or _versions()
+        return dataclasses.replace(self, output=digest.hexdigest(), results=results, errors=errors, versions=versions)
 
 
 def _versions() -> dict[str, str]:

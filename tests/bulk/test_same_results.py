@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import golden
 import pytest
 from golden import FOLDERS
 
+from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
 from bicache_jax.cli import main
 
 PREFIX = list(range(10, 30))
@@ -23,20 +25,28 @@ def write_lines(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
 
 
-@pytest.mark.slow
+def case(family, block_cache, *decoder, quick=False):
+    name = " ".join([family, block_cache, *decoder]).replace("--", "")
+    return pytest.param(family, block_cache, list(decoder), id=name, marks=[] if quick else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("family", "block_cache", "decoder"),
     [
-        ("llada", "dual", []),
-        ("llada", "off", ["--threshold", "0.02"]),
-        ("llada", "dual", ["--cfg-scale", "0.5", "--steps", "16"]),
-        ("llada", "prefix", ["--factor", "1.5"]),
-        ("llada", "prefix", ["--temperature", "0.7", "--top-p", "0.9"]),
-        ("dream", "off", ["--temperature", "0.7", "--top-k", "8", "--steps", "16"]),
-        ("dream", "dual", ["--threshold", "0.02"]),
-        ("dream", "prefix", ["--remasking", "topk_margin", "--steps", "16"]),
+        case("llada", "dual", quick=True),
+        case("llada", "off", "--threshold", "0.02"),
+        case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16"),
+        case("llada", "prefix", "--factor", "1.5"),
+        case("llada", "prefix", "--temperature", "0.7", "--top-p", "0.9"),
+        case("llada", "off", "--remasking", "random", "--logits-eos-inf"),
+        case("llada", "dual", "--remasking", "entropy", "--alg-temperature", "0.5", "--early-stop"),
+        case("llada", "off", "--batch-boundary", "min", "--no-early-stop"),
+        case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16"),
+        case("dream", "off", "--remasking", "origin", "--steps", "16"),
+        case("dream", "dual", "--threshold", "0.02"),
+        case("dream", "dual", "--remasking", "maskgit_plus", "--confidence-eos-eot-inf"),
+        case("dream", "prefix", "--remasking", "topk_margin", "--steps", "16"),
     ],
-    ids=lambda value: " ".join(value).replace("--", "") or "schedule" if isinstance(value, list) else value,
 )
 def test_generate_and_batch_give_the_same_results(family, block_cache, decoder, tmp_path):
     write_lines(tmp_path / "in.jsonl")
@@ -54,3 +64,43 @@ def test_generate_and_batch_give_the_same_results(family, block_cache, decoder, 
     if "--steps" in decoder:  # 16 steps cannot be the same number for each of three blocks
         expected.add("q3")
     assert bad == expected
+
+
+@pytest.mark.parametrize("policy", ["bicache+dual", "naive+prefix", "bicache"])
+def test_evaluate_scores_what_generate_writes(policy, tmp_path, capsys):
+    """The answers of each are those that the other is expected to give, block length left open."""
+    name, _, block_cache = policy.partition("+")
+    questions = [{"id": f"q{i}", "prompt_ids": [*PREFIX, 40 + i, 50 + i]} for i in range(3)]
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    shared = ["--model", str(FOLDERS["llada"]), "--gen-length", "64", "--seed", "3", *FLAGS[2:4], *FLAGS[-2:]]
+    boundary = FLAGS[:2] if name == "bicache" else []
+    flags = [*shared, *boundary, "--input", str(path), "--output", str(out), "--policy", name]
+    assert main(["generate", *flags, "--block-cache", block_cache or "off"]) == 0
+    eos = golden.model("llada")[0].eos_ids
+    for question, line in zip(questions, out.read_text().splitlines(), strict=True):
+        tokens = json.loads(line)["token_ids"]
+        end = next((at for at, token in enumerate(tokens) if token in eos), None)
+        question["answer"] = " ".join(map(str, tokens[:end]))
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    capsys.readouterr()
+    assert (
+        main(["evaluate", *shared, *boundary, "--task", str(path), "--policies", policy, "--json", "--timed", "0"]) == 0
+    )
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["exact_match"] == 1.0
+
+
+def test_a_parsed_request_runs_as_its_line_does():
+    model = load_model(FOLDERS["llada"])
+    cache = CacheConfig(boundary=2, refresh_interval=4, block_cache="dual")
+    engine = Engine(model, cache=cache, sampling=SamplingConfig(gen_length=64))
+    ids = (*PREFIX, 40, 50)
+    results = [
+        engine.generate({"id": "q", "prompt_ids": ids, "prefix_len": 20}),
+        engine.generate(Request("q", ids, 20, SamplingConfig(gen_length=64))),
+        engine.generate(Request("q", ids, 20, SamplingConfig(gen_length=64, block_length=32))),
+    ]
+    assert results[0] == results[1] == results[2] and results[0][0].forward_passes
+    with pytest.raises(BicacheError, match="request: gen_length must be a multiple of block_length, got 48 and 32"):
+        engine.generate(Request("q", ids, 20, SamplingConfig(gen_length=48)))
