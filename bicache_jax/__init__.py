@@ -50,12 +50,9 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for, so that `bicache --help` need not wait for jax."""
     if name == "__version__":
-        from importlib import metadata
+        from bicache_jax.core.version import version
 
-        try:
-            return metadata.version("bicache-jax")
-        except metadata.PackageNotFoundError:
-            return "unknown"  # a checkout that was never installed
+        return version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -49,7 +49,7 @@ def convert(
     """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BicacheError(f"--output {output} exists already: name a new folder")
+        raise BicacheError(f"{output} exists already: name a new folder")
     folder = find_folder(source)
     model = load_model(source, dtype=dtype, check_weights=check_weights)
     try:
@@ -68,7 +68,7 @@ def convert(
                 _write_safetensors(made, model.params, tensor_map(model.config))
             os.replace(made, target)  # over an empty folder, too
     except OSError as error:
-        raise BicacheError(f"cannot write --output {output}: {error.strerror or error}") from error
+        raise BicacheError(f"cannot write {output}: {error.strerror or error}") from error
     return sum(leaf.nbytes for _, leaf in paths(model.params))
 
 

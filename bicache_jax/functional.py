@@ -40,8 +40,8 @@ class Denoised:
         tokens: the response of each row.
         steps: denoising steps made.
         forward_passes: forward passes made.
-        failed: rows without an answer, masks in place of tokens: their logits were not finite, or a traced boundary is
-            none that the prefixes were encoded for.
+        failed: rows without an answer, masks in place of tokens: their logits were not finite, or the prefixes
+            were not encoded for a traced boundary.
     """
 
     tokens: Int[Array, "B R"]
@@ -127,7 +127,7 @@ def denoise(
     Works under `jit`, `vmap` and `shard_map`, and on meshes with automatic or explicit axes: the result lies along the
     axis of the rows.
 
-    A boundary that is a number is checked here. A traced one cannot be: where it is none that `prefix` was made for,
+    A boundary that is a number is checked here. A traced one cannot be: where `prefix` was not encoded for it,
     rows come back as `failed`, with masks for tokens; under `jax.experimental.checkify.checkify` that is an error which
     says so.
 
@@ -153,7 +153,7 @@ def denoise(
         The responses [B, gen_length] and the work they took.
 
     Raises:
-        ValueError: shapes do not fit each other, or `boundary` is none that `prefix` was made for.
+        ValueError: shapes do not fit each other, or `prefix` was not encoded for `boundary`.
         TypeError: it is differentiated.
     """
     cache = CacheConfig(block_cache=block_cache)
@@ -205,7 +205,7 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
     config, num_rows = backbone.config, canvas.shape[0]
     known = jnp.any(prefix.boundaries == clamp_boundary(boundary, config.num_layers))
     known = (known & (boundary <= config.num_layers)) | (prefix.k.shape[-2] == 0)
-    checkify.debug_check(known, "boundary {boundary} is none that the prefixes were encoded for", boundary=boundary)
+    checkify.debug_check(known, "the prefixes were not encoded for boundary {boundary}", boundary=boundary)
     rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling.gen_length, key)
     rows = dataclasses.replace(rows, prefix_index=prefix_index, done=~known | rows.done, failed=~known | rows.failed)
     if sampling.guided:
@@ -247,7 +247,7 @@ def _head_axis(params: Params, config: ModelConfig) -> Any:
 
 
 def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> None:
-    """Refuses a boundary that is known to be none of the prefix's.
+    """Refuses a boundary whose value is known if the prefixes were not encoded for it.
 
     Raises:
         ValueError: it is outside 0..L, or the prefixes were not encoded for it.
@@ -264,13 +264,13 @@ def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> 
     if clamp_boundary(boundary, config.num_layers) not in encoded:
         listed = ", ".join(str(b) for b in encoded if b < config.num_layers)
         raise ValueError(
-            f"boundary {boundary} is none that the prefixes were encoded for ({listed}): "
+            f"the prefixes were not encoded for boundary {boundary}, only for {listed}: "
             f"encode_prefix(..., boundaries=[{boundary}])"
         )
 
 
 def _with_twins(backbone: Backbone, params: Params, prefix: PrefixCache, rows: Rows) -> tuple[PrefixCache, Rows]:
-    """Prefixes and rows, and behind them what guidance compares them with: as many masks for each prompt."""
+    """Prefixes and rows, followed by what guidance compares them with: as many masks for each prompt."""
     num_prefixes = prefix.length.shape[0]
     masks = vary_like(jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32), rows)
     other = encode_alone(backbone, params, masks, prefix.length, prefix.boundaries, num_layers=prefix.k.shape[0])

@@ -61,7 +61,7 @@ def library_rows(platform: str) -> tuple[Row, ...]:
 
 @functools.cache
 def _user_rows(path: Path, platform: str) -> tuple[Row, ...]:
-    """Rows that a user's device measured; a file that cannot be read is told of once, and counts for nothing."""
+    """Rows that a user's device measured; a file that cannot be read is reported once and not used."""
     try:
         table = json.loads(path.read_bytes())
         rows = tuple(table["rows"])
@@ -88,13 +88,13 @@ def rows(platform: str, kind: str | None) -> tuple[Row, ...]:
 
 
 def save_rows(platform: str, kind: str, measured: Sequence[Row], facts: Row) -> Path:
-    """Writes a user's table; this process goes on with what it has read before.
+    """Writes a user's table; this process keeps using what it has read before.
 
     Args:
         platform: `cuda` or `tpu`.
         kind: of device, as jax names it.
         measured: rows as in the library's table.
-        facts: versions and the like, kept with them.
+        facts: versions and other facts, kept with them.
 
     Returns:
         The file.

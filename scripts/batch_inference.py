@@ -25,7 +25,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns the exit status, faults told in one line."""
+    """Runs the program; returns the exit status, faults reported in one line."""
     return say_faults(lambda: batch.run(build_parser().parse_args(argv)))
 
 

@@ -21,7 +21,9 @@ import numpy as np
 from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
 from bicache_jax.measure.evaluate import exact_match, measure_speed
 from bicache_jax.measure.policies import comparable_blocks, parse_policy
-from bicache_jax.serving.requests import Parser, accepted, is_blank
+from bicache_jax.serving.answers import accepted
+from bicache_jax.serving.inputs import is_blank
+from bicache_jax.serving.requests import Parser
 
 HEADS = ("policy", "right", "tokens/s", "against the first", "limit", "forward passes", "prefixes encoded", "boundary")
 

@@ -218,7 +218,7 @@ def main() -> None:
     if saved != args.resume:
         parser.error(
             f"--output {args.output}: "
-            + ("holds a training: go on with it by --resume" if saved else f"has no {STATE} for --resume to go on from")
+            + ("holds a training: continue it with --resume" if saved else f"has no {STATE} for --resume")
         )
     with_kept_buffers()
     args.output.mkdir(parents=True, exist_ok=True)

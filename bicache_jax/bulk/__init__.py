@@ -1,4 +1,4 @@
-"""Bulk inference: inputs larger than memory, several workers, restarts. The program is `scripts/batch_inference.py`.
+"""Bulk inference: inputs larger than memory, several workers, restarts. The command is `bicache batch`.
 
 files -> windows.py -> (division over workers) -> (engine) -> state.py -> one output per input, in input order
 """

@@ -3,7 +3,7 @@
 Every worker (process) reads the input in windows of requests, finds shared prefixes in each, computes the same division
 of prefix groups over workers, answers its own part on its own devices, and writes each result to its journal as it is
 finished. Workers exchange nothing but files in the output folder, so a worker may be killed at any moment, and a
-restart with as many workers or more or fewer goes on from every result that was finished.
+restart with as many workers or more or fewer continues from every result that was finished.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Job:
                     after = self._progress.rest(size - each * done)
                     self.remains = (
                         f"{total - done} of this worker's {total} results in window {window.number} of {path.name}"
-                        f" remain, and the {after:.1%} of the input behind it"
+                        f" remain, and the {after:.1%} of the input after it"
                     )
                     raise Stopped
         return True

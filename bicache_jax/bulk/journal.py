@@ -30,11 +30,11 @@ SYNC_SECONDS = 1.0
 
 
 def journal_path(output: str | Path) -> Path:
-    """The journal of an output file: its name with `.journal` behind it."""
+    """The journal of an output file: its name plus `.journal`."""
     return Path(f"{output}.journal")
 
 
-# What many readers, Python's `splitlines` for one, take for the end of a line; JSON may write them as escapes.
+# What many readers, such as Python's `splitlines`, take for the end of a line; JSON may write them as escapes.
 _SEPARATORS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 
 
@@ -59,7 +59,7 @@ class Journal:
 
         Args:
             path: where it is to be, beside the output.
-            resume: whether to go on with the journal that is there; if none is there, a new one begins.
+            resume: whether to continue an existing journal; without one, a new one begins.
             overwrite: whether to drop what is there.
 
         Raises:
@@ -81,8 +81,8 @@ class Journal:
             good = self._read()
             if self.finished and not resume:
                 raise BicacheError(
-                    f"{self.path} holds {len(self.finished)} finished results of an earlier run: go on with it by"
-                    " --resume, or begin again by --overwrite"
+                    f"{self.path} holds {len(self.finished)} finished results of an earlier run: continue it with"
+                    " --resume, or start over with --overwrite"
                 )
             with self._faults():
                 self._file.truncate(good)  # the next record must not run into a torn last line
@@ -114,7 +114,7 @@ class Journal:
             self._sync()
 
     def is_of(self, run: Mapping[str, Any]) -> bool:
-        """Whether this very run has begun the journal that was found, be there results in it or not."""
+        """Whether this run has begun the journal that was found, with or without results."""
         return self._found == header_of(run)
 
     def add(self, record: Record) -> None:
@@ -179,7 +179,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """A full disk and the like in one line; what is there can be resumed."""
+        """Reports a full disk and similar faults in one line; what was written can be resumed."""
         try:
             yield
         except OSError as error:
@@ -249,13 +249,13 @@ def read_journal(stream: io.BufferedIOBase, path: object) -> tuple[Record, list[
             break
         good += len(line)
         record = _parse_record(line)
-        if record is not None:  # else: a line that a dying machine garbled; its result is computed again
+        if record is not None:  # else: a line that was damaged in a crash; its result is computed again
             records.append(record)
     return header, records, good
 
 
 def _parse_header(line: bytes) -> Record | None:
-    """The header in a journal's first line, empty where it was torn; None where it is no header."""
+    """The header in a journal's first line, empty where it was torn; None where it is not a header."""
     if not line.endswith(b"\n"):
         return {} if _HEADER_START.startswith(line[: len(_HEADER_START)]) else None
     try:
@@ -278,12 +278,12 @@ def header_of(run: Mapping[str, Any]) -> Record:
     return {"format": FORMAT, "run": json.loads(json.dumps(run))}
 
 
-OVERWRITE = "--overwrite begins again"
+OVERWRITE = "--overwrite starts over"
 _REPEAT = f"repeat the first command with --resume, or {OVERWRITE}"
 
 
 def check_same_run(path: object, found: Record, header: Record, *, hint: str = _REPEAT) -> None:
-    """Compares the header of a journal with that of the run that wants to go on with it.
+    """Compares the header of a journal with that of the run that wants to continue it.
 
     Args:
         path: what holds the header, for messages.

@@ -32,7 +32,7 @@ class Progress:
     """Counts results, and reports when it is time to.
 
     Attributes:
-        place: bytes of the input that lie behind.
+        place: bytes of the input that are done.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
         """Begins to count.
 
         Args:
-            path: where statistics go, behind what is there.
+            path: where statistics are appended.
             worker: its name.
             total: bytes of the input.
             every: seconds between reports.
@@ -71,7 +71,7 @@ class Progress:
             self._kept = read_bytes(path) if is_remote(path) and exists(path) else b""
 
     def skip(self, size: float, results: int = 0) -> None:
-        """Bytes of the input, and results, that were there already."""
+        """Bytes of the input, and results, that an earlier run has done."""
         self.place += size
         self._skipped += size
         self._resumed += results
@@ -96,7 +96,7 @@ class Progress:
         return now - self._started - float(getattr(self._stats(), "compile_seconds", 0.0))
 
     def _left(self, share: float) -> float | None:
-        """Seconds left; None as long as nothing tells."""
+        """Seconds left; None until there is something to estimate them from."""
         if share >= 1.0:
             return 0.0
         seconds, done = self._paced
@@ -105,7 +105,7 @@ class Progress:
         return seconds * (1.0 - share) * self._total / done
 
     def rest(self, beyond: float = 0.0) -> float:
-        """Share of the input that lies ahead, but for the next `beyond` bytes."""
+        """Share of the input that is left after the next `beyond` bytes."""
         return max(0.0, 1.0 - (self.place + beyond) / self._total)
 
     def report(self, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a job has finished, on disk or in a bucket, so that it can be killed anywhere and go on anywhere.
+"""What a job has finished, on disk or in a bucket, so that it can be killed and resumed anywhere.
 
     OUTPUT/requests.jsonl                                   results of requests.jsonl in input order, once complete
     OUTPUT/_state/run.json                                  what determines results; a restart must agree
@@ -90,7 +90,7 @@ class State:
             output: the folder of the results.
             files: the input files.
             worker: which worker this is.
-            resume: whether to go on with what an earlier run left.
+            resume: whether to continue what an earlier run left.
             overwrite: whether to delete that, and outputs of these inputs.
             format: how results are written; None: in our own format.
 
@@ -120,7 +120,7 @@ class State:
 
     def _refuse_earlier(self) -> None:
         """Other workers of this very job may have begun already; what is refused is what they cannot have written."""
-        hint = "go on with it by --resume, begin again by --overwrite, or choose another --output"
+        hint = "continue with --resume, start over with --overwrite, or choose another --output"
         for name in self._files:
             if exists(self.final(name)):
                 raise BicacheError(f"{self.final(name)} exists already: {hint}")
@@ -173,7 +173,7 @@ class State:
                 found = json.loads(read_bytes(path))
                 found = {"format": int(found["format"]), "run": dict(found["run"])}
             except (ValueError, KeyError, TypeError):
-                raise BicacheError(f"{path} is damaged: delete {self._folder} to begin again") from None
+                raise BicacheError(f"{path} is damaged: delete {self._folder} to start over") from None
             check_same_run(path, found, header)
         else:
             write_whole(path, [dump(header)], self._temporary("run.json"))

@@ -52,7 +52,7 @@ def reason(error: Exception) -> str:
 
 
 def _file_system(path: AnyPath) -> tuple[Any, str]:
-    """The file system of a bucket and the name of an object in it, in which no letter has a meaning of its own."""
+    """The file system of a bucket and the name of an object in it, in which no character is a wildcard."""
     import fsspec
 
     scheme = str(path).partition("://")[0]

@@ -45,7 +45,7 @@ def join(
 def wait_for_others(job: Job, state: State, worker: Worker) -> list[AnyPath]:
     """Waits until the outputs are complete; returns them if this worker had to complete them.
 
-    Process 0 must outlive the others, and whoever is done first must not look dead.
+    Process 0 must outlive the others, and a worker that finishes first must not look dead.
 
     Raises:
         Stopped: by SIGTERM.

@@ -16,10 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from bicache_jax.checkpoints.chat_template import render
 from bicache_jax.checkpoints.fields import read_json
-from bicache_jax.core.types import BicacheError
-
-HOLE = "\u2591"
-"""Shown for a masked position in an unfinished text."""
+from bicache_jax.core.types import HOLE, BicacheError
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _END_TOKENS = (*_TURN_ENDS, "<|endoftext|>")

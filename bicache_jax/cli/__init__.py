@@ -17,10 +17,11 @@ from typing import NoReturn, TextIO
 
 from bicache_jax.cli import aot, batch, benchmark, convert, doctor, evaluate, generate, plan, profile
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
-from bicache_jax.cli.options import Parser, version
+from bicache_jax.cli.options import Parser
 from bicache_jax.cli.outputs import abandon
 from bicache_jax.core.libtpu import expect_no_tpu
 from bicache_jax.core.types import BicacheError
+from bicache_jax.core.version import version
 
 COMMANDS = {
     "generate": generate,
@@ -76,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say_faults(command: Callable[[], int]) -> int:
-    """Runs a command; returns its exit status, or that of a fault that is told in one line."""
+    """Runs a command; returns its exit status, or that of a fault, which is reported in one line."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = command()
-            sys.stdout.flush()  # a closed pipe shows up here, not in the interpreter's last breath
+            sys.stdout.flush()  # a closed pipe shows up here, not when the interpreter exits
             return status
     except BicacheError as error:
         print(f"bicache: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -95,7 +96,7 @@ def say_faults(command: Callable[[], int]) -> int:
 
 
 def entry() -> None:
-    """Runs the command as a process of its own."""
+    """Runs the command and ends the process."""
     expect_no_tpu()
     leave_process(main)
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from bicache_jax.cli.options import integer
+from bicache_jax.cli.options import flag_named, integer
 from bicache_jax.core.config import BLOCK_CACHES
 
 HELP = "compile for a TPU slice that is not here, and say whether the programs fit"
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs `bicache aot`; returns the exit status."""
     from bicache_jax.measure.aot import AotCase, check, describe
 
-    found = check(AotCase(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AotCase)}))
+    case = AotCase(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AotCase)})
+    with flag_named("mesh"), flag_named("config"):
+        found = check(case)
     print(json.dumps(found, indent=1) if args.json else describe(found))
     return 0 if found["fits"] else EXIT_NO_FIT

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from bicache_jax.cli.options import FlagGroup, warn
+from bicache_jax.cli.options import FlagGroup, flag_named, warn
 from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
 
 if TYPE_CHECKING:
+    from bicache_jax.core.boundary import BoundaryTable
     from bicache_jax.serving.session import Session
 
 
@@ -35,13 +36,13 @@ def open_session(
     from bicache_jax.sharding import make_mesh
 
     table = load_table(args.boundary_table) if args.boundary_table is not None else None
-    mesh = make_mesh(args.mesh, jax.local_devices() if alone else None) if args.mesh is not None else None
+    with flag_named("mesh"):
+        mesh = make_mesh(args.mesh, jax.local_devices() if alone else None) if args.mesh is not None else None
     if mesh is None and alone and jax.local_device_count() > 1:
         warn(f"this process has {jax.local_device_count()} devices and uses one of them: --mesh names more")
     model = load(args, mesh)
     if table is not None:
-        check_table(table, args.boundary_table, model)
-        cache = dataclasses.replace(cache, table=table.table)
+        cache = with_table(args, cache, table, model)
     if args.early_stop is None:  # a text ends there; token ids without one are taken whole
         sampling = dataclasses.replace(sampling, early_stop=model.tokenizer is not None)
     return Session(
@@ -49,19 +50,19 @@ def open_session(
     )
 
 
-def check_table(table: Any, name: str, model: Model) -> None:
-    """A table of another checkpoint may serve, as the published ones do, with a warning; one of another depth cannot.
+def with_table(args: argparse.Namespace, cache: CacheConfig, table: BoundaryTable, model: Model) -> CacheConfig:
+    """Settings that use the boundary table of the flags, with a warning where it was made for another checkpoint.
 
     Raises:
         BicacheError: the table is for another depth.
     """
-    if table.num_layers != model.config.num_layers:
-        raise BicacheError(
-            f"--boundary-table {name} is for a model of {table.num_layers} layers, and {model.name} has"
-            f" {model.config.num_layers}"
-        )
-    if table.fingerprint and table.fingerprint != model.fingerprint:
-        warn(f"--boundary-table {name} was made for another checkpoint ({table.model})")
+    try:
+        doubt = table.doubt(model)
+    except BicacheError as error:
+        raise BicacheError(f"--boundary-table {args.boundary_table} {error}") from None
+    if doubt:
+        warn(f"--boundary-table {args.boundary_table} {doubt}")
+    return dataclasses.replace(cache, table=table.table)
 
 
 def load(args: argparse.Namespace, mesh: Any = None) -> Model:

@@ -14,7 +14,13 @@ from bicache_jax.bulk.job import Job, Stopped
 from bicache_jax.bulk.state import State, Worker
 from bicache_jax.bulk.storage import inputs
 from bicache_jax.cli import backend
-from bicache_jax.cli.generate import EXIT_ERRORS, add_running_arguments, configurations, result_format
+from bicache_jax.cli.generate import (
+    EXIT_ERRORS,
+    add_answering_arguments,
+    add_running_arguments,
+    configurations,
+    result_format,
+)
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import Parser, integer
 from bicache_jax.core.types import BicacheError
@@ -45,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
     )
     files.add_argument("--output", required=True, metavar="FOLDER", help="where results go; gs:// and s3:// too")
     again = files.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with what an earlier run left, if it left anything")
+    again.add_argument("--resume", action="store_true", help="continue what an earlier run left, if anything")
     again.add_argument(
         "--overwrite", action="store_true", help="delete what an earlier run left or finished for these inputs"
     )
@@ -118,6 +124,7 @@ def add_arguments(parser: Parser) -> None:
         " when process 0 is gone; less than there is between SIGTERM and the end (default: %(default)s)",
     )
     add_running_arguments(parser)
+    add_answering_arguments(parser)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -144,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             f"--overwrite: one of several processes may delete what another has begun; delete {args.output} instead"
         )
     job: Job | None = None
-    kept = "what was finished is kept; the same command with --resume goes on"
+    kept = "what was finished is kept; the same command with --resume continues"
     with ExitStack() as stack:
         stack.enter_context(ends_at_once(lambda: kept if job is not None else ""))
         output = stack.enter_context(TemporaryDirectory()) if args.dry_run else args.output

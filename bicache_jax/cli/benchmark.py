@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from contextlib import ExitStack
 from typing import Any
 
 from bicache_jax.cli import backend
-from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, integers, listed
-from bicache_jax.core.config import DTYPES, REFRESH_INTERVAL, CacheConfig, SamplingConfig
+from bicache_jax.cli.options import (
+    add_weights_flag,
+    auto_or_integer,
+    boundary,
+    flag_named,
+    from_flags,
+    integer,
+    integers,
+    listed,
+)
+from bicache_jax.core.config import DTYPES, REFRESH_INTERVAL
 from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"
@@ -62,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_intervals,
         default=(REFRESH_INTERVAL,),
         metavar="LIST",
-        help=f"N, or auto (see generate; default: {REFRESH_INTERVAL})",
+        help=f"N; auto: as in generate, by the block cache (default: {REFRESH_INTERVAL}, so that policies differ in"
+        " their caches alone)",
     )
     grid.add_argument("--boundary", type=_boundaries, default=("auto",), metavar="LIST", help="b (default: auto)")
     grid.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: half of the suffix)")
@@ -118,12 +127,13 @@ def run(args: argparse.Namespace) -> int:
     load = [benchmark.load_average()]
     model = backend.load(args) if args.model is not None else backend.random(args)
     cases = _cases(args)
-    runners: list[Any] = [
-        _baseline(case.policy, model, case)
-        if case.policy in args.baseline
-        else benchmark.EngineRunner(model, case, args.attention)
-        for case in cases
-    ]
+    with flag_named("suffix"), flag_named("prefix"):
+        runners: list[Any] = [
+            _baseline(case.policy, model, case)
+            if case.policy in args.baseline
+            else benchmark.EngineRunner(model, case, args.attention)
+            for case in cases
+        ]
     with ExitStack() as stack:
         total = len(cases) * (1 + args.repeats)
         bar = stack.enter_context(
@@ -169,52 +179,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cases(args: argparse.Namespace) -> list[Any]:
-    """The grid, policies innermost."""
-    from bicache_jax.measure.benchmark import Case
-    from bicache_jax.measure.policies import comparable, parse_policy
+    """The cases of the flags."""
+    from bicache_jax.measure.grid import Grid
 
     for name in args.baseline:
         if name != "torch":
             raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
-    shared = comparable(parse_policy(name, CacheConfig()) for name in args.policies)
-    cases: dict[Any, None] = {}
     prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
-    for suffix, length, rows, groups in itertools.product(args.suffix, prefixes, args.rows, args.prefixes):
-        if groups > rows:
-            raise BicacheError(f"--prefixes {groups} needs at least as many --rows, got {rows}")
-        prefix = round(length * suffix / (100 - length)) if args.ratio is not None else length
-        sampling = _sampling(args, suffix, shared)
-        for interval, b, policy in itertools.product(
-            args.refresh_interval, args.boundary, (*args.policies, *args.baseline)
-        ):
-            # What a policy does not look at makes no case of its own.
-            cached = policy not in args.baseline and policy.partition("+")[0] != "none"
-            cache = CacheConfig(refresh_interval=interval if cached else args.refresh_interval[0])
-            cache = cache if policy in args.baseline else parse_policy(policy, cache)
-            case = Case(
-                policy=policy,
-                prefix=prefix,
-                suffix=suffix,
-                rows=rows,
-                prefixes=groups,
-                refresh_interval=cache.interval(sampling),
-                boundary=b if policy.startswith("bicache") else "auto",
-                sampling=sampling,
-            )
-            cases[case] = None
-    return list(cases)
-
-
-def _sampling(args: argparse.Namespace, suffix: int, cache: CacheConfig) -> SamplingConfig:
-    """Lengths that go together where the flags leave them open."""
-    gen_length = args.gen_length or max(1, suffix // 2)
-    block = args.block_length or cache.default_block(gen_length)
-    if args.gen_length is None:
-        gen_length -= gen_length % block if gen_length > block else 0
-    blocks = max(1, gen_length // block)
-    longest = max(REFRESH_INTERVAL if interval == "auto" else interval for interval in args.refresh_interval)
-    steps = args.steps or min(gen_length, -(-longest // blocks) * blocks)
-    return from_flags(SamplingConfig, gen_length=gen_length, steps=steps, block_length=block)
+    grid = Grid(
+        policies=args.policies,
+        baselines=args.baseline,
+        prefixes=prefixes,
+        by_ratio=args.ratio is not None,
+        suffixes=args.suffix,
+        rows=args.rows,
+        groups=args.prefixes,
+        refresh_intervals=args.refresh_interval,
+        boundaries=args.boundary,
+        gen_length=args.gen_length,
+        steps=args.steps,
+        block_length=args.block_length,
+    )
+    lengths = {"gen_length": args.gen_length, "steps": args.steps, "block_length": args.block_length}
+    with flag_named("prefixes"):
+        return from_flags(lambda **_: grid.cases(), **lengths)
 
 
 def _baseline(name: str, model: Any, case: Any) -> Any:

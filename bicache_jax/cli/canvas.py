@@ -1,4 +1,4 @@
-"""`--stream` on a terminal: the canvases of the rows at work fill in before one's eyes, finished texts scroll away."""
+"""`--stream` on a terminal: the canvases of running rows fill in in place, finished texts scroll away."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from bicache_jax.core.types import Key, Record
+from bicache_jax.core.types import HOLE, Key, Record
 
-HOLE = "\u2591"
-"""Stands for a position that is still masked; the library's text has the same."""
 _ASCII_HOLE = "_"  # where the terminal's encoding has no other
 _UP, _CLEAR, _BOLD, _DIM, _PLAIN = "\x1b[{}F", "\x1b[J", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 

@@ -16,7 +16,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--remasking",
         choices=REMASKING,
         help="which tokens are unmasked first: the most probable (low_confidence, also called maskgit_plus), those that"
-        " lead the runner-up most, those of lowest entropy, or any; origin: each by a chance of its own (default: the"
+        " lead the runner-up most, those of lowest entropy, or any; origin: each with its own probability (default: the"
         " family's, low_confidence for LLaDA, entropy for Dream)",
     )
     order.add_argument(

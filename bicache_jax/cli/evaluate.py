@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -111,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         model = backend.load(args)
         if table is not None:
-            backend.check_table(table, args.boundary_table, model)
-            cache = dataclasses.replace(cache, table=table.table)
+            cache = backend.with_table(args, cache, table, model)
         elif model.note and args.boundary == "auto" and any(name.startswith("bicache") for name in policies):
             warn(model.note)
         items = items_of(lines, model, sampling, f"--task {source}")[: args.samples]

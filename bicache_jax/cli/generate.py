@@ -26,7 +26,7 @@ HELP = "answer a file of requests"
 DESCRIPTION = """\
 Answers requests with a diffusion language model. Prompts that share a prefix have it encoded once.
 
-A request is a JSON object on a line of its own, with one of
+A request is a JSON object on one line, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
 where content is a text or a list of {"type": "text", "text": ...}, and optionally
   "id": a name (default: the number of the line)   "prefix_len": tokens of the prefix   "n": samples
@@ -47,7 +47,7 @@ presets:
 {preset_summary()}
 
 exit status: 0 all is well, 2 bad flags or an unreadable file, 3 some requests have an error as their result,
-130 interrupted (finished results are kept in OUTPUT.journal; the same command with --resume goes on).
+130 interrupted (finished results are kept in OUTPUT.journal; the same command with --resume continues).
 
 examples:
   bicache generate --model example --input examples/requests.jsonl --output out.jsonl
@@ -64,16 +64,17 @@ def add_arguments(parser: Parser) -> None:
         "--output",
         default="-",
         metavar="FILE",
-        help="results, JSON lines in input order, written whole at the end; - writes standard output (default: -)",
+        help="results, JSON lines in input order, written whole at the end, when they replace what is there; - writes"
+        " standard output (default: -)",
     )
     again = files.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with OUTPUT.journal after a run that was cut short; where OUTPUT is complete, check by"
+        help="continue OUTPUT.journal after a run that was cut short; where OUTPUT is complete, check by"
         " OUTPUT.manifest.json that it is this run's",
     )
-    again.add_argument("--overwrite", action="store_true", help="begin again, whatever an earlier run left")
+    again.add_argument("--overwrite", action="store_true", help="start over, whatever an earlier run left")
     files.add_argument(
         "--stream",
         action="store_true",
@@ -90,6 +91,7 @@ def add_arguments(parser: Parser) -> None:
     )
 
     add_running_arguments(parser)
+    add_answering_arguments(parser)
 
 
 def add_running_arguments(parser: Parser) -> None:
@@ -187,25 +189,30 @@ def add_running_arguments(parser: Parser) -> None:
     add_decoding_flags(parser)
 
     running = parser.add_argument_group("running")
-    running.add_argument(
-        "--output-format",
-        choices=FORMATS,
-        default="native",
-        help="native: one result a line, one for each sample; openai: OpenAI's batch output, one line for each request"
-        " with its samples as choices; --stream shows native results (default: %(default)s)",
-    )
     running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
     running.add_argument(
         "--mesh",
         metavar="data=D,model=M",
         help="devices to run on: D batches at a time, each model cut over M devices (default: one device)",
     )
-    running.add_argument(
-        "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
-    )
     backend.add_attention_flag(running)
     backend.add_compilation_flags(running)
-    running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+
+
+def add_answering_arguments(parser: Parser) -> None:
+    """Adds the flags of commands that answer requests, rather than plan it."""
+    answering = parser.add_argument_group("answers")
+    answering.add_argument(
+        "--output-format",
+        choices=FORMATS,
+        default="native",
+        help="native: one result a line, one for each sample; openai: OpenAI's batch output, one line for each request"
+        " with its samples as choices; --stream shows native results (default: %(default)s)",
+    )
+    answering.add_argument(
+        "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
+    )
+    answering.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -224,7 +231,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(ends_at_once(last_words))
         requests = read_requests(args.input)
-        # The output comes before the model: a fault of its must not cost a load.
+        # The output comes before the model: a bad output must not cost a load.
         output = open_output(args.output, args.input, resume=args.resume, stream=args.stream, overwrite=args.overwrite)
         stack.callback(output.close)
         run = backend.open_session(args, cache, sampling)

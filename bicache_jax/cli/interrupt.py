@@ -36,25 +36,25 @@ def ends_at_once(last_words: Callable[[], str]) -> Iterator[None]:
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # a program around us, or `nohup`, has its own idea of SIGINT
         return
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
     def watch() -> None:
-        while heard := ear.recv(64):
-            if signal.SIGINT in heard:
+        while received := reader.recv(64):
+            if signal.SIGINT in received:
                 say_interrupted(last_words())
                 os._exit(EXIT_INTERRUPTED)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     # The number of a signal is written to this descriptor as it arrives, given that it has any handler.
-    descriptor = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.set_wakeup_fd(descriptor)
-        mouth.close()
+        writer.close()
         watcher.join()
-        ear.close()
+        reader.close()

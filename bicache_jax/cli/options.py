@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
-import bicache_jax
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
@@ -164,11 +164,21 @@ def from_flags(make: Callable[..., C], **fields: Any) -> C:
         raise BicacheError(message) from None
 
 
+@contextmanager
+def flag_named(name: str) -> Iterator[None]:
+    """Says complaints that begin with the name of an argument in the words of the command line.
+
+    Raises:
+        BicacheError: what was raised inside, the argument named as a flag.
+    """
+    try:
+        yield
+    except BicacheError as error:
+        if not str(error).startswith(f"{name} "):
+            raise
+        raise BicacheError(f"--{error}") from None
+
+
 def warn(message: str) -> None:
     """Tells the user, on a line of standard error, what went otherwise than they may think."""
     print(f"bicache: warning: {' '.join(message.split())}", file=sys.stderr)
-
-
-def version() -> str:
-    """The installed release, or `unknown` in a checkout that was never installed."""
-    return bicache_jax.__version__

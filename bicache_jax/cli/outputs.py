@@ -106,7 +106,7 @@ class FileOutput(Output):
         self._journal = Journal(journal_path(path), resume=resume, overwrite=overwrite)
 
     def begin(self, requests: Requests, run: Mapping[str, Any]) -> None:
-        """Takes in what an earlier run has finished, be it all.
+        """Takes in what an earlier run has finished, which may be everything.
 
         Raises:
             BicacheError: that was another run.
@@ -130,7 +130,7 @@ class FileOutput(Output):
             self._journal.add(record)
 
     def finish(self) -> list[Record]:
-        """Writes the file, says what it was made from, then deletes the journal, with which a killed run goes on."""
+        """Writes the file, says what it was made from, then deletes the journal, from which a killed run continues."""
         records = super().finish()
         with faults(f"cannot write {self._manifest}"):
             remove(self._manifest)  # whatever it says is of the file that is replaced now
@@ -145,7 +145,7 @@ class FileOutput(Output):
         self._journal.close()
 
     def last_words(self) -> str:
-        """How to go on; a journal without results goes."""
+        """How to continue; a journal without results is deleted."""
         if self._written:
             return f"{self.path} is complete"
         if not self._journal.finished:
@@ -153,7 +153,7 @@ class FileOutput(Output):
             return "no result was finished"
         return (
             f"{len(self._journal.finished)} finished results are in {self._journal.path}: the same command with"
-            " --resume goes on"
+            " --resume continues"
         )
 
 
@@ -197,7 +197,7 @@ def _write(stream: BinaryIO, data: bytes, name: str) -> None:
     """Writes and flushes.
 
     Raises:
-        BicacheError: that fails, on a full device for one. A reader that went away is not a fault.
+        BicacheError: that fails, for example on a full device. A reader that went away is not a fault.
     """
     try:
         stream.write(data)

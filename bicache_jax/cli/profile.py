@@ -12,9 +12,10 @@ from typing import Any
 
 from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
-from bicache_jax.cli.options import add_weights_flag, fraction, integer, version
+from bicache_jax.cli.options import add_weights_flag, fraction, integer
 from bicache_jax.core.config import DTYPES, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
+from bicache_jax.core.version import version
 from bicache_jax.serving.inputs import read_requests
 
 HELP = "measure how deep a model's prefixes stay valid, and write its boundary table"
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--plot", metavar="FILE", help="heat map, PNG (default: OUTPUT with .png; needs matplotlib)")
     files.add_argument("--no-plot", action="store_true", help="draw nothing")
     again = files.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with OUTPUT.journal after a run that was cut short")
+    again.add_argument("--resume", action="store_true", help="continue OUTPUT.journal after a run that was cut short")
     again.add_argument("--overwrite", action="store_true", help="begin again, whatever an earlier run left")
 
     model = parser.add_argument_group("model")
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="similarity above which a layer is shallow (default: %(default)s, as published)",
     )
     what.add_argument(
-        "--with-response", action="store_true", help="put the masked response behind the prompt (published: without)"
+        "--with-response", action="store_true", help="append the masked response to the prompt (published: without)"
     )
     what.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="its tokens (default: %(default)s)"

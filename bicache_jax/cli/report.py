@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bicache_jax.core.types import Record, Request
+from bicache_jax.core.types import Record
+from bicache_jax.serving.answers import accuracy
 from bicache_jax.serving.inputs import Requests
 
 
@@ -58,7 +59,7 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
     if stats.tokens:
         decoding = max(stats.seconds - stats.compile_seconds, 1e-9)
         parts.append(
-            f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s besides"
+            f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s, plus"
             f" {stats.compile_seconds:.1f} s of compilation"
         )
     saved = f" ({stats.passes_saved} saved by early stops)" if stats.passes_saved else ""
@@ -67,32 +68,6 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
         first, last = boundaries[0], boundaries[-1]
         parts.append(f"boundary {first}" if first == last else f"boundary {first} to {last}")
     return f"bicache: {'; '.join(parts)}"
-
-
-def accuracy(records: Sequence[Record], requests: Requests) -> tuple[int, int] | None:
-    """How many responses equal their request's `answer`, or one of a list of them, white space aside.
-
-    Args:
-        records: all results, in input order.
-        requests: the input.
-
-    Returns:
-        (right ones, responses with a known answer), or None where nothing can be compared.
-    """
-    from bicache_jax.serving.requests import exact_match  # which imports jax
-
-    answers = {}
-    for item, accepted in zip(requests.items, requests.answers(), strict=True):
-        if accepted and isinstance(item, Request):
-            answers[item.id] = accepted
-    scored = [
-        record["text"] is not None and exact_match(record["text"], answers[record["id"]])
-        for record in records
-        if record["id"] in answers and (record["text"] is not None or record["finish_reason"] == "error")
-    ]
-    if not any(record["text"] is not None for record in records) or not scored:
-        return None
-    return sum(scored), len(scored)
 
 
 def _count(number: int, thing: str) -> str:

@@ -74,7 +74,7 @@ def without_gradient(function: Callable[..., Any], why: str) -> Callable[..., An
         why: what is said.
 
     Returns:
-        A function that raises TypeError under `jax.grad`, `jax.jvp` and the like.
+        A function that raises TypeError under `jax.grad`, `jax.jvp` and similar transformations.
     """
 
     @functools.wraps(function)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bicache_jax.core.types import BicacheError
+from bicache_jax.core.types import BicacheError, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,19 @@ class BoundaryTable:
     def boundary(self, ratio: int) -> int:
         """The boundary at the largest listed ratio that is not above `ratio`; 0 if there is none."""
         return boundary_at(self.table, ratio)
+
+    def doubt(self, model: Model) -> str | None:
+        """What a user should know who uses the table for this model; None where it is the model's own.
+
+        Raises:
+            BicacheError: the table is for a model of another depth.
+        """
+        layers = model.config.num_layers
+        if self.num_layers != layers:
+            raise BicacheError(f"is for a model of {self.num_layers} layers, and {model.name} has {layers}")
+        if self.fingerprint and self.fingerprint != model.fingerprint:
+            return f"was made for another checkpoint ({self.model})"
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """The table as it stands in a file."""

@@ -45,7 +45,7 @@ def _keys(words_bw: UInt32[Array, "B 4"]) -> Key[Array, " B"]:
 def reading_order(slot: Any, canvas_len: Any, gen_length: int, config: ModelConfig) -> Any:
     """The suffix layout: which token of a canvas in reading order is at a slot of the suffix.
 
-    The response comes first, so that it is a static slice of every row; in families that shift logits, behind the last
+    The response comes first, so that it is a static slice of every row; in families that shift logits, after the last
     prompt token. Attention sees positions only, so the order is free.
 
     Args:
@@ -74,7 +74,7 @@ def in_response(slot: Any, config: ModelConfig, gen_length: Any) -> Any:
 
 def put_rows(arrays: Mapping[str, Any], put: Callable[[Any], Array]) -> Rows:
     """The rows of `lay_out` on their devices; `put` takes a field there."""
-    placed = {name: put(array) for name, array in arrays.items()}  # a buffer of its own for each: they are donated
+    placed = {name: put(array) for name, array in arrays.items()}  # a separate buffer for each: they are donated
     return Rows(**placed | {"key": _keys(placed["key"])})
 
 

@@ -1,4 +1,4 @@
-"""libtpu on machines without a TPU: it compiles for TPUs that are elsewhere, and is loud about the one it misses."""
+"""libtpu on machines without a TPU: it compiles for TPUs that are not here, and complains that there is none."""
 
 from __future__ import annotations
 

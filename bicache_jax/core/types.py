@@ -15,6 +15,10 @@ Key = tuple[str, int]
 """What tells results apart: id of the request and number of the sample."""
 
 
+HOLE = "\u2591"
+"""Stands for a masked position in the text of a canvas that is not finished."""
+
+
 class BicacheError(Exception):
     """A fault of the input that one line can explain; the command prints it without a traceback and exits 2."""
 
@@ -37,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
     def canvas(self, ids: Sequence[int], mask_id: int) -> str:
-        """Text of a canvas that is not finished, a hole for each masked position."""
+        """Text of a canvas that is not finished, a `HOLE` for each masked position."""
         ...
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = True) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ class Request:
         sampling: all decoding settings of this request (`sampling.seed` is the seed of sample 0).
         n: samples asked for; sample i uses seed + i.
         index: place in the input, from 0; results are returned in this order.
-        stop: strings that end the text; the first one found and what is behind it are left out of it.
+        stop: strings that end the text; the first one found and what follows it are left out.
         max_tokens: tokens of the response that may be text, where the canvas is longer; None: all of them.
         chat: whether the prompt is a conversation.
         prefix_from_messages: whether `prefix_len` follows from the conversation rather than being given.
@@ -201,7 +205,7 @@ class Model:
     note: str = ""
 
     def __repr__(self) -> str:
-        import jax  # whoever made the parameters has it
+        import jax  # already imported by what made the parameters
 
         config, leaves = self.config, jax.tree.leaves(self.params)
         sizes = sum(leaf.size for leaf in leaves)

@@ -33,7 +33,7 @@ NO_LIMIT = 2**30
 def initial_state(
     config: ModelConfig, rows: Rows, *, dtype: jnp.dtype, prefix_len: int, deep_layers: int, block_cache: bool
 ) -> DecodeState:
-    """The state in front of the first step.
+    """The state before the first step.
 
     Args:
         config: the architecture, or a shard's part of it.
@@ -65,7 +65,7 @@ def initial_state(
     donate_argnames=("rows",),
 )
 def begin(rows: Rows, *, config: ModelConfig, mesh: Mesh | None = None, **sizes: Any) -> DecodeState:
-    """`initial_state` as a program: on one device, or with rows of its own on every data shard of a mesh."""
+    """`initial_state` as a program: on one device, or on a mesh, where every data shard has its own rows."""
     return on_shards(lambda rows: initial_state(config, rows, **sizes), mesh, (PER_SHARD,), STATE)(rows)
 
 
@@ -98,7 +98,7 @@ def denoise_steps(
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
-        The state behind the last step.
+        The state after the last step.
     """
     config = backbone.config
     num_rows, length = state.rows.tokens.shape
@@ -190,7 +190,7 @@ def decode(
     mesh: Mesh | None = None,
     **sizes: Any,
 ) -> DecodeState:
-    """`denoise_steps` as a program: on one device, or a batch of its own on every data shard of a mesh.
+    """`denoise_steps` as a program: on one device, or on a mesh, where every data shard has its own batch.
 
     On a mesh rows, prefixes and (with a leading axis) `decoding` are those of all data shards, one after the other, and
     `prefix_index` counts the prefixes of the row's own shard.

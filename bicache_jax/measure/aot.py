@@ -87,7 +87,7 @@ def check(case: AotCase) -> dict[str, Any]:
     if boundary is None:
         table = published_table(config)
         if table is None:
-            raise BicacheError(f"--config {case.config} has no published boundary table: give --boundary")
+            raise BicacheError(f"config {case.config}: it has no published boundary table, so give a boundary")
         boundary = boundary_at(table.table, prefix_ratio(case.prefix, case.prefix + case.suffix))
     footprint = Footprint.of(
         placement.partition, [boundary], dtype, block_cache=case.block_cache != "off", copies=chip.copies
@@ -100,7 +100,7 @@ def check(case: AotCase) -> dict[str, Any]:
     )
     asked = case.rows or most
     if not asked:
-        raise BicacheError(f"--mesh {case.mesh}: not even one row should fit; cut the model over more devices")
+        raise BicacheError(f"mesh {case.mesh}: not even one row should fit; cut the model over more devices")
     plan = _plan(case, placement, boundary, asked)
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
     planned = footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)

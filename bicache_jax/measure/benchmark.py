@@ -76,7 +76,7 @@ class Runner(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the case besides time."""
+        """What is known of the case apart from its time."""
         ...
 
 
@@ -90,14 +90,14 @@ def synthetic_requests(config: ModelConfig, case: Case, seed: int = 0) -> list[R
     least = config.shifted
     if rest < least:
         raise BicacheError(
-            f"--suffix {case.suffix} is too short for --gen-length {case.sampling.gen_length}"
+            f"suffix {case.suffix} is too short for gen_length {case.sampling.gen_length}"
             + (" and a prompt token" if least else "")
         )
     if case.prefix + rest < 1:
-        raise BicacheError("--prefix 0 needs a --suffix longer than --gen-length: a prompt has at least one token")
+        raise BicacheError("prefix 0 needs a suffix longer than gen_length: a prompt has at least one token")
     if case.prefix + case.suffix > config.max_length:
         raise BicacheError(
-            f"--prefix {case.prefix} and --suffix {case.suffix} are more than the model's {config.max_length} positions"
+            f"prefix {case.prefix} and suffix {case.suffix} are more than the model's {config.max_length} positions"
         )
     rng = np.random.default_rng(seed)
     allowed = np.setdiff1d(np.arange(config.vocab_size), [config.mask_id, *config.eos_ids])

@@ -80,7 +80,7 @@ def measurements(
         save_tuning: keep the fastest block sizes for this kind of device.
 
     Yields:
-        A check after every measurement; one that fails is wrong, and the others go on.
+        A check after every measurement; one that fails is wrong, and the others run.
     """
     bandwidth = benchmark.memory_bandwidth()
     yield from kernels(clock, scale, bandwidth, save_tuning=save_tuning)

@@ -16,9 +16,11 @@ import scipy.stats
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
 from bicache_jax.measure.policies import comparable_blocks, parse_policy, reference_of
+from bicache_jax.serving.answers import accepted
+from bicache_jax.serving.answers import exact_match as exact_match
 from bicache_jax.serving.engine import Engine
-from bicache_jax.serving.requests import Parser, accepted, is_blank
-from bicache_jax.serving.requests import exact_match as exact_match
+from bicache_jax.serving.inputs import is_blank
+from bicache_jax.serving.requests import Parser
 
 Scorer = Callable[[str, Sequence[str]], bool]
 
@@ -161,7 +163,7 @@ def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, 
 
 
 def _answer_tokens(model: Model, result: Result) -> tuple[int, ...]:
-    """Response tokens up to the first end of text: what is behind it is no part of an answer."""
+    """Response tokens up to the first end of text: what follows is not part of an answer."""
     end = next((place for place, token in enumerate(result.token_ids) if token in model.config.eos_ids), None)
     return result.token_ids[:end]
 

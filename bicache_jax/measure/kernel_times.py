@@ -178,7 +178,7 @@ def times(
         least: seconds of a run.
 
     Yields:
-        One timing after the other; what fails has an error, and the others go on.
+        One timing after the other; one that fails has an error, and the others run.
     """
     for shape in shapes:
         inputs = shape.inputs()

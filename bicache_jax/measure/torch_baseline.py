@@ -118,7 +118,7 @@ class TorchRunner:
             return ids[:, prompts.shape[1] :].cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the case besides time."""
+        """What is known of the case apart from its time."""
         case = self._case
         job = Job(0, case.prefix + case.suffix, case.sampling.num_steps, case.sampling.block_size)
         return {

@@ -61,10 +61,10 @@ def admit(asked: Asked, parser: Parser, *, errors: Errors) -> list[Request | Res
         errors: `return` puts an error result in the place of a faulty request, with its id.
 
     Returns:
-        Requests and results in order; a request's index is its place.
+        Requests and results in order; a request's index is its position.
 
     Raises:
-        TypeError: this is no request, nor a collection of them; or, with `errors="raise"`, one of them is none.
+        TypeError: this is neither a request nor a collection of them; or, with `errors="raise"`, one of them is not.
         ValueError: `errors` is something else.
         BicacheError: with `errors="raise"`, a request is faulty; the message names the first and counts the others.
     """

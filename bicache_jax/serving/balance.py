@@ -35,10 +35,10 @@ class Group:
 
 
 def area_bound(groups: Sequence[Group], shards: int) -> float:
-    """A makespan that no assignment beats: all work spread evenly, or the dearest row with its prefix."""
+    """A lower bound of the makespan: all work spread evenly, or the most expensive row with its prefix."""
     total = sum(group.setup + sum(group.costs) for group in groups if group.costs)
-    dearest = max((group.setup + max(group.costs) for group in groups if group.costs), default=0.0)
-    return max(total / shards, dearest)
+    largest = max((group.setup + max(group.costs) for group in groups if group.costs), default=0.0)
+    return max(total / shards, largest)
 
 
 def makespan(groups: Sequence[Group], assignment: Sequence[Sequence[int]], shards: int) -> float:
@@ -53,7 +53,7 @@ def makespan(groups: Sequence[Group], assignment: Sequence[Sequence[int]], shard
 
 
 def pack(groups: Sequence[Group], shards: int) -> list[list[int]]:
-    """Shares groups out over shards, as evenly as longest-first does.
+    """Divides groups over shards by longest-first.
 
     Args:
         groups: the work.
@@ -70,7 +70,7 @@ def pack(groups: Sequence[Group], shards: int) -> list[list[int]]:
 
 
 def _longest_first(groups: Sequence[Group], shards: int, bound: float) -> list[list[int]]:
-    """Gives each group, the dearest first, to the least loaded shard; what exceeds the bound goes to the next one."""
+    """Gives each group, the largest first, to the least loaded shard; what exceeds the bound goes to the next one."""
     assignment = [[0] * len(group.costs) for group in groups]
     loads = [(0.0, shard) for shard in range(shards)]
     totals = [group.setup + sum(group.costs) for group in groups]

@@ -117,7 +117,7 @@ class Engine:
             Results in the order of the requests, samples of a request in order; a list for a single request, too.
 
         Raises:
-            TypeError: something is no request, or no settings.
+            TypeError: something is not a request, or not settings.
             ValueError: settings that do not go together.
             BicacheError: a request is faulty: an unknown key, a bad value, a prompt too long for the model. The message
                 names its place.

@@ -47,5 +47,5 @@ class Frames:
         now = self._clock()
         if self._every is None and self._last is not None:
             took = max(now - self._last, 1e-9) / self.steps
-            self.steps = max(1, min(int(self._seconds / took), 4 * self.steps))  # one slow step is no rule
+            self.steps = max(1, min(int(self._seconds / took), 4 * self.steps))  # one slow step proves little
         self._last = now

@@ -40,19 +40,16 @@ class Requests:
         """The requests that can run."""
         return [item for item in self.items if isinstance(item, Request)]
 
-    def answers(self) -> list[tuple[str, ...]]:
-        """The answers that count as right per item; none where its line says none."""
-        from bicache_jax.serving.requests import accepted, is_blank  # which imports jax
-
-        found: list[tuple[str, ...]] = []
+    def notes(self, field: str) -> list[Any]:
+        """What the line of each item says in a field that changes no result; None where it says nothing."""
+        found: list[Any] = []
         for line in self.lines:
             if is_blank(line):
                 continue
             try:
-                answer = json.loads(line)["answer"]
+                found.append(json.loads(line)[field])
             except (ValueError, KeyError, TypeError, RecursionError):
-                answer = None
-            found.append(accepted(answer))
+                found.append(None)
         return found
 
     def follow(self, finished: Mapping[Key, Record]) -> Iterator[Record | None]:
@@ -93,6 +90,13 @@ def gzip_faults(what: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BicacheError(f"{what}: not a whole gzip file ({error})") from None
+
+
+def is_blank(line: Any) -> bool:
+    """Whether a line holds nothing, a byte order mark aside."""
+    if isinstance(line, bytes):
+        return not line.removeprefix(b"\xef\xbb\xbf").strip()
+    return isinstance(line, str) and not line.removeprefix("\ufeff").strip()
 
 
 def read_requests(name: str, flag: str = "--input") -> Requests:

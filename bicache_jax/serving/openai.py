@@ -15,7 +15,7 @@ _LINE = ("custom_id", "method", "url", "body")
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 _PASSED = ("n", "stop", "prefix_len", *SAMPLING)
 _IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-"""Keys that change nothing about an answer; `model` among them, since there is one model."""
+"""Keys that do not change an answer. `model` is one of them, since there is only one model."""
 # What the engine cannot do, with the values that do not ask for it (null is always one).
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -64,7 +64,7 @@ def from_openai(
         The request, and the most tokens of its text (None: as many as the canvas has).
 
     Raises:
-        BadRequest: the line is no request for a completion, or it asks for what is not supported.
+        BadRequest: the line does not ask for a completion, or asks for something that is not supported.
     """
     check_keys(record, _LINE, "a line of a batch file")
     body = record.get("body")
@@ -107,7 +107,7 @@ def _prompt(record: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
     if isinstance(value, str):
         return {"prompt": value}
     if not isinstance(value, Sequence) or not all(map(is_int, value)):
-        raise BadRequest("'prompt' of the body must be a string or a list of tokens: each prompt has a line of its own")
+        raise BadRequest("'prompt' of the body must be a string or a list of tokens: put each prompt on its own line")
     return {"prompt_ids": value}
 
 

@@ -23,6 +23,7 @@ from bicache_jax.serving.fields import (
     stops,
     with_settings,
 )
+from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.openai import from_openai, is_openai
 from bicache_jax.serving.prompts import chat_prompt, text_prompt, token_prompt
 
@@ -139,7 +140,7 @@ class Parser:
                 name = request_name(record, number)
                 if name in seen:
                     repeated, name = name, str(number)
-                    raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request an id of its own")
+                    raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request its own id")
                 seen.add(name)
                 yield self.parse(record, name, index)
             except BadRequest as fault:
@@ -163,25 +164,6 @@ class Parser:
 def error_result(name: str, message: str) -> Result:
     """What a request gets that cannot run: its fault, in one line that any file can hold."""
     return Result(id=name, finish_reason="error", error=" ".join(message.split()).encode("utf-8", "replace").decode())
-
-
-def accepted(answer: Any) -> tuple[str, ...]:
-    """Answers that count as right, of a request's `answer` field: one, or a list of them; none if it has none."""
-    if answer is None or isinstance(answer, dict):
-        return ()
-    return tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-
-
-def exact_match(text: str, answers: Sequence[str]) -> bool:
-    """The response is one of the answers, white space aside."""
-    return text.split() in [answer.split() for answer in answers]
-
-
-def is_blank(line: Any) -> bool:
-    """Whether a line holds nothing, a byte order mark aside."""
-    if isinstance(line, bytes):
-        return not line.removeprefix(b"\xef\xbb\xbf").strip()
-    return isinstance(line, str) and not line.removeprefix("\ufeff").strip()
 
 
 def request_name(record: Mapping[str, Any], number: int) -> str:

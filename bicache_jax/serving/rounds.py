@@ -45,7 +45,7 @@ def divide(config: ModelConfig, cache: CacheConfig, items: Sequence[Sequence[Row
     Args:
         config: the architecture.
         cache: how prefixes are reused.
-        items: what stays together, each some rows of one prefix: the samples of a request for one.
+        items: what stays together, each some rows of one prefix: such as the samples of a request.
         parts: data shards, workers or slices.
 
     Returns:

@@ -17,9 +17,9 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-import bicache_jax
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
+from bicache_jax.core.version import version
 from bicache_jax.serving.engine import Engine
 from bicache_jax.serving.frames import SECONDS
 from bicache_jax.serving.grouping import Row
@@ -99,7 +99,7 @@ class Session:
         if cache["batch_boundary"] == "min":  # only then do results depend on who is batched with whom
             cache["batch_size"] = engine.batch_size
         return {
-            "version": bicache_jax.__version__,
+            "version": version(),
             "model": engine.model.fingerprint,
             "dtype": str(engine.model.params["embed"].dtype),
             "mask_id": engine.model.config.mask_id,
@@ -129,8 +129,8 @@ class Session:
             frame_seconds: likewise.
 
         Yields:
-            Results as they happen, each with the time at which it came (`created`, seconds since 1970): whoever keeps
-            it writes the same lines after a restart. Unfinished ones have no finish reason.
+            Results as they happen, each with the time at which it came (`created`, seconds since 1970): a caller
+            that keeps it writes the same lines after a restart. Unfinished ones have no finish reason.
 
         Raises:
             BicacheError: the device is out of memory.
@@ -148,4 +148,4 @@ class Session:
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise BicacheError("the device is out of memory: choose a smaller --batch-size") from error
+            raise BicacheError("the device is out of memory: choose a smaller batch size (--batch-size)") from error

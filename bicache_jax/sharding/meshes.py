@@ -33,15 +33,15 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     for part in spec.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
         if found is None or found[1] not in sizes or found[1] in seen:
-            raise BicacheError(f"--mesh {spec}: expected data=INT,model=INT with sizes of 1 or more")
+            raise BicacheError(f"mesh {spec}: expected data=INT,model=INT with sizes of 1 or more")
         seen.add(found[1])
         sizes[found[1]] = int(found[2])
     wanted = math.prod(sizes.values())
     have = list(jax.devices() if devices is None else devices)
     if wanted > len(have):
-        raise BicacheError(f"--mesh {spec}: needs {wanted} devices, there are {len(have)}")
+        raise BicacheError(f"mesh {spec}: needs {wanted} devices, there are {len(have)}")
     if devices is None and wanted < len(have) and jax.process_count() > 1:
-        raise BicacheError(f"--mesh {spec}: a job of several processes must use all of its {len(have)} devices")
+        raise BicacheError(f"mesh {spec}: a job of several processes must use all of its {len(have)} devices")
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

@@ -88,7 +88,7 @@ def test_resume_refuses_what_differs_by_name_and_overwrite_begins_again(name, ch
     flags = change()
     assert main([*command(name), *flags, "--resume"]) == 2
     said = only_line(capsys)
-    assert words in said and "--overwrite begins again" in said
+    assert words in said and "--overwrite starts over" in said
     assert made() == count and [path.read_bytes() for path in finished(name)] == before
     flags = [flag for flag in flags if flag != "--resume"]
     assert main([*command(name), *flags, "--overwrite"]) in (0, 3)
@@ -110,7 +110,7 @@ def test_resume_refuses_an_output_that_was_changed_or_that_nothing_tells_of(name
     for damaged in (b"", whole[:-20], b"[]", b'{"format": 1, "outputs": {"b.jsonl": {}, "out.jsonl": {}}}'):
         manifest_of(name).write_bytes(damaged)
         assert main([*command(name), "--resume"]) == 2
-        assert "is damaged: --overwrite begins again" in only_line(capsys)
+        assert "is damaged: --overwrite starts over" in only_line(capsys)
     manifest_of(name).unlink()
     assert main([*command(name), "--resume"]) == 2
     assert "does not say what it was made from: --overwrite" in only_line(capsys)

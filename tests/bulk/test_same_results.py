@@ -33,12 +33,12 @@ def case(family, block_cache, *decoder, quick=False):
 @pytest.mark.parametrize(
     ("family", "block_cache", "decoder"),
     [
-        case("llada", "dual", quick=True),
+        case("llada", "dual"),
         case("llada", "off", "--threshold", "0.02"),
         case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16"),
         case("llada", "prefix", "--factor", "1.5"),
         case("llada", "prefix", "--temperature", "0.7", "--top-p", "0.9"),
-        case("llada", "off", "--remasking", "random", "--logits-eos-inf"),
+        case("llada", "off", "--remasking", "random", "--logits-eos-inf", quick=True),
         case("llada", "dual", "--remasking", "entropy", "--alg-temperature", "0.5", "--early-stop"),
         case("llada", "off", "--batch-boundary", "min", "--no-early-stop"),
         case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16"),
@@ -66,7 +66,14 @@ def test_generate_and_batch_give_the_same_results(family, block_cache, decoder, 
     assert bad == expected
 
 
-@pytest.mark.parametrize("policy", ["bicache+dual", "naive+prefix", "bicache"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "bicache+dual",
+        pytest.param("naive+prefix", marks=pytest.mark.slow),
+        pytest.param("bicache", marks=pytest.mark.slow),
+    ],
+)
 def test_evaluate_scores_what_generate_writes(policy, tmp_path, capsys):
     """The answers of each are those that the other is expected to give, block length left open."""
     name, _, block_cache = policy.partition("+")
@@ -84,9 +91,8 @@ def test_evaluate_scores_what_generate_writes(policy, tmp_path, capsys):
         question["answer"] = " ".join(map(str, tokens[:end]))
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     capsys.readouterr()
-    assert (
-        main(["evaluate", *shared, *boundary, "--task", str(path), "--policies", policy, "--json", "--timed", "0"]) == 0
-    )
+    flags = [*shared, *boundary, "--task", str(path), "--policies", policy, "--json", "--timed", "0"]
+    assert main(["evaluate", *flags]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["exact_match"] == 1.0
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bicache_jax.checkpoints.tokenizer import HOLE, load_tokenizer
-from bicache_jax.core.types import BicacheError
+from bicache_jax.checkpoints.tokenizer import load_tokenizer
+from bicache_jax.core.types import HOLE, BicacheError
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}\n"

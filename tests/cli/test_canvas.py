@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from fake_run import write_requests
 
-from bicache_jax.checkpoints.tokenizer import HOLE
 from bicache_jax.cli import canvas
 from bicache_jax.cli.canvas import Canvas, printable, wrapped
+from bicache_jax.core.types import HOLE
 
 FAKE = [sys.executable, str(Path(__file__).parents[1].joinpath("fake_run.py")), "generate", "--model", "fake"]
 

@@ -243,7 +243,7 @@ def test_a_finished_output_is_resumed_by_its_own_run_only(tmp_path, capsys):
     output.write_bytes(done)
     assert again(requests, output, "--resume") == 2 and "was changed since it was written" in capsys.readouterr().err
     Path(f"{output}.manifest.json").unlink()
-    assert again(requests, output, "--resume") == 2 and "--overwrite begins again" in capsys.readouterr().err
+    assert again(requests, output, "--resume") == 2 and "--overwrite starts over" in capsys.readouterr().err
 
 
 def test_a_finished_output_with_errors_says_so_again(tmp_path):

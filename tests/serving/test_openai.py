@@ -91,7 +91,7 @@ def test_a_body_may_have_our_settings_and_what_asks_for_nothing() -> None:
         (_line({"prompt": "w5", "max_tokens": 3, "max_completion_tokens": 4}), "differ: give one of them"),
         (_line({"prompt": "w5", "max_tokens": 0}), "'max_tokens' must be an integer"),
         (_line({"prompt": "w5", "max_tokens": 5000}), "'max_tokens' must be an integer from 1 to 1024, got 5000"),
-        (_line({"prompt": ["w5", "w6"]}), "each prompt has a line of its own"),
+        (_line({"prompt": ["w5", "w6"]}), "put each prompt on its own line"),
         (_line({"prompt": "w5", "temperature": "hot"}), "'temperature' must be a finite number"),
         (_line({"prompt": "w5"}, url=CHAT), "must have 'messages'"),
         (_line({"messages": MESSAGES}, url=COMPLETION), "must have 'prompt'"),
