@@ -19,6 +19,7 @@ import pytest
 from jax.experimental import checkify
 
 from bicache_jax import Model, PrefixCache, SamplingConfig, denoise, encode_prefix, forward, load_model
+from bicache_jax.core import config
 from bicache_jax.serving.compilation import CompileCounter
 
 SAMPLING = SamplingConfig(gen_length=8, steps=4)
@@ -62,29 +63,23 @@ def test_shapes_that_do_not_fit_and_what_has_arrays_in_it(model: Model, prefix: 
         assert one == one and hash(one) is not None and one != jax.tree.map(lambda leaf: leaf, one)
 
 
-def test_a_block_cache_implies_a_block_length_here_too(model: Model) -> None:
+def test_a_block_cache_implies_a_block_length_here_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `generate`: what a call says and what it leaves open give one result."""
-    sampling, prefix = SamplingConfig(gen_length=40, block_length=None, steps=None), jnp.arange(10, 30)
-    cache, canvas = encode_prefix(model.params, model.config, prefix), jnp.arange(40, 104)[None]
-    with pytest.raises(ValueError, match="40 and 32"):
-        denoise(model.params, model.config, cache, canvas, 1, sampling, jax.random.key(0), block_cache="dual")
-    found = [
-        denoise(
-            model.params,
-            model.config,
-            cache,
-            canvas,
-            1,
-            SamplingConfig(gen_length=64, block_length=block),
-            jax.random.key(0),
-            block_cache="dual",
-        ).tokens
-        for block in (None, 32, 64)
-    ]
+    monkeypatch.setattr(config, "CACHED_BLOCK", 4)
+    cache, canvas = encode_prefix(model.params, model.config, jnp.arange(10, 30)), jnp.arange(40, 52)[None]
+
+    def run(sampling: SamplingConfig) -> Any:
+        key = jax.random.key(0)
+        return denoise(model.params, model.config, cache, canvas, 1, sampling, key, block_cache="dual").tokens
+
+    with pytest.raises(ValueError, match="10 and 4"):
+        run(SamplingConfig(gen_length=10))
+    found = [run(SamplingConfig(gen_length=8, block_length=block)) for block in (None, 4, 8)]
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] != found[2]).any()
 
 
+@pytest.mark.slow
 def test_a_prefix_that_a_traced_function_closes_over(model: Model, prefix: PrefixCache) -> None:
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.PartitionSpec("data")

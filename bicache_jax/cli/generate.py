@@ -197,6 +197,7 @@ def add_running_arguments(parser: Parser) -> None:
     )
     backend.add_attention_flag(running)
     backend.add_compilation_flags(running)
+    running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 
 
 def add_answering_arguments(parser: Parser) -> None:
@@ -212,7 +213,6 @@ def add_answering_arguments(parser: Parser) -> None:
     answering.add_argument(
         "--dry-run", action="store_true", help="print the plan (groups, boundaries, shapes, memory, gain), run nothing"
     )
-    answering.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,8 +10,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
@@ -47,7 +45,7 @@ def _takes(kind: Any, value: Any) -> bool:
         return isinstance(value, str)  # which word it is, the configuration checks
     if kind in (int, float):
         number = numbers.Integral if kind is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool | np.bool)
+        return isinstance(value, number) and not isinstance(value, bool)
     return isinstance(value, typing.get_origin(kind) or kind)
 
 
@@ -70,7 +68,7 @@ def _check_types(config: Any) -> None:
         value = getattr(config, name)
         if not any(_takes(kind, value) for kind in kinds):
             raise TypeError(f"{name} must be {' or '.join(map(_in_words, kinds))}, got {value!r:.80}")
-        if isinstance(value, np.generic):
+        if isinstance(value, numbers.Number) and hasattr(value, "item"):
             object.__setattr__(config, name, value.item())
 
 

@@ -122,7 +122,7 @@ def test_sigterm_keeps_what_is_finished_says_what_remains_and_exits_0(tmp_path, 
     (line,) = [line for line in errors.splitlines() if "SIGTERM" in line]
     done = len(log.read_text().split())
     assert f"{17 - done} of this worker's 17 results in window 0 of a.jsonl remain" in line or done > 17
-    assert "% of the input behind it" in line and "--resume" in line
+    assert "% of the input after it" in line and "--resume" in line
     assert not (output / "a.jsonl").exists()
     status, errors = finish(start(output, files))
     assert status == 2 and "--resume" in errors and errors.count("\n") == 1

@@ -294,7 +294,7 @@ def test_help_is_complete_grouped_and_has_defaults(capsys):
     text = capsys.readouterr().out
     groups = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups[:4] == ["options", "input and output", "model", "cache"]
-    assert groups[4:] == ["length and seed", "order", "tokens", "running", "presets", "examples"]
+    assert groups[4:] == ["length and seed", "order", "tokens", "running", "answers", "presets", "examples"]
     commands = next(action for action in build_parser()._actions if action.dest == "command").choices
     for action in commands["generate"]._actions:
         if action.required or action.const is not None or action.dest == "help":

@@ -128,6 +128,7 @@ def _check(case: Case, model: Model, slow: reference.Reference, results: list[Re
     return close
 
 
+@pytest.mark.slow
 def test_the_reference_gives_the_recorded_tokens() -> None:
     names = {
         "llada": ["llada_s10_g32_b32", "llada_s16_g32_b8", "bicache_P16_b3_N4", "bicache_semi_P30_b3_N7"]

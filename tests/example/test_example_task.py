@@ -16,7 +16,7 @@ import pytest
 from bicache_jax import load_model
 from bicache_jax.core.boundary import load_table
 from bicache_jax.example import task
-from bicache_jax.serving.requests import accepted
+from bicache_jax.serving.answers import accepted
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "bicache_jax" / "data" / "example"

@@ -98,7 +98,7 @@ def test_requests_have_the_lengths_asked_for() -> None:
     assert {len(request.prompt_ids) for request in requests} == {24 + 8}
     assert len({request.prompt_ids[:24] for request in requests}) == 2
     assert SMALL.mask_id not in np.concatenate([request.prompt_ids for request in requests])
-    with pytest.raises(BicacheError, match="is too short for --gen-length"):
+    with pytest.raises(BicacheError, match="is too short for gen_length"):
         synthetic_requests(SMALL, dataclasses.replace(case, suffix=7))
 
 
@@ -130,7 +130,7 @@ def test_the_command_prints_every_column(capsys: pytest.CaptureFixture[str], tmp
         (["--random", "huge"], "no model shape 'huge'"),
         (["--random", "small", "--policies", "fast"], "policy 'fast'"),
         (["--random", "small", "--rows", "1", "--prefixes", "2"], "--prefixes 2"),
-        (["--random", "small", "--suffix", "8", "--gen-length", "16"], "is too short for --gen-length"),
+        (["--random", "small", "--suffix", "8", "--gen-length", "16"], "is too short for gen_length"),
         (["--random", "small", "--restart"], "--restart needs --model"),
         (["--random", "small", "--policies", "none+dual", "--gen-length", "50"], "--gen-length"),
         (["--random", "small", "--baseline", "caffe"], "the only baseline is torch"),
