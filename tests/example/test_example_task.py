@@ -119,7 +119,7 @@ def test_a_training_is_not_begun_over_another_nor_on_what_is_held_out(
     assert "has no training.safetensors for --resume" in fault("--resume")
     assert "must be an integer from 0 to 4999" in fault("--seed", str(task.FIRST_HELD_OUT))
     (tmp_path / training.STATE).write_bytes(b"")
-    assert "holds a training: go on with it by --resume" in fault()
+    assert "holds a training: continue it with --resume" in fault()
     log = tmp_path / "log.jsonl"
     log.write_text("".join(f'{{"step": {step}}}\n' for step in (50, 100, 150)))
     training.keep_log(log, 100)
