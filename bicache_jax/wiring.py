@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bicache_jax.configs import Topology as Topology
 from bicache_jax.configs import model_shape as model_shape
 from bicache_jax.configs import published_table as published_table
 from bicache_jax.configs import topology as topology

@@ -45,6 +45,8 @@ class Topology:
         hbm_gib: memory that programs can use.
         tflops_bfloat16: peak arithmetic in 10^12 operations per second.
         hbm_gb_per_second: memory bandwidth in 10^9 bytes per second.
+        ici_gb_per_second: bandwidth of a chip's links to other chips, both directions together.
+        ici_ports: how many links those are: 4 in a 2D torus, 6 in a 3D one.
         devices_per_chip: number of JAX devices per chip.
         device_kind: JAX's name for the device.
         mlp_copies: activations as wide as the MLP that its compiler keeps at the same time (`scripts/what_fits.py`).
@@ -56,11 +58,28 @@ class Topology:
     hbm_gib: float
     tflops_bfloat16: float
     hbm_gb_per_second: float
+    ici_gb_per_second: float
+    ici_ports: int
     devices_per_chip: int
     device_kind: str
     mlp_copies: int
     weight_copies: int
     source: str
+
+    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
+        """Lower bound of the time of an all-reduce along one axis of the torus.
+
+        A ring sends `2 (n - 1) / n` of the bytes out of each device, on the axis's two links in both directions; the
+        devices of a chip share its links.
+
+        Args:
+            nbytes: bytes of the result on a device.
+            devices: n, devices that take part.
+        """
+        if devices < 2:
+            return 0.0
+        links = 2 * self.ici_gb_per_second / 2 / self.ici_ports * 1e9
+        return 2 * (devices - 1) / devices * nbytes * self.devices_per_chip / links
 
     @property
     def copies(self) -> Copies:

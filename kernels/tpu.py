@@ -297,6 +297,9 @@ def prefix_attention(
         jnp.clip(prefix_len[index], 0, num_prefix),
         jnp.max(seen, axis=1, initial=0),
     )
+    if not interpret:
+        # The compiler would bring the whole stack into vector memory, in every layer, where it fits beside the weights.
+        k_prefix, v_prefix = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_prefix, v_prefix))
     operands = [
         q.reshape(num_rows, num_kv_heads, folded, head_dim),
         *[k_prefix] * tiling.chunks,

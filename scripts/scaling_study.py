@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bicache_jax.configs import model_shape, published_table, topology
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import ModelConfig
-from bicache_jax.serving.flops import Job, encode_flops, head_flops, pass_flops, row_flops, weight_bytes
+from bicache_jax.serving.flops import Job, batch_seconds, row_flops
 from bicache_jax.serving.grouping import prefix_ratio
 from bicache_jax.serving.memory import RESERVE, Footprint
 from bicache_jax.sharding import Partition
@@ -56,16 +56,22 @@ def job_of(config: ModelConfig, per_prefix: int) -> Job:
     )
 
 
-def requests_per_hour(config: ModelConfig, generation: str, chips: int, model: int, rows: int, cached: bool) -> float:
-    """Upper bound: each pass takes the larger of arithmetic and weight traffic, at peak rates, no communication."""
+def requests_per_hour(
+    config: ModelConfig, generation: str, chips: int, model: int, rows: int, *, cached: bool, links: bool = True
+) -> float:
+    """Upper bound: each pass takes the larger of arithmetic and memory traffic, at peak rates, and then its sums."""
     chip = topology(generation)
-    peak, bandwidth = chip.tflops_bfloat16 * 1e12 * model, chip.hbm_gb_per_second * 1e9 * model
     job = job_of(config, PER_PREFIX)
-    job = job if cached else job.without_prefix()
-    seconds = rows / PER_PREFIX * encode_flops(config, job.prefix, job.boundary) / peak
-    for (refresh, span), count in job.passes().items():
-        flops = pass_flops(config, job, span, refresh=refresh, published=False) + head_flops(config, job.block)
-        seconds += count * max(rows * flops / peak, weight_bytes(config, 2) / bandwidth)
+    seconds = batch_seconds(
+        config,
+        job if cached else job.without_prefix(),
+        rows,
+        peak=chip.tflops_bfloat16 * 1e12 * model,
+        bandwidth=chip.hbm_gb_per_second * 1e9 * model,
+        itemsize=2,
+        published=False,
+        sums=lambda nbytes: chip.all_reduce_seconds(nbytes, model) if links else 0.0,
+    )
     return 3600 / seconds * rows * chips * chip.devices_per_chip / model
 
 
@@ -76,8 +82,9 @@ def study() -> str:
         "",
         f"bfloat16, P = {PREFIX}, U = {SUFFIX}, {RESPONSE} response tokens in {STEPS} steps, blocks of {BLOCK}, N = 16,"
         f" {PER_PREFIX} rows to a prefix, the published boundary. Made by `python scripts/scaling_study.py`. Memory is"
-        " the planner's; requests an hour are the roofline's upper bound (peak arithmetic or weight traffic, no"
-        " communication, nothing lost): **an estimate, not a measurement**.",
+        " the planner's; requests an hour are the roofline's upper bound (per pass peak arithmetic or memory traffic,"
+        " then the sums over the model axis at the documented speed of the links of one axis, since compiled programs"
+        " overlap nothing with them): **an estimate, not a measurement**.",
         "",
         "## Memory (GiB) and work of a v5e device, LLaDA-8B",
         "",
@@ -107,21 +114,23 @@ def study() -> str:
         "",
         "## Requests an hour, at the largest batch that is planned to fit",
         "",
-        "| model | slice | mesh | rows a shard | bicache | none | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| model | slice | mesh | rows a shard | bicache | none | ratio | bicache, were links free |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("llada_8b", "dream_7b"):
         for generation, model in (("v5e", 4), ("v6e", 1), ("v6e", 2)):
             config = model_shape(name)
             rows = largest(config, generation, model)
             if not rows:
-                lines.append(f"| {name} | {generation}-64 | data={64 // model},model={model} | none fits | | | |")
+                lines.append(f"| {name} | {generation}-64 | data={64 // model},model={model} | none fits | | | | |")
                 continue
-            with_cache, without = (
-                requests_per_hour(config, generation, 64, model, rows, cached) for cached in (True, False)
+            with_cache, without, free = (
+                requests_per_hour(config, generation, 64, model, rows, cached=cached, links=links)
+                for cached, links in ((True, True), (False, True), (True, False))
             )
             shape = f"{name} | {generation}-64 | data={64 // model},model={model} | {rows}"
-            lines.append(f"| {shape} | {with_cache:,.0f} | {without:,.0f} | {with_cache / without:.2f} |")
+            ratio = f"{with_cache / without:.2f}"
+            lines.append(f"| {shape} | {with_cache:,.0f} | {without:,.0f} | {ratio} | {free:,.0f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
-from bicache_jax.core.config import BlockCache, CacheConfig, SamplingConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.hlo import Collective, collectives, crossing
-from bicache_jax.serving.flops import jobs, row_flops
+from bicache_jax.serving.flops import Job, jobs, row_flops, summed_bytes
 from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
 from bicache_jax.serving.memory import Buffers, Footprint
 from bicache_jax.serving.placement import Placement
@@ -26,7 +26,7 @@ from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
 from bicache_jax.sharding.topologies import hushed, slice_devices
-from bicache_jax.wiring import abstract_params, backbone_for, model_shape, published_table, topology
+from bicache_jax.wiring import Topology, abstract_params, backbone_for, model_shape, published_table, topology
 
 GIB = 2**30
 
@@ -64,15 +64,26 @@ class AotCase:
     dtype: str = "bfloat16"
 
 
-def check(case: AotCase) -> dict[str, Any]:
-    """Compiles both programs and compares them with the planner.
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """A case with everything that its programs are lowered from."""
 
-    Returns:
-        JSON values: the shape, the planned memory, the compiler's figures for each program, and whether both fit.
+    placement: Placement
+    backbone: Backbone
+    params: Params
+    boundary: int
+    most_rows: int
+    plan: Plan
+    footprint: Footprint
 
-    Raises:
-        BicacheError: the model, slice or mesh does not exist, or they cannot be combined.
-    """
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of the mesh's axes."""
+        assert self.placement.mesh is not None
+        return dict(self.placement.mesh.shape)
+
+
+def _setting(case: AotCase) -> _Setting:
     config, chip = model_shape(case.config), topology(case.topology)
     mesh = make_mesh(case.mesh, slice_devices(case.topology))
     placement, dtype = Placement(config, mesh), jnp.dtype(case.dtype)
@@ -102,29 +113,81 @@ def check(case: AotCase) -> dict[str, Any]:
     if not asked:
         raise BicacheError(f"mesh {case.mesh}: not even one row should fit; cut the model over more devices")
     plan = _plan(case, placement, boundary, asked)
+    return _Setting(placement, backbone, params, boundary, most, plan, footprint)
+
+
+def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], Any]:
+    """Compiles the decode program; returns the plan, the sizes of the mesh's axes and the program.
+
+    Raises:
+        BicacheError: the model, slice or mesh does not exist, they cannot be combined, or the program does not fit.
+    """
+    one = _setting(case)
+    lowered = lower_decode(one.backbone, one.params, one.plan, *one.plan.rounds[0], mesh=one.placement.mesh)
+    try:
+        return one.plan, one.mesh, lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BicacheError(f"{case.config} on {case.topology}, mesh {case.mesh}: the program does not fit") from None
+
+
+def plan_of(case: AotCase) -> Plan:
+    """The plan of a case, with nothing compiled; raises what `check` raises."""
+    return _setting(case).plan
+
+
+def check(case: AotCase) -> dict[str, Any]:
+    """Compiles both programs and compares them with the planner.
+
+    Returns:
+        JSON values: the shape, the planned memory, the compiler's figures for each program, and whether both fit.
+
+    Raises:
+        BicacheError: the model, slice or mesh does not exist, or they cannot be combined.
+    """
+    one, config, chip = _setting(case), model_shape(case.config), topology(case.topology)
+    plan, mesh = one.plan, one.mesh
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
-    planned = footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
-    flops = sum(row_flops(config, job) for job in jobs(plan.batches[0].rows, plan.cache))
-    found = {
+    planned = one.footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
+    runs = jobs(plan.batches[0].rows, plan.cache)
+    found: dict[str, Any] = {
         "config": case.config,
         "topology": case.topology,
-        "mesh": dict(mesh.shape),
+        "mesh": mesh,
         "hbm_gib": chip.hbm_gib,
         "rows": rows,
         "prefixes": groups,
         "prefix": prefix,
         "suffix": suffix,
-        "boundary": boundary,
+        "boundary": one.boundary,
         "dtype": case.dtype,
         "planned_bytes": planned.total,
-        "flops_per_device": flops / mesh.shape["model"],
-        "decode": _compile(lower_decode, backbone, params, plan, placement),
-        "encode": _compile(lower_encode, backbone, params, plan, placement),
+        "flops_per_device": sum(row_flops(config, job) for job in runs) / mesh["model"],
+        "links_share": _links_share(config, chip, runs, mesh["model"], jnp.dtype(case.dtype).itemsize),
+        "decode": _compile(lower_decode, one.backbone, one.params, plan, one.placement),
+        "encode": _compile(lower_encode, one.backbone, one.params, plan, one.placement),
     }
     found["fits"] = bool(found["decode"]["fits"] and found["encode"]["fits"])
     if not found["fits"]:
-        found["largest_rows"] = min(most, _bucket_below(rows))
+        found["largest_rows"] = min(one.most_rows, _bucket_below(rows))
     return found
+
+
+def _links_share(config: ModelConfig, chip: Topology, runs: Sequence[Job], split: int, itemsize: int) -> float:
+    """Share of a run that its sums over the model axis take at least, if nothing overlaps and the rest is at the peak.
+
+    Sums of `bicache_jax.serving.flops.summed_bytes`, at the speed of the links; arithmetic at the peak.
+    """
+    if split == 1:
+        return 0.0
+    links = arithmetic = 0.0
+    for job in runs:
+        arithmetic += row_flops(config, job) / split / (chip.tflops_bfloat16 * 1e12)
+        for (refresh, span), count in job.passes().items():
+            summed = summed_bytes(config, job, span, refresh=refresh, itemsize=itemsize)
+            links += count * chip.all_reduce_seconds(summed, split)
+    return round(links / (links + arithmetic), 3)
 
 
 def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan:
@@ -213,6 +276,11 @@ def describe(found: dict[str, Any]) -> str:
         sizes = ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
         lines.append(f"{name}: GiB a device: {sizes}; {_talk_line(part)}")
     lines.append(f"planned: {found['planned_bytes'] / GIB:.2f} GiB of {found['hbm_gib']} GiB")
+    if found["links_share"]:
+        lines.append(
+            f"sums over the model axis take at least {found['links_share']:.0%} of a run at the speed of the links; a"
+            " mesh with model=1 has none"
+        )
     if not found["fits"]:
         lines.append(f"largest number of rows that should fit: {found['largest_rows']}")
     return "\n".join(lines)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import Model
-from bicache_jax.measure import benchmark, kernel_times
+from bicache_jax.measure import benchmark, kernel_times, trace
 from bicache_jax.measure.benchmark import Case, EngineRunner
 from bicache_jax.measure.doctor import Check, Clock, Status
 from bicache_jax.measure.kernel_times import Shape, Timing, line
+from bicache_jax.serving.compilation import kept_in
 from bicache_jax.testing import platform_here, save_rows
 
 POLICIES = ("none", "bicache", "none+dual", "bicache+dual")
@@ -56,6 +60,8 @@ TINY = Scale(
     (2,),
     "float32",
 )
+MOST = 15
+"""Operations of a profile that are kept, those that took longest."""
 ENOUGH = 24 * 2**30
 """Bytes of a device that holds 8B parameters in bfloat16 and their caches."""
 
@@ -71,7 +77,7 @@ def scale_here() -> Scale:
 def measurements(
     make: Callable[[str, str], Model], clock: Clock, scale: Scale, *, save_tuning: bool
 ) -> Iterator[Check]:
-    """Kernels, then whole runs.
+    """Kernels, then whole runs, then where their time goes.
 
     Args:
         make: makes a model of a named shape and dtype with random weights.
@@ -86,6 +92,7 @@ def measurements(
     yield from kernels(clock, scale, bandwidth, save_tuning=save_tuning)
     for name in scale.models:
         yield from runs(make, name, clock, scale, bandwidth)
+    yield from details(make, clock, scale)
 
 
 def kernels(clock: Clock, scale: Scale, bandwidth: float, *, save_tuning: bool) -> Iterator[Check]:
@@ -200,3 +207,66 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwid
             detail += f", {record['ratio_to_none']:.2f} times none, {record['limit_share']:.2f} of its limit"
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
         yield Check("runs", f"{name}, {record['rows']} rows, {record['policy']}", "ok", detail, facts)
+
+
+def details(make: Callable[[str, str], Model], clock: Clock, scale: Scale) -> Iterator[Check]:
+    """What a dispatch costs, what compiling costs, and which operations a run's time goes to."""
+    group = "details"
+    if clock.left < 0:
+        yield Check(group, "dispatch, compilation, profile", "skipped", "no time is left; --budget gives more")
+        return
+    dispatch, answer = dispatch_seconds()
+    detail = f"{dispatch * 1e6:.0f} us to start a program, {answer * 1e6:.0f} us until its result is here"
+    yield Check(group, "dispatch", "ok", detail, {"dispatch_s": dispatch, "answer_s": answer})
+    title = f"{scale.models[0]}, {scale.rows[0]} rows, bicache"
+    try:
+        runner = EngineRunner(make(scale.models[0], scale.dtype), _case("bicache", scale.rows[0], scale))
+        cold, warm = compile_seconds(runner)
+        yield Check(
+            group,
+            f"compilation: {title}",
+            "ok",
+            f"{cold:.1f} s cold, {warm:.1f} s with the programs on disk, up to the first token",
+            {"cold_s": cold, "warm_s": warm},
+        )
+        if why := trace.unsafe():
+            yield Check(group, f"profile: {title}", "skipped", why)
+            return
+        seen = trace.traced(runner.run)
+    except Exception as fault:
+        yield Check(group, title, "wrong", line(fault))
+        return
+    if seen is None:
+        yield Check(group, f"profile: {title}", "skipped", "the trace of this device shows no operation")
+        return
+    most = [dataclasses.asdict(operation) for operation in seen.operations[:MOST]]
+    names = ", ".join(f"{one['name']} {one['seconds'] / seen.busy:.0%}" for one in most[:5])
+    facts = {"span_s": seen.span, "busy_s": seen.busy, "operations": most}
+    yield Check(group, f"profile: {title}", "ok", f"idle {seen.idle:.0%} of {seen.span:.2f} s; {names}", facts)
+
+
+def dispatch_seconds(times: int = 200) -> tuple[float, float]:
+    """Seconds to start a small program with as many arrays as a dispatch has, and until its result is read."""
+    arrays = [jnp.zeros((8,), jnp.float32) for _ in range(20)]
+    program = jax.jit(lambda arrays: [array + 1 for array in arrays])
+    arrays = jax.block_until_ready(program(arrays))
+    started = time.perf_counter()
+    for _ in range(times):
+        arrays = program(arrays)
+    begun = (time.perf_counter() - started) / times
+    jax.block_until_ready(arrays)
+    started = time.perf_counter()
+    for _ in range(times):
+        arrays = program(arrays)
+        np.asarray(arrays[0])
+    return begun, (time.perf_counter() - started) / times
+
+
+def compile_seconds(runner: EngineRunner) -> tuple[float, float]:
+    """Seconds up to the first token with no compiled program, and with all of them in a persistent cache only."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, kept_in(folder):
+        for _ in range(2):
+            jax.clear_caches()
+            found.append(runner.first_token())
+    return found[0], found[1]

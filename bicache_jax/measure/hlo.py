@@ -1,11 +1,11 @@
-"""Collectives of a compiled program, read from its HLO text."""
+"""Compiled programs, read from their HLO text: collectives, loops, and what a TPU compiler expects them to cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +16,15 @@ _LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>(?:\{\d+,\d+\},?)*)\}")
 _ARRAY = re.compile(r"(?P<kind>pred|[a-z]+)(?P<bits>\d*)\[(?P<shape>[\d,]*)\]")
+
+_HEADER = re.compile(r"^(?:ENTRY )?%(?P<name>\S+) \(.*\{$")
+_OPCODE = re.compile(r"^\s+(?:ROOT )?%(?P<name>\S+) = .*? (?P<opcode>[a-z][a-z0-9-]*)\(")
+_CALLED = re.compile(r"(?:body|to_apply|true_computation|false_computation)=%([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
+_SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ def _nbytes(text: str) -> int:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Reads the collectives of a program.
+    """Reads the collectives of a program, or of some of its lines.
 
     Args:
         text: what `compiled.as_text()` gives.
@@ -82,3 +91,92 @@ def crossing(found: Sequence[Collective], mesh_shape: tuple[int, ...]) -> list[C
         for one in found
         if not one.groups or any(len({device // model for device in group}) > 1 for group in one.groups)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of Pallas in a program.
+
+    Attributes:
+        flops: operations, as the kernel says.
+        nbytes: bytes that it moves, likewise.
+        vmem: bytes of vector memory that the compiler gives it.
+    """
+
+    flops: int
+    nbytes: int
+    vmem: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of a program, or the program itself: what one turn costs, the loops in it left out.
+
+    Attributes:
+        scope: where it was traced, from the outside to the inside.
+        cycles: the compiler's estimate for everything but kernels and collectives.
+        kernels: kernels in the order of the program.
+        talk: collectives, likewise.
+        loops: the loops in it, likewise.
+    """
+
+    scope: str
+    cycles: int
+    kernels: tuple[Kernel, ...]
+    talk: tuple[Collective, ...]
+    loops: tuple[Loop, ...]
+
+    def walk(self) -> Iterator[Loop]:
+        """The loop and all loops in it."""
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+
+def program(text: str) -> Loop:
+    """Reads a program for TPUs.
+
+    Args:
+        text: what `compiled.as_text()` gives.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", list[str]()
+    for line in text.splitlines():
+        if found := _HEADER.match(line):
+            lines = bodies.setdefault(found["name"], [])
+            entry = found["name"] if line.startswith("ENTRY") else entry
+        else:
+            lines.append(line)
+    return _read(bodies, entry, "")
+
+
+def _read(bodies: dict[str, list[str]], name: str, scope: str) -> Loop:
+    """A computation with those that it calls; of a conditional's branches, all, since usually one has work."""
+    cycles, kernels, talk, loops = 0, list[Kernel](), list[Collective](), list[Loop]()
+    for line in bodies[name]:
+        found = _OPCODE.match(line)
+        if found is None:
+            continue
+        opcode = found["opcode"]
+        if collective := collectives(line):
+            talk += collective
+        elif "tpu_custom_call" in line and opcode == "custom-call":
+            estimate, scratch = _ESTIMATE.search(line), _SCRATCH.search(line)
+            flops, nbytes = (int(estimate[1]), int(estimate[2])) if estimate else (0, 0)
+            kernels.append(Kernel(flops, nbytes, int(scratch[1]) if scratch else 0))
+        elif opcode == "while":
+            where = _SCOPE.search(line)
+            body = re.search(r"body=%([\w.-]+)", line)
+            assert body is not None
+            loops.append(_read(bodies, body[1], where[1] if where else ""))
+        elif opcode in ("conditional", "call"):
+            listed = _BRANCHES.search(line)
+            called = re.findall(r"%([\w.-]+)", listed[1]) if listed else _CALLED.findall(line)
+            for part in (_read(bodies, one, scope) for one in called):
+                cycles += part.cycles
+                kernels += part.kernels
+                talk += part.talk
+                loops += part.loops
+        elif estimated := _CYCLES.search(line):
+            cycles += int(estimated[1])
+    return Loop(scope, cycles, tuple(kernels), tuple(talk), tuple(loops))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +96,23 @@ def start_compilation_cache() -> None:
         use_compilation_cache()
 
 
+@contextlib.contextmanager
+def kept_in(folder: str) -> Iterator[None]:
+    """Inside it, compiled programs are kept in this folder, whatever was chosen for the process."""
+    before = _folder()
+    limits = ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+    kept = {name: getattr(jax.config, name) for name in limits}
+    try:
+        for name in limits:
+            jax.config.update(name, 0)
+        _open(folder)
+        yield
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        _open(before)
+
+
 def _folder() -> str | None:
     found: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return found
@@ -112,7 +131,11 @@ def _keep(folder: str | Path) -> None:
 
 
 def _set(folder: str | None) -> None:
+    _open(folder)
+    _state["ours"] = folder
+
+
+def _open(folder: str | None) -> None:
     if _folder() not in (None, folder):
         compilation_cache.reset_cache()  # one that jax has opened stays open whatever the configuration says
     jax.config.update("jax_compilation_cache_dir", folder)
-    _state["ours"] = folder

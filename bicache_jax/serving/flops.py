@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig
@@ -170,10 +170,37 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
     return itemsize * (config.num_layers * layer + config.vocab_size * config.d_model)
 
 
+def summed_bytes(config: ModelConfig, job: Job, span: int, *, refresh: bool, itemsize: int) -> int:
+    """Bytes of a row's hidden states that a pass sums over the devices of a model that is split (`mesh: model=M`).
+
+    Each layer sums its attention's and its MLP's output, and the embedding is summed once; in a refresh the prefix is
+    among the tokens from the boundary's layer up to the last but one.
+
+    Args:
+        config: the architecture.
+        job: the row's run.
+        span: suffix tokens that the pass runs.
+        refresh: whether it refreshes the deep prefix KV.
+        itemsize: bytes per number.
+    """
+    tokens = span + 2 * config.num_layers * span
+    if refresh:
+        tokens += 2 * max(0, config.num_layers - 1 - job.boundary) * job.prefix
+    return tokens * config.d_model * itemsize
+
+
 def batch_seconds(
-    config: ModelConfig, job: Job, rows: int, *, peak: float, bandwidth: float = math.inf, itemsize: int = 4
+    config: ModelConfig,
+    job: Job,
+    rows: int,
+    *,
+    peak: float,
+    bandwidth: float = math.inf,
+    itemsize: int = 4,
+    published: bool = True,
+    sums: Callable[[float], float] = lambda nbytes: 0.0,
 ) -> float:
-    """Lower bound of the published algorithm's time for a batch: per step the larger of arithmetic and memory traffic.
+    """Lower bound of a batch's time: per step the larger of arithmetic and memory traffic, and then the links.
 
     Args:
         config: the architecture.
@@ -182,6 +209,8 @@ def batch_seconds(
         peak: operations per second.
         bandwidth: bytes per second; infinite: arithmetic only.
         itemsize: bytes per number.
+        published: count the algorithm as published instead of what this library runs.
+        sums: seconds that the devices of a split model take to sum so many bytes; nothing overlaps with it.
 
     Returns:
         Seconds.
@@ -189,10 +218,11 @@ def batch_seconds(
     kv = 2 * itemsize * config.num_kv_heads * config.head_dim * config.num_layers * (job.prefix + job.suffix)
     traffic = (weight_bytes(config, itemsize) + rows * kv) / bandwidth
     head = head_flops(config, job.block)
-    seconds = rows * _encoding(config, job, published=True) / peak
+    seconds = rows * _encoding(config, job, published=published) / peak
     for (refresh, span), count in job.passes().items():
-        flops = pass_flops(config, job, span, refresh=refresh, published=True) + head
+        flops = pass_flops(config, job, span, refresh=refresh, published=published) + head
         seconds += count * max(rows * flops / peak, traffic)
+        seconds += count * sums(rows * summed_bytes(config, job, span, refresh=refresh, itemsize=itemsize))
     return seconds
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from loops import taken_out
 
+from bicache_jax.kernels import prefix_attention
 from scripts import compile_kernels
 
 pytest.importorskip("libtpu")
@@ -27,6 +28,23 @@ def test_the_kernel_fits_into_vmem(topology: str, shape: tuple[str, int, int, in
     found = compile_kernels.kernel(topology, *shape[1:])
     assert 0 < found["vmem_bytes"] <= found["vmem_limit_bytes"]
     assert found["temp_bytes"] < MIB, "nothing large is re-laid in front of the kernel"
+
+
+def test_a_stack_of_prefixes_stays_where_it_is() -> None:
+    """Where it fits into vector memory beside the weights, the compiler would bring all of it there for every layer."""
+    sharding = jax.sharding.SingleDeviceSharding(compile_kernels.device("v5e"))
+    shapes = [(8, 8, 512, 128), *[(16, 1, 8, 1024, 128)] * 2, *[(8, 8, 512, 128)] * 2]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        valid = jnp.ones((8, 512), bool)
+        named = {"prefix_index": jnp.zeros(8, jnp.int32), "prefix_len": jnp.full((1,), 1024), "suffix_valid": valid}
+        return prefix_attention(*arrays, **named, layer=3, implementation="pallas_tpu")
+
+    text = jax.jit(run).lower(*arrays).compile().as_text()
+    (call,) = (line for line in text.splitlines() if "tpu_custom_call" in line)
+    held = re.findall(r'"operand_index":"\d+","color":"0"', call)
+    assert len(held) >= 2, "both stacks, whose color is that of HBM"
 
 
 def copies(hlo: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -109,6 +109,12 @@ def test_everything_measured_is_kept_when_it_is_killed(
     assert bicache["ratio_to_none"] > 0 and 0 < bicache["limit_share"] and bicache["rows"] == 2
     timed = [check for check in whole if check["part"] == "kernels" and check["facts"]]
     assert all(check["facts"]["seconds"] > 0 for check in timed) and len(timed) == 4
+    details = {check["name"].partition(":")[0]: check for check in whole if check["part"] == "details"}
+    assert list(details) == ["dispatch", "compilation", "profile"]
+    assert 0 < details["dispatch"]["facts"]["dispatch_s"] < 0.1
+    assert details["compilation"]["facts"]["cold_s"] > details["compilation"]["facts"]["warm_s"] > 0
+    profile = details["profile"]  # not where another test has loaded the TPU compiler
+    assert profile["status"] == "skipped" or profile["facts"]["operations"][0]["seconds"] > 0
 
     def killed(*args: Any) -> Any:
         raise KeyboardInterrupt
