@@ -7,12 +7,14 @@ What runs on the device are two programs, `encode` and `decode`; everything here
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -24,13 +26,14 @@ from bicache_jax.serving.compilation import start_compilation_cache
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import SECONDS, Frames
 from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
-from bicache_jax.serving.memory import Buffers, params_bytes
+from bicache_jax.serving.memory import Buffers, kept_bytes, params_bytes
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, rows_fitting
+from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.rounds import plan_rounds
 from bicache_jax.serving.stats import Counters, Stats
-from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.store import PrefixStore, RunPrefixes
 from bicache_jax.serving.warmup import Warmup, warm_up
 from bicache_jax.sharding import check_mesh
 from bicache_jax.wiring import backbone_here, device_memory
@@ -41,10 +44,10 @@ class Engine:
 
     A request gets the same tokens wherever its prefix is the same: they do not depend on neighbours, padding, order or
     batch size (with `batch_boundary="min"` they do, through the boundary). The prefix of a request is its own where it
-    has one: its `prefix_len`, all messages but the last user message, the whole prompt for several samples. Where it
-    has none, `CacheConfig.prefix_detection` decides: with `auto` it is what the request shares with the other requests
-    of the same call, and another call may give another one; with `messages` or `off` there is none, and so a request
-    gets the same tokens alone and in any call.
+    has one: its `prefix_len`, all messages but the last user message, the whole prompt for several samples, the longest
+    prefix added to `prefixes` that its prompt begins with. Where it has none, `CacheConfig.prefix_detection` decides:
+    with `auto` it is what the request shares with the other requests of the same call, and another call may give
+    another one; with `messages` or `off` there is none, and so a request gets the same tokens alone and in any call.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         batch_size: int | None = None,
         attention: str = "auto",
         mesh: Mesh | None = None,
+        prefix_cache_bytes: int | None = None,
     ) -> None:
         """Makes an engine.
 
@@ -69,15 +73,20 @@ class Engine:
             attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
             mesh: mesh `("data", "model")` to run on (`bicache_jax.sharding.make_mesh`); None: the default device. A
                 model that was not loaded onto it is cut here.
+            prefix_cache_bytes: bytes on a device in which encoded prefixes are kept from call to call; 0 keeps none;
+                None: a sixteenth of the device's memory or what the model leaves of it, 256 MiB where the platform does
+                not say how much there is. It changes no result.
 
         Raises:
             TypeError: an argument is of another type.
             BicacheError: there is no boundary table for the model, the boundary is deeper than the model, the
                 implementation of attention does not run here, or the mesh has other axes.
         """
-        _check_types(model, cache, sampling, batch_size, attention, mesh)
+        _check_types(model, cache, sampling, batch_size, attention, mesh, prefix_cache_bytes)
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
+        if prefix_cache_bytes is not None and prefix_cache_bytes < 0:
+            raise BicacheError(f"prefix_cache_bytes must be >= 0, got {prefix_cache_bytes}")
         start_compilation_cache()
         self.model = model
         self.cache = cache or CacheConfig()
@@ -88,10 +97,19 @@ class Engine:
         params = placement.params(model.params, backbone.axes)
         self._counters = Counters()
         self._executor = Executor(model, self.cache, placement, backbone, params, self._counters)
+        if prefix_cache_bytes is None:
+            prefix_cache_bytes = kept_bytes(device_memory(placement.devices), params_bytes(params))
+        self._store = PrefixStore(prefix_cache_bytes)
+        self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._boundary_of = self._boundary_rule()
 
     def __repr__(self) -> str:
         return f"Engine({self.model!r}, policy={self.cache.policy!r}, batch_size={self.batch_size})"
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """The prefixes that are kept from call to call, and those that were added."""
+        return self._prefixes
 
     @property
     def stats(self) -> Stats:
@@ -221,7 +239,29 @@ class Engine:
         if prompt_len is not None:
             length: dict[str, Any] = {} if gen_length is None else {"gen_length": gen_length}
             shape = {"prompt_ids": [0] * prompt_len, "prefix_len": prefix_len, "n": rows, **length}
-        return warm_up(self._executor, self.plan(shape if requests is None else requests, sampling=sampling))
+        plan = self.plan(shape if requests is None else requests, sampling=sampling)
+        return warm_up(self._executor, plan, self._store)
+
+    def update_params(self, params: Any) -> None:
+        """Uses other weights of the same model from now on, as a training loop makes them, and forgets all encodings.
+
+        Args:
+            params: as `Model.params`: the same tree, shapes and dtypes.
+
+        Raises:
+            ValueError: something about them differs.
+        """
+        trees: list[Any] = [jax.tree.structure(tree) for tree in (self.model.params, params)]
+        mine, theirs = jax.tree.leaves(self.model.params), jax.tree.leaves(params)
+        if trees[0] != trees[1] or any(
+            (a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(mine, theirs, strict=True)
+        ):
+            raise ValueError("params must have the tree, shapes and dtypes of the model's own")
+        self.model = dataclasses.replace(self.model, params=params)
+        executor = self._executor
+        placed = executor.placement.params(params, executor.backbone.axes)
+        self._executor = dataclasses.replace(executor, model=self.model, params=placed)
+        self._store.forget()
 
     def parser(self, sampling: Settings = None) -> Parser:
         """What makes requests of objects; `sampling` as in `generate`."""
@@ -264,6 +304,7 @@ class Engine:
                 min_prefix=self.cache.min_prefix,
                 min_suffix=self.model.config.shifted,
                 detection=self.cache.prefix_detection,
+                added=self._prefixes.added,
             )
         rows = []
         for request, prefix_len in zip(requests, lengths, strict=True):
@@ -277,11 +318,15 @@ class Engine:
         config, found = self.model.config, self._rows(requests)
         dtype, weights = jnp.dtype(params["embed"].dtype), params_bytes(params)
         partition, device = placement.partition, device_memory(placement.devices)
+        if device is not None:
+            device = dataclasses.replace(device, nbytes=max(0, device.nbytes - self._store.budget))
         fitting = None if device is None else rows_fitting(found, partition, weights, device, self.cache, dtype)
         rounds = plan_rounds(
             config, self.cache, found, shards=placement.shards, batch_size=self.batch_size, rows_of=fitting
         )
         buffers = Buffers.of(rounds, config.num_layers)
+        if any(row.prefix_len for row in found):
+            buffers = self._store.sized(buffers)
         return Plan(config, dtype, self.cache, tuple(rounds), buffers, partition.local, weights, device)
 
     def _answer(
@@ -293,10 +338,13 @@ class Engine:
                 yield place, entry.sample, entry
         places = {id(entry): place for place, entry in enumerate(entries)}
         plan = self._plan([entry for entry in entries if isinstance(entry, Request)])
-        store = PrefixStore(plan)
-        for batches in plan.rounds:
-            for row, result in self._executor.run(batches, plan, store, frames):
-                yield places[id(row.request)], row.sample, result
+        prefixes = RunPrefixes(plan, self._store)
+        try:
+            for batches in plan.rounds:
+                for row, result in self._executor.run(batches, plan, prefixes, frames):
+                    yield places[id(row.request)], row.sample, result
+        finally:
+            prefixes.close()
 
 
 def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContextManager[Any]:
@@ -307,7 +355,9 @@ def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContext
     return tqdm(total=total, unit="result", disable=not shown)
 
 
-def _check_types(model: Any, cache: Any, sampling: Any, batch_size: Any, attention: Any, mesh: Any) -> None:
+def _check_types(
+    model: Any, cache: Any, sampling: Any, batch_size: Any, attention: Any, mesh: Any, prefix_cache_bytes: Any
+) -> None:
     """Says which argument of an engine is of a wrong type, and what to give.
 
     Raises:
@@ -321,6 +371,7 @@ def _check_types(model: Any, cache: Any, sampling: Any, batch_size: Any, attenti
         ("sampling", sampling, SamplingConfig | None, "a SamplingConfig"),
         ("batch_size", batch_size, int | None, "an integer"),
         ("attention", attention, str, f"one of {', '.join(ATTENTION)}"),
+        ("prefix_cache_bytes", prefix_cache_bytes, int | None, "an integer"),
         ("mesh", mesh, Mesh | None, "a jax.sharding.Mesh, from bicache_jax.sharding.make_mesh"),
     )
     for name, value, kinds, words in wanted:

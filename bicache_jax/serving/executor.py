@@ -27,7 +27,7 @@ from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall, EncodeCall
 from bicache_jax.serving.rounds import Round
 from bicache_jax.serving.stats import Counters
-from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.store import RunPrefixes
 from bicache_jax.serving.texts import read_text
 
 
@@ -55,7 +55,7 @@ class Executor:
         self,
         batches: Round,
         plan: Plan,
-        store: PrefixStore,
+        prefixes: RunPrefixes,
         frames: Frames | None = None,
         *,
         compile_only: bool = False,
@@ -65,7 +65,7 @@ class Executor:
         Args:
             batches: the round.
             plan: the run that it is of.
-            store: prefixes that are encoded already.
+            prefixes: the run's prefixes, encoded or not yet.
             frames: how often to look at the canvases; None: at the end.
             compile_only: call every program, and make no step: the results are empty canvases.
 
@@ -74,7 +74,7 @@ class Executor:
         """
         started = time.perf_counter()
         call, placement = DecodeCall(plan, batches), self.placement
-        prefixes = self._prefixes(batches, plan, store)
+        cache = self._prefixes(batches, plan, prefixes)
         rows = placement.rows([call.rows(batch) for batch in batches])
         decoding = placement.decoding([call.decoding(batch) for batch in batches])
         state = placement.state(rows, **call.state_sizes)
@@ -83,7 +83,7 @@ class Executor:
                 state = decode(
                     self.backbone,
                     self.params,
-                    prefixes,
+                    cache,
                     state,
                     decoding,
                     jnp.asarray(0 if compile_only else frames.steps if frames else NO_LIMIT, jnp.int32),
@@ -121,28 +121,28 @@ class Executor:
         found = self.placement.read([getattr(rows, name) for name in names])
         return {shard: dict(zip(names, values, strict=True)) for shard, values in found.items()}
 
-    def _prefixes(self, batches: Round, plan: Plan, store: PrefixStore) -> PrefixCache:
+    def _prefixes(self, batches: Round, plan: Plan, known: RunPrefixes) -> PrefixCache:
         """The round's prefixes as one cache; each is encoded when it is first needed and kept for its last round."""
         groups, length, _, _ = plan.shape(*batches)
         placement, num_layers = self.placement, self.model.config.num_layers
-        for prefixes in store.missing(batches, length):
-            pieces = placement.split(self._encode(prefixes, plan, store, length))
+        for prefixes in known.missing(batches, length):
+            used = [known.boundaries(shard, length, prefix) if prefix else [] for shard, prefix in enumerate(prefixes)]
+            pieces = placement.split(self._encode(prefixes, plan, used, length))
             for shard, prefix in enumerate(prefixes):
                 if prefix is not None:
-                    store.put(shard, length, prefix, pieces[shard])
+                    known.put(shard, length, prefix, pieces[shard], used[shard])
             self.counters.add(prefixes_encoded=sum(map(bool, prefixes)), prefix_hits=-sum(map(bool, prefixes)))
         cached = [batch for batch in batches for row in batch.rows if row.prefix_len]
         self.counters.add(prefix_hits=sum(1 + batch.guided for batch in cached))
-        caches = tuple(map(placement.assemble, store.columns(batches, length, groups)))
-        store.release(batches, length)
+        caches = tuple(map(placement.assemble, known.columns(batches, length, groups)))
+        known.release(batches, length)
         boundary = [np.asarray([clamp_boundary(batch.boundary, num_layers)], np.int32) for batch in batches]
         return join_prefixes(caches, placement.put(boundary), mesh=placement.mesh)
 
     def _encode(
-        self, prefixes: Sequence[tuple[int, ...] | None], plan: Plan, store: PrefixStore, length: int
+        self, prefixes: Sequence[tuple[int, ...] | None], plan: Plan, used: Sequence[Sequence[int]], length: int
     ) -> PrefixCache:
-        """Encodes a prefix on every data shard, `length` tokens long, for the boundaries that its rows use."""
-        used = [store.boundaries(prefix) if prefix else () for prefix in prefixes]
+        """Encodes a prefix on every data shard, padded to `length` tokens, for the boundaries that it is used at."""
         call, placement = EncodeCall(plan, prefixes, used, length), self.placement
         ids, lengths, slots = zip(*map(call.shard, range(len(prefixes))), strict=True)
         return encode(

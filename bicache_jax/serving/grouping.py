@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, pairwise
 from typing import Literal
 
@@ -91,15 +91,21 @@ def _shared(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def detect_prefixes(
-    requests: Sequence[Request], *, min_prefix: int, min_suffix: int, detection: PrefixDetection = "auto"
+    requests: Sequence[Request],
+    *,
+    min_prefix: int,
+    min_suffix: int,
+    detection: PrefixDetection = "auto",
+    added: Collection[tuple[int, ...]] = (),
 ) -> list[int]:
     """Finds the shared prefix of each request.
 
-    A given `prefix_len` is kept. A request for several samples uses its whole prompt as prefix. The other prompts are
-    sorted, and the common prefixes of neighbours form a tree. Starting at the root, a request takes the first prefix of
-    at least `min_prefix` tokens that it shares with another request, and then each longer one that is at least `DEEPER`
-    times as long. So a document after a common instruction gets its own encoding, and two questions that happen to
-    begin with the same words do not. The result depends on the set of prompts, not on their order.
+    A given `prefix_len` is kept. A request for several samples uses its whole prompt as prefix, and one whose prompt
+    begins with an added prefix the longest of these. The other prompts are sorted, and the common prefixes of
+    neighbours form a tree. Starting at the root, a request takes the first prefix of at least `min_prefix` tokens that
+    it shares with another request, and then each longer one that is at least `DEEPER` times as long. So a document
+    after a common instruction gets its own encoding, and two questions that happen to begin with the same words do not.
+    The result depends on the set of prompts, not on their order.
 
     Args:
         requests: all requests of a run.
@@ -107,11 +113,13 @@ def detect_prefixes(
         min_suffix: prompt tokens that must stay out of the prefix (1 for families that shift logits).
         detection: `messages` ignores what requests share with each other; `off` also ignores prefixes that follow from
             messages or from several samples, so a prefix depends only on its own request.
+        added: prefixes of which a request takes the longest that its prompt begins with.
 
     Returns:
         Prefix length of each request, 0 for none.
     """
     lengths = [0] * len(requests)
+    known, sizes = set(added), sorted({len(prefix) for prefix in added}, reverse=True)
     undecided = []
     for index, request in enumerate(requests):
         most = max(0, len(request.prompt_ids) - min_suffix)
@@ -119,6 +127,8 @@ def detect_prefixes(
             lengths[index] = min(request.prefix_len, most)
         elif request.n > 1 and detection != "off":
             lengths[index] = most
+        elif longest := next((size for size in sizes if size <= most and request.prompt_ids[:size] in known), 0):
+            lengths[index] = longest
         elif detection == "auto":
             undecided.append(index)
     # Sorting big-endian bytes is fast and gives the same order, since ids are never negative.

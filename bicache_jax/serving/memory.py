@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import count_bucket, layer_bucket
 from bicache_jax.core.config import ModelConfig
-from bicache_jax.core.device import Copies
+from bicache_jax.core.device import Copies, DeviceMemory
 from bicache_jax.serving.rounds import Round
 from bicache_jax.sharding import MODEL, Partition, param_specs
 from bicache_jax.wiring import abstract_params, backbone_for
@@ -21,7 +21,24 @@ from bicache_jax.wiring import abstract_params, backbone_for
 RESERVE = 0.92
 """Largest share of a device's memory that a plan uses; the rest is for programs, fragmentation and estimation error."""
 
+KEPT_SHARE = 1 / 16
+"""Share of a device's memory, at most, in which encoded prefixes are kept between runs."""
+KEPT_ELSEWHERE = 2**28
+"""Bytes for them where the platform does not say how much memory there is, as on CPUs."""
+
 _PLAIN = Copies()
+
+
+def kept_bytes(device: DeviceMemory | None, weights: int) -> int:
+    """Bytes in which an engine keeps encoded prefixes between runs, where it is not told.
+
+    Args:
+        device: memory of a device; None if unknown.
+        weights: bytes of the parameters on it.
+    """
+    if device is None:
+        return KEPT_ELSEWHERE
+    return int(max(0, min(KEPT_SHARE * device.nbytes, (RESERVE * device.nbytes - weights) / 4)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Piece:
         leaves: for each field of the cache, the arrays of the shard's devices that this process holds.
     """
 
-    leaves: tuple[tuple[Array, ...], ...]
+    leaves: tuple[tuple[Any, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)

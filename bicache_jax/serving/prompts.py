@@ -61,7 +61,7 @@ def chat_prompt(value: Any, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...
     user = [index for index, message in enumerate(messages) if message["role"] == "user"]
     others = [message for index, message in enumerate(messages) if not user or index != user[-1]]
     try:
-        return ids, _shared(ids, tokenizer.chat_ids(others, generate=False)) if others else None
+        return ids, shared_length(ids, tokenizer.chat_ids(others, generate=False)) if others else None
     except ValueError:  # a template may require a user message
         return ids, None
 
@@ -90,6 +90,7 @@ def _part(part: Any, where: str) -> str:
     return str(part["text"])
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that both begin with."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((index for index, (x, y) in pairs if x != y), min(len(a), len(b)))

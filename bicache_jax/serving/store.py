@@ -1,25 +1,224 @@
-"""Caches of encoded prefixes, each kept from its first batch to its last. The engine's only mutable state."""
+"""The prefix store: encoded prefixes, kept from call to call within a budget. The engine's only mutable state.
+
+An entry is a data shard's part of one prefix's encoding. It is found by the tokens themselves, compared, and by the
+sizes of its arrays; it serves rows of the boundaries that it was encoded for. Under full attention the encoding of a
+longer prefix is not that of a shorter one, so nothing but the same tokens is a hit.
+
+What is in the store never changes a result, only how soon it is there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import jax
 
 from bicache_jax.core.boundary import clamp_boundary
+from bicache_jax.serving.flops import encode_flops
+from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.rounds import Round
 
 Prefix = tuple[int, ...]
 
+MOST_SLOTS = 4
+"""Boundaries for which the store asks that a prefix keep its hidden states, where calls differ in theirs."""
+
+
+class Key(NamedTuple):
+    """What an entry is found by.
+
+    Attributes:
+        shard: the data shard on whose devices it lies.
+        tokens: the prefix.
+        length: P, to which it is padded.
+        layers: layers of KV that its arrays have room for.
+        slots: boundaries whose hidden states they have room for.
+    """
+
+    shard: int
+    tokens: Prefix
+    length: int
+    layers: int
+    slots: int
+
+
+@dataclasses.dataclass
+class _Entry:
+    piece: Piece
+    boundaries: frozenset[int]
+    nbytes: int
+    worth: float  # operations that encoding it takes, per byte
+    priority: float = 0.0
+    users: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixStats:
+    """What a prefix store has done so far.
+
+    Attributes:
+        entries: encodings in the store; on a mesh, of all data shards.
+        nbytes: their bytes on this process's devices.
+        budget: bytes that it may keep while nothing runs.
+        hits: encodings that a run found.
+        misses: encodings that a run had to make.
+        evictions: encodings that were dropped to stay within the budget.
+        flops_saved: operations of the encodings that were found.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    budget: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    flops_saved: float = 0.0
+
 
 class PrefixStore:
-    """Prefixes of a run by data shard; a shard only holds the prefixes that its own rows use."""
+    """Encoded prefixes within a budget of bytes.
 
-    def __init__(self, plan: Plan) -> None:
-        self._pieces: dict[tuple[int, int, Prefix], Piece] = {}
-        self._uses: Counter[tuple[int, int, Prefix]] = Counter()
+    What a run uses stays until it is done with it, whatever the budget. Of the rest, the least valuable goes first: by
+    operations saved per byte, and by how long ago it was used (GreedyDual-Size, Cao and Irani 1997).
+    """
+
+    def __init__(self, budget: int) -> None:
+        """Begins empty; `budget` in bytes, 0 keeps nothing between runs."""
+        self._budget = budget
+        self._entries: dict[Key, _Entry] = {}
+        self._pinned: set[Prefix] = set()
+        self._age = 0.0
+        self._stats = PrefixStats(budget=budget)
+        self._layers, self._slots = 0, 1
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, tokens: object) -> bool:
+        return any(key.tokens == tokens for key in self._entries)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that it may keep while nothing runs."""
+        return self._budget
+
+    @property
+    def stats(self) -> PrefixStats:
+        """The counts so far."""
+        nbytes = sum(entry.nbytes for entry in self._entries.values())
+        return dataclasses.replace(self._stats, entries=len(self._entries), nbytes=nbytes)
+
+    def sized(self, buffers: Buffers) -> Buffers:
+        """The buffers of a run, at least as large as those of earlier ones, so that it finds what they left."""
+        return dataclasses.replace(
+            buffers, shallow=max(buffers.shallow, self._layers), slots=max(buffers.slots, self._slots)
+        )
+
+    def pin(self, tokens: Prefix) -> None:
+        """Keeps a prefix, once it is encoded, whatever the budget."""
+        self._pinned.add(tokens)
+
+    def unpin(self, tokens: Prefix) -> None:
+        """Lets it go when the budget asks for it."""
+        self._pinned.discard(tokens)
+        self._shrink()
+
+    def drop(self, tokens: Prefix) -> int:
+        """Drops the encodings of a prefix, except for what a run is using; returns how many that were."""
+        return self._remove([key for key in self._entries if key.tokens == tokens])
+
+    def clear(self) -> None:
+        """Drops all encodings, except for what a run is using."""
+        self._remove(list(self._entries))
+
+    def forget(self) -> None:
+        """Drops all encodings at once, since they are of other weights; what runs with some keeps its own."""
+        self._entries.clear()
+
+    def get(self, key: Key, boundaries: Collection[int]) -> Piece | None:
+        """An entry that serves all these boundaries, which then counts as used until `done`; None if there is none."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.boundaries.issuperset(boundaries):
+            self._count(misses=1)
+            return None
+        entry.users += 1
+        entry.priority = self._age + entry.worth
+        self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
+        return entry.piece
+
+    def known(self, key: Key) -> frozenset[int]:
+        """The boundaries that an entry serves; none if there is none."""
+        entry = self._entries.get(key)
+        return frozenset() if entry is None else entry.boundaries
+
+    def put(self, key: Key, piece: Piece, boundaries: Collection[int], flops: float) -> None:
+        """Adds an entry, in use until `done`; it replaces one of the same key.
+
+        Args:
+            key: what it is found by.
+            piece: the encoding.
+            boundaries: boundaries that it serves.
+            flops: operations that it took.
+        """
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(piece.leaves))
+        before = self._entries.get(key)
+        worth = flops / max(1, nbytes)
+        users = 1 + (before.users if before is not None else 0)
+        self._entries[key] = _Entry(piece, frozenset(boundaries), nbytes, worth, self._age + worth, users)
+        self._layers = max(self._layers, key.layers)
+
+    def want_slots(self, count: int) -> None:
+        """Asks that runs to come keep hidden states of so many boundaries of a prefix."""
+        self._slots = max(self._slots, min(count, MOST_SLOTS))
+
+    def done(self, key: Key) -> None:
+        """Ends one use of an entry."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.users = max(0, entry.users - 1)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Drops entries until the rest is within the budget."""
+        kept = sum(entry.nbytes for entry in self._entries.values() if not entry.users)
+        while kept > self._budget:
+            loose = [
+                (entry.priority, key)
+                for key, entry in self._entries.items()
+                if not entry.users and key.tokens not in self._pinned
+            ]
+            if not loose:
+                return
+            priority, key = min(loose, key=lambda one: one[0])
+            self._age = max(self._age, priority)
+            kept -= self._entries.pop(key).nbytes
+            self._count(evictions=1)
+
+    def _remove(self, keys: Iterable[Key]) -> int:
+        free = [key for key in keys if not self._entries[key].users]
+        for key in free:
+            del self._entries[key]
+        return len(free)
+
+    def _count(self, **more: float) -> None:
+        now: dict[str, Any] = {name: getattr(self._stats, name) + value for name, value in more.items()}
+        self._stats = dataclasses.replace(self._stats, **now)
+
+
+class RunPrefixes:
+    """The prefixes of one run: each found or encoded at its first batch, and in use up to its last one."""
+
+    def __init__(self, plan: Plan, store: PrefixStore) -> None:
+        """Nothing is encoded yet."""
+        self._plan, self._store = plan, store
+        self._pieces: dict[Key, Piece] = {}
+        self._uses: Counter[Key] = Counter()
         self._boundaries: dict[Prefix, set[int]] = {}
         for batches in plan.rounds:
             self._uses.update(self._keys(batches, plan.shape(*batches)[1]))
@@ -28,39 +227,68 @@ class PrefixStore:
                     used = self._boundaries.setdefault(prefix, set())
                     used.add(clamp_boundary(batch.boundary, plan.config.num_layers))
 
-    @staticmethod
-    def _keys(batches: Round, length: int) -> list[tuple[int, int, Prefix]]:
-        return [(shard, length, prefix) for shard, batch in enumerate(batches) for prefix in batch.prefixes]
+    def _key(self, shard: int, length: int, prefix: Prefix) -> Key:
+        return Key(shard, prefix, length, self._plan.buffers.shallow, self._plan.buffers.slots)
 
-    def boundaries(self, prefix: Prefix) -> list[int]:
-        """Boundaries at which the prefix is used in this run."""
-        return sorted(self._boundaries[prefix])
+    def _keys(self, batches: Round, length: int) -> list[Key]:
+        return [self._key(shard, length, prefix) for shard, batch in enumerate(batches) for prefix in batch.prefixes]
+
+    def boundaries(self, shard: int, length: int, prefix: Prefix) -> list[int]:
+        """Boundaries to encode a prefix for: those of this run, and those of earlier ones where there is room."""
+        used = set(self._boundaries[prefix])
+        earlier = self._store.known(self._key(shard, length, prefix)) - used
+        if earlier:
+            self._store.want_slots(len(used | earlier))
+        room = self._plan.buffers.slots - len(used)
+        return sorted(used | set(sorted(earlier)[: max(0, room)]))
 
     def missing(self, batches: Round, length: int) -> list[tuple[Prefix | None, ...]]:
         """Prefixes to encode for a round, one per shard at a time; None for a shard that needs no more."""
-        lacking = [
-            [prefix for prefix in batch.prefixes if (shard, length, prefix) not in self._pieces]
-            for shard, batch in enumerate(batches)
-        ]
+        lacking = []
+        for shard, batch in enumerate(batches):
+            of_shard = []
+            for prefix in batch.prefixes:
+                key = self._key(shard, length, prefix)
+                if key in self._pieces:
+                    continue
+                found = self._store.get(key, self._boundaries[prefix]) if prefix else None
+                if found is None:
+                    of_shard.append(prefix)
+                else:
+                    self._pieces[key] = found
+            lacking.append(of_shard)
         return list(zip_longest(*lacking))
 
-    def put(self, shard: int, length: int, prefix: Prefix, piece: Piece) -> None:
+    def put(self, shard: int, length: int, prefix: Prefix, piece: Piece, boundaries: Collection[int]) -> None:
         """Keeps a shard's part of an encoding."""
-        self._pieces[shard, length, prefix] = piece
+        key = self._key(shard, length, prefix)
+        self._pieces[key] = piece
+        if prefix:
+            flops = encode_flops(self._plan.config, len(prefix), max(boundaries))
+            self._store.put(key, piece, boundaries, flops)
 
     def columns(self, batches: Round, length: int, groups: int) -> list[Sequence[Piece]]:
         """The round's prefixes as `groups` caches of one prefix per shard; a shard with fewer repeats its first."""
         return [
             [
-                self._pieces[shard, length, batch.prefixes[number if number < len(batch.prefixes) else 0]]
+                self._pieces[self._key(shard, length, batch.prefixes[number if number < len(batch.prefixes) else 0])]
                 for shard, batch in enumerate(batches)
             ]
             for number in range(groups)
         ]
 
     def release(self, batches: Round, length: int) -> None:
-        """Drops the prefixes that no later round uses."""
+        """Ends the use of prefixes that no later round needs."""
         for key in self._keys(batches, length):
             self._uses[key] -= 1
             if not self._uses[key]:
-                del self._pieces[key]
+                self._end(key)
+
+    def close(self) -> None:
+        """Ends all uses, where a run is given up."""
+        for key in list(self._pieces):
+            self._end(key)
+
+    def _end(self, key: Key) -> None:
+        if self._pieces.pop(key, None) is not None and key.tokens:
+            self._store.done(key)

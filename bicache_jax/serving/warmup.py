@@ -9,7 +9,7 @@ from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.rounds import program_key
 from bicache_jax.serving.stats import Counters
-from bicache_jax.serving.store import PrefixStore
+from bicache_jax.serving.store import PrefixStore, RunPrefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Warmup:
     seconds: float
 
 
-def warm_up(executor: Executor, plan: Plan) -> Warmup:
+def warm_up(executor: Executor, plan: Plan, store: PrefixStore) -> Warmup:
     """Compiles what a plan needs.
 
     Each program of a run is called as the run calls it, prefixes are encoded, and the decoding loop ends before its
@@ -37,6 +37,7 @@ def warm_up(executor: Executor, plan: Plan) -> Warmup:
     Args:
         executor: what runs the plan; its counts do not change.
         plan: the plan.
+        store: where its prefixes are kept.
     """
     executor = dataclasses.replace(executor, counters=Counters())
     compiled, done, shapes = CompileCounter(), set(), []
@@ -48,6 +49,8 @@ def warm_up(executor: Executor, plan: Plan) -> Warmup:
         done.add(key)
         shapes.append(shape)
         alone = dataclasses.replace(plan, rounds=(batches,))
-        for _ in executor.run(batches, alone, PrefixStore(alone), compile_only=True):
+        prefixes = RunPrefixes(alone, store)
+        for _ in executor.run(batches, alone, prefixes, compile_only=True):
             pass
+        prefixes.close()
     return Warmup(tuple(shapes), compiled.count, compiled.seconds)
