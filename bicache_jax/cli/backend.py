@@ -45,9 +45,16 @@ def open_session(
         cache = with_table(args, cache, table, model)
     if args.early_stop is None:  # a text ends there; token ids without one are taken whole
         sampling = dataclasses.replace(sampling, early_stop=model.tokenizer is not None)
-    return Session(
-        model, cache=cache, sampling=sampling, batch_size=args.batch_size, attention=args.attention, mesh=mesh
-    )
+    with flag_named("prefix_cache_dir", "--prefix-cache"):
+        return Session(
+            model,
+            cache=cache,
+            sampling=sampling,
+            batch_size=args.batch_size,
+            attention=args.attention,
+            mesh=mesh,
+            prefix_cache_dir=args.prefix_cache_dir,
+        )
 
 
 def with_table(args: argparse.Namespace, cache: CacheConfig, table: BoundaryTable, model: Model) -> CacheConfig:

@@ -195,6 +195,13 @@ def add_running_arguments(parser: Parser) -> None:
         metavar="data=D,model=M",
         help="devices to run on: D batches at a time, each model cut over M devices (default: one device)",
     )
+    running.add_argument(
+        "--prefix-cache",
+        dest="prefix_cache_dir",
+        metavar="DIR",
+        help="where encoded prefixes outlive the run: later and other processes of the same model and kind of device"
+        " take them from there, for the same tokens (default: none)",
+    )
     backend.add_attention_flag(running)
     backend.add_compilation_flags(running)
     running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")

@@ -165,8 +165,12 @@ def from_flags(make: Callable[..., C], **fields: Any) -> C:
 
 
 @contextmanager
-def flag_named(name: str) -> Iterator[None]:
+def flag_named(name: str, flag: str | None = None) -> Iterator[None]:
     """Says complaints that begin with the name of an argument in the words of the command line.
+
+    Args:
+        name: the argument.
+        flag: its flag, where that has another name.
 
     Raises:
         BicacheError: what was raised inside, the argument named as a flag.
@@ -176,7 +180,7 @@ def flag_named(name: str) -> Iterator[None]:
     except BicacheError as error:
         if not str(error).startswith(f"{name} "):
             raise
-        raise BicacheError(f"--{error}") from None
+        raise BicacheError(f"{flag or '--' + name}{str(error)[len(name) :]}") from None
 
 
 def warn(message: str) -> None:

@@ -29,6 +29,7 @@ from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.serving.memory import Buffers, kept_bytes, params_bytes
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, rows_fitting
+from bicache_jax.serving.prefix_files import PrefixFiles
 from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.rounds import plan_rounds
@@ -60,6 +61,8 @@ class Engine:
         attention: str = "auto",
         mesh: Mesh | None = None,
         prefix_cache_bytes: int | None = None,
+        prefix_cache_dir: str | Path | None = None,
+        namespace: str = "",
     ) -> None:
         """Makes an engine.
 
@@ -76,13 +79,16 @@ class Engine:
             prefix_cache_bytes: bytes on a device in which encoded prefixes are kept from call to call; 0 keeps none;
                 None: a sixteenth of the device's memory or what the model leaves of it, 256 MiB where the platform does
                 not say how much there is. It changes no result.
+            prefix_cache_dir: folder in which they also outlive the process, and other processes find them.
+            namespace: encodings in that folder are only used by engines of the same namespace.
 
         Raises:
             TypeError: an argument is of another type.
             BicacheError: there is no boundary table for the model, the boundary is deeper than the model, the
-                implementation of attention does not run here, or the mesh has other axes.
+                implementation of attention does not run here, the mesh has other axes, or `prefix_cache_dir` cannot be
+                written, or goes with a mesh or a model without a fingerprint.
         """
-        _check_types(model, cache, sampling, batch_size, attention, mesh, prefix_cache_bytes)
+        _check_types(model, cache, sampling, batch_size, attention, mesh, prefix_cache_bytes, namespace)
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
         if prefix_cache_bytes is not None and prefix_cache_bytes < 0:
@@ -99,7 +105,7 @@ class Engine:
         self._executor = Executor(model, self.cache, placement, backbone, params, self._counters)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = kept_bytes(device_memory(placement.devices), params_bytes(params))
-        self._store = PrefixStore(prefix_cache_bytes)
+        self._store = PrefixStore(prefix_cache_bytes, self._files(prefix_cache_dir, namespace))
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._boundary_of = self._boundary_rule()
 
@@ -267,6 +273,24 @@ class Engine:
         """What makes requests of objects; `sampling` as in `generate`."""
         return Parser(self.model.config, self.model.tokenizer, settings(sampling, self.sampling), self.cache)
 
+    def _files(self, folder: str | Path | None, namespace: str) -> PrefixFiles | None:
+        """Where encodings outlive the process."""
+        if folder is None:
+            return None
+        placement = self._executor.placement
+        if placement.mesh is not None:
+            raise BicacheError("prefix_cache_dir is for one device, and there is a mesh: leave one of them out")
+        if not self.model.fingerprint:
+            raise BicacheError("prefix_cache_dir needs a model with a fingerprint, as load_model gives it")
+        identity = {
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.params["embed"].dtype),
+            "device": placement.devices[0].device_kind,
+            "attention": repr(self._executor.backbone.attention),
+            "namespace": namespace,
+        }
+        return PrefixFiles(folder, identity)
+
     def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
         return admit(asked, self.parser(sampling), errors=errors)
 
@@ -356,7 +380,14 @@ def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContext
 
 
 def _check_types(
-    model: Any, cache: Any, sampling: Any, batch_size: Any, attention: Any, mesh: Any, prefix_cache_bytes: Any
+    model: Any,
+    cache: Any,
+    sampling: Any,
+    batch_size: Any,
+    attention: Any,
+    mesh: Any,
+    prefix_cache_bytes: Any,
+    namespace: Any,
 ) -> None:
     """Says which argument of an engine is of a wrong type, and what to give.
 
@@ -371,6 +402,7 @@ def _check_types(
         ("sampling", sampling, SamplingConfig | None, "a SamplingConfig"),
         ("batch_size", batch_size, int | None, "an integer"),
         ("attention", attention, str, f"one of {', '.join(ATTENTION)}"),
+        ("namespace", namespace, str, "a string"),
         ("prefix_cache_bytes", prefix_cache_bytes, int | None, "an integer"),
         ("mesh", mesh, Mesh | None, "a jax.sharding.Mesh, from bicache_jax.sharding.make_mesh"),
     )

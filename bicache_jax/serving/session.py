@@ -41,12 +41,19 @@ class Session:
         batch_size: int | None = None,
         attention: str = "auto",
         mesh: Mesh | None = None,
+        prefix_cache_dir: str | None = None,
     ) -> None:
         """Makes an engine; arguments and errors as `bicache_jax.Engine`."""
         if cache.policy == "bicache" and cache.boundary == "auto" and cache.table is None:
             cache = dataclasses.replace(cache, table=model.boundaries)  # a journal names what was used
         self._engine = Engine(
-            model, cache=cache, sampling=sampling, batch_size=batch_size, attention=attention, mesh=mesh
+            model,
+            cache=cache,
+            sampling=sampling,
+            batch_size=batch_size,
+            attention=attention,
+            mesh=mesh,
+            prefix_cache_dir=prefix_cache_dir,
         )
         self._parser = self._engine.parser()
 

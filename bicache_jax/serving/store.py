@@ -13,11 +13,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from bicache_jax.core.boundary import clamp_boundary
+from bicache_jax.core.config import ModelConfig
 from bicache_jax.serving.flops import encode_flops
 from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Piece
@@ -67,6 +68,7 @@ class PrefixStats:
         nbytes: their bytes on this process's devices.
         budget: bytes that it may keep while nothing runs.
         hits: encodings that a run found.
+        disk_hits: those of them that it found on disk.
         misses: encodings that a run had to make.
         evictions: encodings that were dropped to stay within the budget.
         flops_saved: operations of the encodings that were found.
@@ -76,9 +78,23 @@ class PrefixStats:
     nbytes: int = 0
     budget: int = 0
     hits: int = 0
+    disk_hits: int = 0
     misses: int = 0
     evictions: int = 0
     flops_saved: float = 0.0
+
+
+@runtime_checkable
+class Files(Protocol):
+    """Where encodings are kept on disk (`bicache_jax.serving.prefix_files`)."""
+
+    def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int]] | None:
+        """An encoding that serves these boundaries, and all that it serves; None if there is none."""
+        ...
+
+    def save(self, key: Key, piece: Piece, boundaries: Collection[int]) -> None:
+        """Keeps an encoding."""
+        ...
 
 
 class PrefixStore:
@@ -88,9 +104,15 @@ class PrefixStore:
     operations saved per byte, and by how long ago it was used (GreedyDual-Size, Cao and Irani 1997).
     """
 
-    def __init__(self, budget: int) -> None:
-        """Begins empty; `budget` in bytes, 0 keeps nothing between runs."""
-        self._budget = budget
+    def __init__(self, budget: int, files: Files | None = None) -> None:
+        """Begins empty.
+
+        Args:
+            budget: bytes; 0 keeps nothing between runs.
+            files: where encodings outlive the process, and are found by others.
+        """
+        self._budget, self._files = budget, files
+        self._unsaved: dict[Key, tuple[Piece, frozenset[int]]] = {}
         self._entries: dict[Key, _Entry] = {}
         self._pinned: set[Prefix] = set()
         self._age = 0.0
@@ -138,19 +160,40 @@ class PrefixStore:
         self._remove(list(self._entries))
 
     def forget(self) -> None:
-        """Drops all encodings at once, since they are of other weights; what runs with some keeps its own."""
+        """Drops all encodings, and files, since they are of other weights; what runs with some keeps its own."""
         self._entries.clear()
+        self._unsaved.clear()
+        self._files = None
 
-    def get(self, key: Key, boundaries: Collection[int]) -> Piece | None:
-        """An entry that serves all these boundaries, which then counts as used until `done`; None if there is none."""
+    def save(self) -> None:
+        """Writes the encodings that were made since the last call, where there are files."""
+        while self._unsaved and self._files is not None:
+            key, (piece, boundaries) = self._unsaved.popitem()
+            self._files.save(key, piece, boundaries)
+
+    def get(self, key: Key, boundaries: Collection[int], config: ModelConfig) -> Piece | None:
+        """An entry that serves all these boundaries, which then counts as used until `done`; None if there is none.
+
+        Args:
+            key: what it is found by.
+            boundaries: what it must serve.
+            config: the architecture, for what encoding it would take.
+        """
         entry = self._entries.get(key)
-        if entry is None or not entry.boundaries.issuperset(boundaries):
+        if entry is not None and entry.boundaries.issuperset(boundaries):
+            entry.users += 1
+            entry.priority = self._age + entry.worth
+            self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
+            return entry.piece
+        stored = self._files.load(key, boundaries) if self._files is not None else None
+        if stored is None:
             self._count(misses=1)
             return None
-        entry.users += 1
-        entry.priority = self._age + entry.worth
-        self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
-        return entry.piece
+        piece, served = stored
+        flops = encode_flops(config, len(key.tokens), max(served))
+        self._add(key, piece, served, flops)
+        self._count(hits=1, disk_hits=1, flops_saved=flops)
+        return piece
 
     def known(self, key: Key) -> frozenset[int]:
         """The boundaries that an entry serves; none if there is none."""
@@ -166,11 +209,16 @@ class PrefixStore:
             boundaries: boundaries that it serves.
             flops: operations that it took.
         """
+        self._add(key, piece, frozenset(boundaries), flops)
+        if self._files is not None:
+            self._unsaved[key] = piece, frozenset(boundaries)
+
+    def _add(self, key: Key, piece: Piece, boundaries: frozenset[int], flops: float) -> None:
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(piece.leaves))
         before = self._entries.get(key)
         worth = flops / max(1, nbytes)
         users = 1 + (before.users if before is not None else 0)
-        self._entries[key] = _Entry(piece, frozenset(boundaries), nbytes, worth, self._age + worth, users)
+        self._entries[key] = _Entry(piece, boundaries, nbytes, worth, self._age + worth, users)
         self._layers = max(self._layers, key.layers)
 
     def want_slots(self, count: int) -> None:
@@ -251,7 +299,7 @@ class RunPrefixes:
                 key = self._key(shard, length, prefix)
                 if key in self._pieces:
                     continue
-                found = self._store.get(key, self._boundaries[prefix]) if prefix else None
+                found = self._store.get(key, self._boundaries[prefix], self._plan.config) if prefix else None
                 if found is None:
                     of_shard.append(prefix)
                 else:
@@ -285,9 +333,10 @@ class RunPrefixes:
                 self._end(key)
 
     def close(self) -> None:
-        """Ends all uses, where a run is given up."""
+        """Ends the run, given up or not; what it has encoded is written to disk, where that is asked for."""
         for key in list(self._pieces):
             self._end(key)
+        self._store.save()
 
     def _end(self, key: Key) -> None:
         if self._pieces.pop(key, None) is not None and key.tokens:

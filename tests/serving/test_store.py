@@ -167,7 +167,7 @@ class Store(RuleBasedStateMachine):
     )
     def use(self, tokens: list[int], length: int, boundary: int, size: int) -> None:
         key = self.key(tokens, length)
-        found = self.store.get(key, {boundary})
+        found = self.store.get(key, {boundary}, golden.model("llada")[0])
         if found is None:
             mark = np.asarray([*tokens, -1, length, boundary] + [0] * size)
             self.store.put(key, Piece(((mark,),)), {boundary}, 100.0 * size)

@@ -1,0 +1,155 @@
+"""Encoded prefixes on disk, shared by processes and by those that come later.
+
+A file holds one encoding, its tokens and a checksum, and appears whole. What is not what was asked for (of another
+model, damaged, cut short) is not used; it is never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from bicache_jax.core.types import BicacheError
+from bicache_jax.core.version import version
+from bicache_jax.serving.placement import Piece
+from bicache_jax.serving.store import Key
+
+LIMIT = 8 * 2**30
+"""Bytes of a folder."""
+FORMAT = "1"
+_HIDDEN = ("k", "v", "hidden")  # in the model's dtype, which the library of the format does not read back for all
+_FIELDS = (*_HIDDEN, "boundaries", "length")
+_SUFFIX = ".prefix.safetensors"
+
+
+class PrefixFiles:
+    """A folder of encoded prefixes.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, str], limit: int = LIMIT) -> None:
+        """Makes the folder, if need be.
+
+        Args:
+            folder: where the files are.
+            identity: what encodings depend on besides the tokens, `dtype` among it; a file of another identity is never
+                served.
+            limit: bytes of all files; those not used for longest go first.
+
+        Raises:
+            BicacheError: it cannot be written there.
+        """
+        self.folder = Path(folder).expanduser()
+        self._identity = {"format": FORMAT, "version": version(), **identity}
+        self._limit = limit
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise BicacheError(f"prefix_cache_dir {folder}: cannot be written ({error.strerror})") from None
+
+    def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int]] | None:
+        """An encoding that serves all these boundaries, and what it serves; None if there is none."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        try:
+            found = self._read(data, key)
+        except (SafetensorError, ValueError, KeyError, TypeError) as fault:
+            warnings.warn(f"{path} is not used: {fault or type(fault).__name__}", stacklevel=2)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        if found is None or not found[1].issuperset(boundaries):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # what is used stays
+        return found
+
+    def save(self, key: Key, piece: Piece, boundaries: Collection[int]) -> None:
+        """Writes an encoding, whole or not at all; a full disk costs a warning."""
+        arrays = {name: np.asarray(leaf) for name, (leaf,) in zip(_FIELDS, piece.leaves, strict=True)}
+        for name in _HIDDEN:
+            arrays[name] = arrays[name].view(f"u{arrays[name].dtype.itemsize}")
+        arrays["tokens"] = np.asarray(key.tokens, np.int32)
+        arrays["served"] = np.asarray(sorted(boundaries), np.int32)
+        data = save(arrays, metadata={**self._metadata(key), "checksum": _checksum(arrays)})
+        path = self._path(key)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            warnings.warn(f"{path} was not written: {error.strerror}", stacklevel=2)
+        self._shrink()
+
+    def _metadata(self, key: Key) -> dict[str, str]:
+        return {**self._identity, "sizes": f"{key.length},{key.layers},{key.slots}"}
+
+    def _path(self, key: Key) -> Path:
+        named = hashlib.sha256(json.dumps([self._metadata(key), key.tokens], sort_keys=True).encode())
+        return self.folder / f"{named.hexdigest()[:40]}{_SUFFIX}"
+
+    def _read(self, data: bytes, key: Key) -> tuple[Piece, frozenset[int]] | None:
+        """What is in a file; None if it is another key's.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        arrays = load(data)
+        if metadata.pop("checksum") != _checksum(arrays):
+            raise ValueError("its checksum differs")
+        if metadata != self._metadata(key) or tuple(arrays["tokens"].tolist()) != key.tokens:
+            return None
+        dtype = jnp.dtype(self._identity["dtype"])
+        leaves = [arrays[name].view(dtype) if name in _HIDDEN else arrays[name] for name in _FIELDS]
+        return Piece(tuple((jnp.asarray(leaf),) for leaf in leaves)), frozenset(map(int, arrays["served"]))
+
+    def _shrink(self) -> None:
+        """Removes the files that were not used for longest, until the rest is within the limit."""
+        found: list[tuple[float, int, Path]] = []
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):  # another process may remove it
+                stat = path.stat()
+                found.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._limit:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink()
+            total -= size
+
+
+def _checksum(arrays: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
