@@ -40,6 +40,7 @@ columns:
   mfu     operations executed / (time x highest speed of a large matrix product measured in this process); tokens and
           rows of padding count as nothing executed
   memory  of the decode program, parameters included, as the compiler counts it
+  kept    seconds to the first token of a call that finds its prefixes encoded by an earlier one
   cold, warm  with --restart: seconds from the start of `generate` in a process of its own to the first token, with no
           compiled program kept and with all of them"""
 
@@ -220,7 +221,7 @@ def table(record: dict[str, Any]) -> str:
         "",
     ]
     heads = [*"policy P U r rows G N b steps tokens/s".split(), "ratio (spread)", *"limit share mfu".split()]
-    heads += ["first token", *"memory cache compile dispatches".split()]
+    heads += ["first token", "kept", *"memory cache compile dispatches".split()]
     restarted = any("cold_start_s" in result for result in record["results"])
     heads += ["cold", "warm"] if restarted else []
     lines += ["| " + " | ".join(heads) + " |"]
@@ -243,6 +244,7 @@ def table(record: dict[str, Any]) -> str:
             number(result["limit_share"], ".2f"),
             number(result["mfu"], ".2f"),
             number(result["first_token_s"], ".3f", " s"),
+            number(result.get("first_token_kept_s"), ".3f", " s"),
             number(result["memory_bytes"] and result["memory_bytes"] / 2**20, ".0f", " MiB"),
             number(result["cache_bytes"] and result["cache_bytes"] / 2**20, ".1f", " MiB"),
             number(result["compile_s"], ".1f", " s"),

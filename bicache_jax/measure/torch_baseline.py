@@ -129,6 +129,7 @@ class TorchRunner:
             "compile_s": None,
             "dispatches": None,
             "forward_passes": case.rows * case.sampling.num_steps,
+            "first_token_kept_s": None,
         }
 
 
