@@ -104,7 +104,9 @@ class Engine:
         self._counters = Counters()
         self._executor = Executor(model, self.cache, placement, backbone, params, self._counters)
         if prefix_cache_bytes is None:
-            prefix_cache_bytes = kept_bytes(device_memory(placement.devices), params_bytes(params))
+            # Processes that share a mesh must keep the same, though their devices may report other sizes.
+            alone = len({device.process_index for device in placement.devices}) == 1
+            prefix_cache_bytes = kept_bytes(device_memory(placement.devices) if alone else None, params_bytes(params))
         self._store = PrefixStore(prefix_cache_bytes, self._files(prefix_cache_dir, namespace))
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._boundary_of = self._boundary_rule()
@@ -263,7 +265,7 @@ class Engine:
             (a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(mine, theirs, strict=True)
         ):
             raise ValueError("params must have the tree, shapes and dtypes of the model's own")
-        self.model = dataclasses.replace(self.model, params=params)
+        self.model = dataclasses.replace(self.model, params=params, fingerprint="")
         executor = self._executor
         placed = executor.placement.params(params, executor.backbone.axes)
         self._executor = dataclasses.replace(executor, model=self.model, params=placed)

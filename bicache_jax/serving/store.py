@@ -15,10 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
-
 from bicache_jax.core.boundary import clamp_boundary
-from bicache_jax.core.config import ModelConfig
 from bicache_jax.serving.flops import encode_flops
 from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Piece
@@ -65,8 +62,8 @@ class PrefixStats:
 
     Attributes:
         entries: encodings in the store; on a mesh, of all data shards.
-        nbytes: their bytes on this process's devices.
-        budget: bytes that it may keep while nothing runs.
+        nbytes: their bytes on a device, of the shard that has most.
+        budget: bytes on a device that it may keep while nothing runs.
         hits: encodings that a run found.
         disk_hits: those of them that it found on disk.
         misses: encodings that a run had to make.
@@ -108,7 +105,7 @@ class PrefixStore:
         """Begins empty.
 
         Args:
-            budget: bytes; 0 keeps nothing between runs.
+            budget: bytes on a device; 0 keeps nothing between runs.
             files: where encodings outlive the process, and are found by others.
         """
         self._budget, self._files = budget, files
@@ -127,14 +124,16 @@ class PrefixStore:
 
     @property
     def budget(self) -> int:
-        """Bytes that it may keep while nothing runs."""
+        """Bytes on a device that it may keep while nothing runs."""
         return self._budget
 
     @property
     def stats(self) -> PrefixStats:
         """The counts so far."""
-        nbytes = sum(entry.nbytes for entry in self._entries.values())
-        return dataclasses.replace(self._stats, entries=len(self._entries), nbytes=nbytes)
+        of_shard: Counter[int] = Counter()
+        for key, entry in self._entries.items():
+            of_shard[key.shard] += entry.nbytes
+        return dataclasses.replace(self._stats, entries=len(self._entries), nbytes=max(of_shard.values(), default=0))
 
     def sized(self, buffers: Buffers) -> Buffers:
         """The buffers of a run, at least as large as those of earlier ones, so that it finds what they left."""
@@ -171,55 +170,49 @@ class PrefixStore:
             key, (piece, boundaries) = self._unsaved.popitem()
             self._files.save(key, piece, boundaries)
 
-    def get(self, key: Key, boundaries: Collection[int], config: ModelConfig) -> Piece | None:
-        """An entry that serves all these boundaries, which then counts as used until `done`; None if there is none.
-
-        Args:
-            key: what it is found by.
-            boundaries: what it must serve.
-            config: the architecture, for what encoding it would take.
-        """
+    def get(self, key: Key, boundaries: Collection[int]) -> Piece | None:
+        """An entry that serves all these boundaries, which then counts as used until `done`; None if there is none."""
         entry = self._entries.get(key)
-        if entry is not None and entry.boundaries.issuperset(boundaries):
-            entry.users += 1
-            entry.priority = self._age + entry.worth
-            self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
-            return entry.piece
-        stored = self._files.load(key, boundaries) if self._files is not None else None
-        if stored is None:
-            self._count(misses=1)
+        if entry is None or not entry.boundaries.issuperset(boundaries):
             return None
-        piece, served = stored
-        flops = encode_flops(config, len(key.tokens), max(served))
-        self._add(key, piece, served, flops)
-        self._count(hits=1, disk_hits=1, flops_saved=flops)
-        return piece
+        entry.users += 1
+        entry.priority = self._age + entry.worth
+        self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
+        return entry.piece
+
+    def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int]] | None:
+        """An encoding on disk that serves all these boundaries, and what it serves; None if there is none."""
+        return None if self._files is None else self._files.load(key, boundaries)
 
     def known(self, key: Key) -> frozenset[int]:
         """The boundaries that an entry serves; none if there is none."""
         entry = self._entries.get(key)
         return frozenset() if entry is None else entry.boundaries
 
-    def put(self, key: Key, piece: Piece, boundaries: Collection[int], flops: float) -> None:
+    def put(
+        self, key: Key, piece: Piece, boundaries: Collection[int], *, nbytes: int, flops: float, stored: bool = False
+    ) -> None:
         """Adds an entry, in use until `done`; it replaces one of the same key.
 
         Args:
             key: what it is found by.
             piece: the encoding.
             boundaries: boundaries that it serves.
-            flops: operations that it took.
+            nbytes: its bytes on a device.
+            flops: operations that encoding it takes.
+            stored: whether it was found on disk, rather than made.
         """
-        self._add(key, piece, frozenset(boundaries), flops)
-        if self._files is not None:
-            self._unsaved[key] = piece, frozenset(boundaries)
-
-    def _add(self, key: Key, piece: Piece, boundaries: frozenset[int], flops: float) -> None:
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(piece.leaves))
         before = self._entries.get(key)
         worth = flops / max(1, nbytes)
         users = 1 + (before.users if before is not None else 0)
-        self._entries[key] = _Entry(piece, boundaries, nbytes, worth, self._age + worth, users)
+        self._entries[key] = _Entry(piece, frozenset(boundaries), nbytes, worth, self._age + worth, users)
         self._layers = max(self._layers, key.layers)
+        if stored:
+            self._count(hits=1, disk_hits=1, flops_saved=flops)
+            return
+        self._count(misses=1)
+        if self._files is not None:
+            self._unsaved[key] = piece, frozenset(boundaries)
 
     def want_slots(self, count: int) -> None:
         """Asks that runs to come keep hidden states of so many boundaries of a prefix."""
@@ -233,20 +226,27 @@ class PrefixStore:
         self._shrink()
 
     def _shrink(self) -> None:
-        """Drops entries until the rest is within the budget."""
-        kept = sum(entry.nbytes for entry in self._entries.values() if not entry.users)
-        while kept > self._budget:
-            loose = [
-                (entry.priority, key)
-                for key, entry in self._entries.items()
-                if not entry.users and key.tokens not in self._pinned
-            ]
-            if not loose:
-                return
-            priority, key = min(loose, key=lambda one: one[0])
-            self._age = max(self._age, priority)
-            kept -= self._entries.pop(key).nbytes
-            self._count(evictions=1)
+        """Drops entries until the rest is within the budget on every shard.
+
+        All processes of a mesh must drop the same, so that they encode the same: what is compared follows from shapes
+        and from the order of use, not from what lies in a process.
+        """
+        kept: Counter[int] = Counter()
+        for key, entry in self._entries.items():
+            kept[key.shard] += 0 if entry.users else entry.nbytes
+        for shard in sorted(kept):
+            while kept[shard] > self._budget:
+                loose = [
+                    (entry.priority, place, key)
+                    for place, (key, entry) in enumerate(self._entries.items())
+                    if key.shard == shard and not entry.users and key.tokens not in self._pinned
+                ]
+                if not loose:
+                    break
+                priority, _, key = min(loose, key=lambda one: one[:2])
+                self._age = max(self._age, priority)
+                kept[shard] -= self._entries.pop(key).nbytes
+                self._count(evictions=1)
 
     def _remove(self, keys: Iterable[Key]) -> int:
         free = [key for key in keys if not self._entries[key].users]
@@ -299,7 +299,7 @@ class RunPrefixes:
                 key = self._key(shard, length, prefix)
                 if key in self._pieces:
                     continue
-                found = self._store.get(key, self._boundaries[prefix], self._plan.config) if prefix else None
+                found = self._find(key) if prefix else None
                 if found is None:
                     of_shard.append(prefix)
                 else:
@@ -312,8 +312,23 @@ class RunPrefixes:
         key = self._key(shard, length, prefix)
         self._pieces[key] = piece
         if prefix:
-            flops = encode_flops(self._plan.config, len(prefix), max(boundaries))
-            self._store.put(key, piece, boundaries, flops)
+            self._put(key, piece, boundaries)
+
+    def _find(self, key: Key) -> Piece | None:
+        wanted = self._boundaries[key.tokens]
+        found = self._store.get(key, wanted)
+        if found is None and (stored := self._store.load(key, wanted)):
+            found, served = stored
+            self._put(key, found, served, stored=True)
+        return found
+
+    def _put(self, key: Key, piece: Piece, boundaries: Collection[int], *, stored: bool = False) -> None:
+        plan = self._plan
+        part = plan.part or plan.config
+        token = 2 * key.layers * part.num_kv_heads * part.head_dim + key.slots * part.d_model
+        nbytes = plan.dtype.itemsize * key.length * token
+        flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
+        self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, stored=stored)
 
     def columns(self, batches: Round, length: int, groups: int) -> list[Sequence[Piece]]:
         """The round's prefixes as `groups` caches of one prefix per shard; a shard with fewer repeats its first."""

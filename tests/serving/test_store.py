@@ -167,10 +167,10 @@ class Store(RuleBasedStateMachine):
     )
     def use(self, tokens: list[int], length: int, boundary: int, size: int) -> None:
         key = self.key(tokens, length)
-        found = self.store.get(key, {boundary}, golden.model("llada")[0])
+        found = self.store.get(key, {boundary})
         if found is None:
             mark = np.asarray([*tokens, -1, length, boundary] + [0] * size)
-            self.store.put(key, Piece(((mark,),)), {boundary}, 100.0 * size)
+            self.store.put(key, Piece(((mark,),)), {boundary}, nbytes=mark.nbytes, flops=100.0 * size)
         else:
             mark = found.leaves[0][0]
             assert list(mark[: len(tokens) + 3]) == [*tokens, -1, length, boundary], "a foreign prefix"
