@@ -17,7 +17,7 @@ from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
-from bicache_jax.measure.hlo import Collective, collectives, crossing
+from bicache_jax.measure.hlo import Collective, collectives, compile_with_text, crossing
 from bicache_jax.serving.flops import Job, jobs, row_flops, summed_bytes
 from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
 from bicache_jax.serving.memory import Buffers, Footprint
@@ -25,7 +25,7 @@ from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
-from bicache_jax.sharding.topologies import hushed, slice_devices
+from bicache_jax.sharding.topologies import slice_devices
 from bicache_jax.wiring import Topology, abstract_params, backbone_for, model_shape, published_table, topology
 
 GIB = 2**30
@@ -116,8 +116,8 @@ def _setting(case: AotCase) -> _Setting:
     return _Setting(placement, backbone, params, boundary, most, plan, footprint)
 
 
-def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], Any]:
-    """Compiles the decode program; returns the plan, the sizes of the mesh's axes and the program.
+def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], str]:
+    """Compiles the decode program; returns the plan, the sizes of the mesh's axes and the program's HLO.
 
     Raises:
         BicacheError: the model, slice or mesh does not exist, they cannot be combined, or the program does not fit.
@@ -125,7 +125,7 @@ def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], Any]:
     one = _setting(case)
     lowered = lower_decode(one.backbone, one.params, one.plan, *one.plan.rounds[0], mesh=one.placement.mesh)
     try:
-        return one.plan, one.mesh, lowered.compile()
+        return one.plan, one.mesh, compile_with_text(lowered)[1]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -216,13 +216,13 @@ def _compile(
     assert placement.mesh is not None
     started = time.perf_counter()
     try:
-        program = lower(backbone, params, plan, *plan.rounds[0], mesh=placement.mesh).compile()
+        program, text = compile_with_text(lower(backbone, params, plan, *plan.rounds[0], mesh=placement.mesh))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used ([\d.]+)G of|\(([\d.]+)G\) exceeds", str(error))
         return {"fits": False, "needs_gib": float(used[1] or used[2]) if used else None}
-    memory, talk = program.memory_analysis(), _collectives(program)
+    memory, talk = program.memory_analysis(), collectives(text)
     return {
         "fits": True,
         "arguments_bytes": memory.argument_size_in_bytes,
@@ -231,22 +231,10 @@ def _compile(
         "code_bytes": memory.generated_code_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "compiler_flops": program.cost_analysis().get("flops"),  # loop bodies counted once
-        "collectives": None if talk is None else _by_kind(talk),
-        "collectives_over_data": None if talk is None else len(crossing(talk, placement.mesh.devices.shape)),
+        "collectives": _by_kind(talk),
+        "collectives_over_data": len(crossing(talk, placement.mesh.devices.shape)),
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def _collectives(program: Any) -> list[Collective] | None:
-    """The collectives of a program; None if jaxlib cannot read a program made by a newer TPU compiler.
-
-    In that case jaxlib prints a stack trace, which is hidden.
-    """
-    with hushed():
-        try:
-            return collectives(program.as_text())
-        except jax.errors.JaxRuntimeError:
-            return None
 
 
 def _by_kind(talk: Sequence[Collective]) -> dict[str, Any]:
@@ -287,7 +275,5 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _talk_line(part: dict[str, Any]) -> str:
-    if part["collectives"] is None:
-        return "collectives: not known, this jaxlib cannot read the program"
     talk = ", ".join(f"{one['instructions']} {kind}" for kind, one in part["collectives"].items()) or "none"
     return f"collectives: {talk}; over data: {part['collectives_over_data']}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +26,7 @@ _CALLED = re.compile(r"(?:body|to_apply|true_computation|false_computation)=%([\
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*\}')
 _SCRATCH = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
@@ -133,11 +136,25 @@ class Loop:
             yield from loop.walk()
 
 
+def compile_with_text(lowered: Any) -> tuple[Any, str]:
+    """Compiles a program, and returns it with its HLO as the compiler itself writes it.
+
+    jaxlib's `as_text` fails on programs of TPU compilers that are newer than it.
+
+    Args:
+        lowered: what `jit(...).lower(...)` gives, for a TPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        written = sorted(Path(folder).glob("**/*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        return compiled, written[-1].read_text(encoding="utf-8") if written else str(compiled.as_text())
+
+
 def program(text: str) -> Loop:
     """Reads a program for TPUs.
 
     Args:
-        text: what `compiled.as_text()` gives.
+        text: of `compile_with_text`.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", list[str]()
@@ -162,7 +179,8 @@ def _read(bodies: dict[str, list[str]], name: str, scope: str) -> Loop:
             talk += collective
         elif "tpu_custom_call" in line and opcode == "custom-call":
             estimate, scratch = _ESTIMATE.search(line), _SCRATCH.search(line)
-            flops, nbytes = (int(estimate[1]), int(estimate[2])) if estimate else (0, 0)
+            known = dict(re.findall(r'"(\w+)":"(\d+)"', estimate[0])) if estimate else {}
+            flops, nbytes = (int(known.get(name, 0)) for name in ("flops", "bytes_accessed"))
             kernels.append(Kernel(flops, nbytes, int(scratch[1]) if scratch else 0))
         elif opcode == "while":
             where = _SCOPE.search(line)

@@ -19,9 +19,9 @@ from jax.sharding import SingleDeviceSharding
 
 from bicache_jax.decoding.head import TILE
 from bicache_jax.measure.aot import AotCase, compile_decode
-from bicache_jax.measure.hlo import Kernel, Loop, program
+from bicache_jax.measure.hlo import Kernel, Loop, compile_with_text, program
 from bicache_jax.serving.flops import Job, head_flops, jobs, pass_flops, weight_bytes
-from bicache_jax.sharding.topologies import hushed, slice_devices
+from bicache_jax.sharding.topologies import slice_devices
 from bicache_jax.wiring import model_shape, topology
 
 _KIND = re.compile(r"/(refresh|reuse)/while$")
@@ -80,8 +80,8 @@ def clock(name: str) -> float:
     operands = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed) for shape in ((rows, inner), (inner, columns))
     ]
-    text = jax.jit(lambda left, right: left @ right).lower(*operands).compile().as_text()
-    cycles = sum(loop.cycles for loop in program(text or "").walk())
+    _, text = compile_with_text(jax.jit(lambda left, right: left @ right).lower(*operands))
+    cycles = sum(loop.cycles for loop in program(text).walk())
     return cycles * topology(name).tflops_bfloat16 * 1e12 / (2 * rows * inner * columns)
 
 
@@ -90,11 +90,9 @@ def step_costs(case: AotCase) -> list[StepCost]:
 
     Raises:
         BicacheError: the model, slice or mesh does not exist, or the program does not fit.
-        RuntimeError: jaxlib cannot read what this TPU compiler made.
     """
-    plan, mesh, compiled = compile_decode(case)
-    with hushed():
-        root = program(compiled.as_text())
+    plan, mesh, text = compile_decode(case)
+    root = program(text)
     config, chip, split = model_shape(case.config), topology(case.topology), mesh["model"]
     rows, job = len(plan.batches[0].rows), jobs(plan.batches[0].rows, plan.cache)[0]
     peak, bandwidth, hertz = chip.tflops_bfloat16 * 1e12, chip.hbm_gb_per_second * 1e9, clock(case.topology)

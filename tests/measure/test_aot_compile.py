@@ -10,14 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from bicache_jax.configs import model_shape, names, topology, topology_of
 from bicache_jax.core.buckets import count_bucket
 from bicache_jax.core.types import BicacheError
-from bicache_jax.measure import aot
 from bicache_jax.models import abstract
 from bicache_jax.serving.memory import Footprint, params_bytes
 from bicache_jax.sharding import Partition, topologies
@@ -98,22 +96,12 @@ SMALLEST = ("--rows", "1", "--prefix", "256", "--suffix", "128", "--gen-length",
 @needs_compiler
 @pytest.mark.parametrize(("name", "shape"), [("v5e:1", SMALLEST), pytest.param("v6e:1x1", (), marks=pytest.mark.full)])
 def test_a_slice_of_one_chip_and_nothing_on_standard_error(name: str, shape: tuple[str, ...]) -> None:
-    """The larger program for v6e is one that jaxlib 0.10.2 cannot read, and says so with a stack trace."""
+    """The larger program for v6e is one that jaxlib 0.10.2 cannot read; the compiler itself writes it down."""
     flags = ("--config", "llada_8b", "--topology", name, "--mesh", "data=1,model=1", "--json")
     status, out, err = run("aot", *flags, *shape, command=("-m", "bicache_jax"))
     found = json.loads(out)
-    assert (status, err) == (0, "") and found["fits"]
+    assert (status, err) == (0, "") and found["fits"] and found["decode"]["collectives"] == {}
     assert found["topology"] == name and found["mesh"] == {"data": 1, "model": 1}
-
-
-def test_a_program_that_jaxlib_cannot_read_has_no_known_collectives(capfd: pytest.CaptureFixture[str]) -> None:
-    class Program:
-        def as_text(self) -> str:
-            os.write(2, b"E1127 RET_CHECK failure\n*** Begin stack trace ***\n")
-            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
-
-    assert aot._collectives(Program()) is None
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x1", "tpu7x:2x2x2_twisted"])
