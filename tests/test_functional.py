@@ -63,6 +63,7 @@ def test_shapes_that_do_not_fit_and_what_has_arrays_in_it(model: Model, prefix: 
         assert one == one and hash(one) is not None and one != jax.tree.map(lambda leaf: leaf, one)
 
 
+@pytest.mark.slow
 def test_a_block_cache_implies_a_block_length_here_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `generate`: what a call says and what it leaves open give one result."""
     monkeypatch.setattr(config, "CACHED_BLOCK", 4)

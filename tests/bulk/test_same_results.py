@@ -25,9 +25,9 @@ def write_lines(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
 
 
-def case(family, block_cache, *decoder, quick=False):
+def case(family, block_cache, *decoder):
     name = " ".join([family, block_cache, *decoder]).replace("--", "")
-    return pytest.param(family, block_cache, list(decoder), id=name, marks=[] if quick else pytest.mark.slow)
+    return pytest.param(family, block_cache, list(decoder), id=name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def case(family, block_cache, *decoder, quick=False):
         case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16"),
         case("llada", "prefix", "--factor", "1.5"),
         case("llada", "prefix", "--temperature", "0.7", "--top-p", "0.9"),
-        case("llada", "off", "--remasking", "random", "--logits-eos-inf", quick=True),
+        case("llada", "off", "--remasking", "random", "--logits-eos-inf"),
         case("llada", "dual", "--remasking", "entropy", "--alg-temperature", "0.5", "--early-stop"),
         case("llada", "off", "--batch-boundary", "min", "--no-early-stop"),
         case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16"),

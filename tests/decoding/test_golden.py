@@ -34,7 +34,7 @@ def _groups() -> list[Any]:
             key = (family, golden.block_cache(name), *(case.get(field) for field in _SETTINGS), "prefix_len" in case)
             groups.setdefault(key, []).append(name)
     # A few of each kind are quick. A prefix block cache compiles one program for each place of its window.
-    left = {(family, block_cache): 4 for family in golden.FOLDERS for block_cache in ("off", "dual")}
+    left = {(family, block_cache): 2 for family in golden.FOLDERS for block_cache in ("off", "dual")}
     params = []
     for (family, block_cache, *_), names in sorted(groups.items(), key=str):
         left[family, block_cache] = left.get((family, block_cache), 0) - 1

@@ -50,6 +50,7 @@ def test_all_is_well_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert found["compiler", "decode for a TPU v5e"]["status"] == "skipped"
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = testing.prefix_attention
 

@@ -169,6 +169,7 @@ def test_policies_are_compared_with_none_wherever_it_stands(
     assert alone["exact_match"] == 0.25 and alone["agreement"] is None and alone["tokens_per_s"] is None
 
 
+@pytest.mark.slow
 def test_nothing_compiles_while_the_clock_runs() -> None:
     model = load_model(golden.FOLDERS["llada"])
     sampling = dataclasses.replace(SAMPLING, gen_length=8)

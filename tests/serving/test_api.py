@@ -213,6 +213,7 @@ def test_requests_by_hand_say_what_is_wrong() -> None:
             make(request)
 
 
+@pytest.mark.slow
 def test_things_print_in_a_line_compare_and_have_hashes(model: Model, engine: Engine) -> None:
     (result,) = engine.generate(TEXT)
     request = Request("r", IDS)

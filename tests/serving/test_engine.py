@@ -154,6 +154,7 @@ def test_stream_shows_the_canvas_every_few_steps(model: Model, every: int) -> No
     [{}, {"block_cache": "dual"}, {"block_cache": "prefix"}, {"block_cache": "dual", "threshold": 0.02}],
     ids=["plain", "dual", "prefix", "threshold"],
 )
+@pytest.mark.slow
 def test_how_often_one_looks_changes_nothing_and_compiles_nothing(model: Model, settings: dict[str, Any]) -> None:
     """A dispatch may end anywhere in an interval, and under a block cache anywhere in a block."""
     threshold = settings.pop("threshold", None)
@@ -215,6 +216,7 @@ def test_rules_that_look_at_all_logits_notice_what_is_not_finite(model: Model, s
     assert {result.finish_reason for result in results} == {"error"}
 
 
+@pytest.mark.slow
 def test_no_cache_is_the_same_program_without_a_prefix(model: Model) -> None:
     requests = _requests(6)
     none = _engine(model, policy="none").generate(requests)
@@ -240,6 +242,7 @@ def test_raw_requests_and_their_faults_come_back_in_order(model: Model) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_block_cache_has_blocks_without_being_told(model: Model) -> None:
     lines = [{"prompt_ids": list(range(2, 40)), "gen_length": length} for length in (8, 64)]
     open_engine = Engine(model, cache=CacheConfig(boundary=2, block_cache="dual"))

@@ -63,6 +63,7 @@ def _requests(**settings: Any) -> list[Request]:
 @pytest.mark.parametrize(
     ("settings", "interval"), [({"steps": 16}, 4), ({"threshold": 0.9, "steps": 4}, 8)], ids=["steps", "threshold"]
 )
+@pytest.mark.slow
 def test_the_engine_refreshes_where_a_block_starts(model: Model, settings: dict[str, Any], interval: int) -> None:
     requests = _requests(**BLOCKS, **settings)
 

@@ -106,6 +106,7 @@ def test_other_weights_forget_what_the_old_ones_made(model: Model) -> None:
         kept.update_params(params | {"embed": params["embed"][:5]})
 
 
+@pytest.mark.slow
 def test_an_added_prefix_is_that_of_every_prompt_that_begins_with_it(model: Model) -> None:
     """The longest one, alone and in any company; a request's own comes first."""
     kept = engine(model, prefix_detection="messages")
