@@ -248,10 +248,12 @@ class Engine:
             length: dict[str, Any] = {} if gen_length is None else {"gen_length": gen_length}
             shape = {"prompt_ids": [0] * prompt_len, "prefix_len": prefix_len, "n": rows, **length}
         plan = self.plan(shape if requests is None else requests, sampling=sampling)
-        return warm_up(self._executor, plan, self._store)
+        return warm_up(self._executor, plan, PrefixStore(0) if requests is None else self._store)
 
     def update_params(self, params: Any) -> None:
-        """Uses other weights of the same model from now on, as a training loop makes them, and forgets all encodings.
+        """Uses other weights of the same model from the next call on, as a training loop makes them.
+
+        All encodings are forgotten, and nothing is kept on disk any more. A stream that has begun ends with its own.
 
         Args:
             params: as `Model.params`: the same tree, shapes and dtypes.
@@ -269,7 +271,8 @@ class Engine:
         executor = self._executor
         placed = executor.placement.params(params, executor.backbone.axes)
         self._executor = dataclasses.replace(executor, model=self.model, params=placed)
-        self._store.forget()
+        self._store = self._store.renewed()
+        self._prefixes.use(self._store)
 
     def parser(self, sampling: Settings = None) -> Parser:
         """What makes requests of objects; `sampling` as in `generate`."""
@@ -364,10 +367,10 @@ class Engine:
                 yield place, entry.sample, entry
         places = {id(entry): place for place, entry in enumerate(entries)}
         plan = self._plan([entry for entry in entries if isinstance(entry, Request)])
-        prefixes = RunPrefixes(plan, self._store)
+        executor, prefixes = self._executor, RunPrefixes(plan, self._store)  # a run keeps the weights it began with
         try:
             for batches in plan.rounds:
-                for row, result in self._executor.run(batches, plan, prefixes, frames):
+                for row, result in executor.run(batches, plan, prefixes, frames):
                     yield places[id(row.request)], row.sample, result
         finally:
             prefixes.close()

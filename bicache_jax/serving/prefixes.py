@@ -32,6 +32,10 @@ class Prefixes:
         self._store, self._config, self._tokenizer = store, config, tokenizer
         self._added: dict[Prefix, None] = {}
 
+    def use(self, store: PrefixStore) -> None:
+        """Goes over to another store; for the engine."""
+        self._store = store
+
     def __repr__(self) -> str:
         stats = self.stats
         return (

@@ -158,11 +158,11 @@ class PrefixStore:
         """Drops all encodings, except for what a run is using."""
         self._remove(list(self._entries))
 
-    def forget(self) -> None:
-        """Drops all encodings, and files, since they are of other weights; what runs with some keeps its own."""
-        self._entries.clear()
-        self._unsaved.clear()
-        self._files = None
+    def renewed(self) -> PrefixStore:
+        """An empty store for other weights, with this one's budget and pins; runs of the old ones end on this one."""
+        store = PrefixStore(self._budget)
+        store._pinned, store._layers, store._slots = set(self._pinned), self._layers, self._slots
+        return store
 
     def save(self) -> None:
         """Writes the encodings that were made since the last call, where there are files."""

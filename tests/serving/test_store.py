@@ -102,6 +102,13 @@ def test_other_weights_forget_what_the_old_ones_made(model: Model) -> None:
     found = kept.generate(ask("a", 70))[0]
     assert kept.stats.prefixes_encoded == 2 and found.token_ids != before.token_ids
     assert found == engine(dataclasses.replace(model, params=params)).generate(ask("a", 70))[0]
+    running = engine(model)
+    running.prefixes.pin(SYSTEM)
+    stream = running.stream([ask("a", 70)], every=1)
+    next(stream)
+    running.update_params(params)
+    assert list(stream)[-1] == before and SYSTEM not in running.prefixes
+    assert running.generate(ask("a", 70))[0] == found
     with pytest.raises(ValueError, match="tree, shapes and dtypes"):
         kept.update_params(params | {"embed": params["embed"][:5]})
 
