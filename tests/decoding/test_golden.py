@@ -111,8 +111,8 @@ def _run(model: Model, case: dict[str, Any], prompt: np.ndarray, **changes: Any)
     ("family", "name"),
     [
         ("llada", "bicache_P16_b3_N4"),
-        ("llada", "bicache_semi_P30_b3_N7"),
-        ("llada", "bicache_dual_P16_b3_N4"),
+        pytest.param("llada", "bicache_semi_P30_b3_N7", marks=pytest.mark.slow),
+        pytest.param("llada", "bicache_dual_P16_b3_N4", marks=pytest.mark.slow),
         ("dream", "dream_bicache_entropy_P16_b3_N4"),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_functional_layer_gives_them_too(models: dict[str, Model], family: s
     ("implementation", "family", "name"),
     [
         ("pallas_tpu", "dream", "dream_bicache_entropy_P16_b3_N4"),
-        ("pallas_gpu", "llada", "bicache_P16_b3_N4"),
+        pytest.param("pallas_gpu", "llada", "bicache_P16_b3_N4", marks=pytest.mark.slow),
         pytest.param("pallas_tpu", "llada", "bicache_P16_b3_N4", marks=(pytest.mark.slow, pytest.mark.full)),
         pytest.param("pallas_gpu", "llada", "bicache_dual_P16_b3_N4", marks=(pytest.mark.slow, pytest.mark.full)),
     ],

@@ -183,7 +183,7 @@ def test_frames_follow_the_clock() -> None:
     assert Frames(7).steps == 7
 
 
-@pytest.mark.parametrize("where", ["head", "layers"])
+@pytest.mark.parametrize("where", ["head", pytest.param("layers", marks=pytest.mark.slow)])
 def test_logits_that_are_not_finite_end_their_request_alone(model: Model, where: str) -> None:
     """A token's own NaN reaches those that see it: in the embedding one request, in a layer's weight all."""
     requests = _requests(6)
