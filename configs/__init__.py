@@ -78,7 +78,7 @@ class Topology:
         """
         if devices < 2:
             return 0.0
-        links = 2 * self.ici_gb_per_second / 2 / self.ici_ports * 1e9
+        links = self.ici_gb_per_second / self.ici_ports * 1e9  # two of them, each with half of a port's for one way
         return 2 * (devices - 1) / devices * nbytes * self.devices_per_chip / links
 
     @property

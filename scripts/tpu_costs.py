@@ -16,29 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bicache_jax import BicacheError
-from bicache_jax.measure.aot import AotCase, plan_of
-from bicache_jax.measure.tpu_costs import facts, per_step, step_costs
-from bicache_jax.serving.flops import jobs
+from what_fits import MESHES, MODELS
 
-MODELS = ("llada_8b", "dream_7b")
-MESHES = {
-    "v5e:2x4": "data=2,model=4",
-    "v6e:2x4": "data=8,model=1",
-    "v5p:2x2x1": "data=4,model=1",
-    "tpu7x:2x2x1": "data=8,model=1",
-}
+from bicache_jax import BicacheError
+from bicache_jax.measure.aot import AotCase
+from bicache_jax.measure.tpu_costs import facts, per_step, step_costs
+
 ROWS = 8
 
 
 def one(case: AotCase) -> dict[str, Any]:
     """A line of the output."""
     try:
-        costs = step_costs(case)
+        job, costs = step_costs(case)
     except BicacheError as error:
         return {"error": str(error)}
-    plan = plan_of(case)
-    job = jobs(plan.batches[0].rows, plan.cache)[0]
     return {"boundary": job.boundary, "steps": [facts(cost) for cost in costs], "mean": per_step(costs, job)}
 
 

@@ -5,10 +5,8 @@ A manifest is JSON, `{"format", "outputs": {name: entry}}`, with the fields of `
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from bicache_jax.bulk.journal import OVERWRITE, check_same_run, header_of
 from bicache_jax.bulk.storage import AnyPath, exists, faults, opened, read_bytes, write_whole
 from bicache_jax.core.types import BicacheError, Record
+from bicache_jax.core.version import release
 
 FORMAT = 1
 
@@ -55,11 +54,7 @@ class Entry:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("bicache-jax", "jax", "jaxlib", "flax"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: found for name in ("bicache-jax", "jax", "jaxlib", "flax") if (found := release(name))}
 
 
 def is_error(record: Record) -> bool:

@@ -31,8 +31,8 @@ SCHEDULES: tuple[Schedule, ...] = ("even", "time")
 
 
 @functools.cache
-def _kinds(config: type[Any]) -> dict[str, tuple[Any, ...]]:
-    """What each field of a configuration may be: types, and words that a literal lists."""
+def field_kinds(config: type[Any]) -> dict[str, tuple[Any, ...]]:
+    """What each field of a configuration may be: types, `NoneType` for None, and literals of words."""
     found = {}
     for name, hint in typing.get_type_hints(config).items():
         members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -64,7 +64,7 @@ def _check_types(config: Any) -> None:
     Raises:
         TypeError: a field is of another type than its annotation says.
     """
-    for name, kinds in _kinds(config.__class__).items():
+    for name, kinds in field_kinds(config.__class__).items():
         value = getattr(config, name)
         if not any(_takes(kind, value) for kind in kinds):
             raise TypeError(f"{name} must be {' or '.join(map(_in_words, kinds))}, got {value!r:.80}")

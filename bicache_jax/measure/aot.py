@@ -18,7 +18,7 @@ from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.hlo import Collective, collectives, compile_with_text, crossing
-from bicache_jax.serving.flops import Job, jobs, row_flops, summed_bytes
+from bicache_jax.serving.flops import Job, batch_seconds, jobs, row_flops
 from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
 from bicache_jax.serving.memory import Buffers, Footprint
 from bicache_jax.serving.placement import Placement
@@ -132,11 +132,6 @@ def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], str]:
         raise BicacheError(f"{case.config} on {case.topology}, mesh {case.mesh}: the program does not fit") from None
 
 
-def plan_of(case: AotCase) -> Plan:
-    """The plan of a case, with nothing compiled; raises what `check` raises."""
-    return _setting(case).plan
-
-
 def check(case: AotCase) -> dict[str, Any]:
     """Compiles both programs and compares them with the planner.
 
@@ -175,19 +170,17 @@ def check(case: AotCase) -> dict[str, Any]:
 
 
 def _links_share(config: ModelConfig, chip: Topology, runs: Sequence[Job], split: int, itemsize: int) -> float:
-    """Share of a run that its sums over the model axis take at least, if nothing overlaps and the rest is at the peak.
+    """Share of a run that its sums over the model axis take at least, with the rest at the peak of arithmetic.
 
-    Sums of `bicache_jax.serving.flops.summed_bytes`, at the speed of the links; arithmetic at the peak.
+    The runs are equal.
     """
-    if split == 1:
-        return 0.0
-    links = arithmetic = 0.0
-    for job in runs:
-        arithmetic += row_flops(config, job) / split / (chip.tflops_bfloat16 * 1e12)
-        for (refresh, span), count in job.passes().items():
-            summed = summed_bytes(config, job, span, refresh=refresh, itemsize=itemsize)
-            links += count * chip.all_reduce_seconds(summed, split)
-    return round(links / (links + arithmetic), 3)
+
+    def seconds(sums: Callable[[float], float]) -> float:
+        peak = split * chip.tflops_bfloat16 * 1e12
+        return batch_seconds(config, runs[0], len(runs), peak=peak, itemsize=itemsize, published=False, sums=sums)
+
+    free = seconds(lambda nbytes: 0.0)
+    return round(1 - free / seconds(lambda nbytes: chip.all_reduce_seconds(nbytes, split)), 3)
 
 
 def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan:

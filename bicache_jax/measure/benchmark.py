@@ -139,7 +139,9 @@ class EngineRunner:
 
     def first_token(self) -> float:
         """A dispatch of one step (their number is traced, so nothing compiles for it)."""
-        engine = self._engine(self._cache)
+        return self._first_token(self._engine(self._cache))
+
+    def _first_token(self, engine: Engine) -> float:
         started = time.perf_counter()
         next(engine.stream(self._requests, every=1))
         return time.perf_counter() - started
@@ -148,12 +150,9 @@ class EngineRunner:
         """As `first_token`, of a second call that finds the prefixes encoded; None without a prefix cache."""
         if self._cache.policy == "none":
             return None
-        engine, found = self._engine(self._cache), []
-        for _ in range(4):  # the first one encodes
-            started = time.perf_counter()
-            next(engine.stream(self._requests, every=1))
-            found.append(time.perf_counter() - started)
-        return statistics.median(found[1:])
+        engine = self._engine(self._cache)
+        self._first_token(engine)  # it encodes
+        return statistics.median(self._first_token(engine) for _ in range(3))
 
     def job(self) -> Job:
         """The run of a row; prefixes are shared by as many rows as they are on average."""

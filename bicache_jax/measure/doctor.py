@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -22,6 +21,7 @@ from bicache_jax import testing
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.device import file_name
 from bicache_jax.core.types import BicacheError, Model
+from bicache_jax.core.version import release
 from bicache_jax.measure import aot
 from bicache_jax.measure.benchmark import device_name, matmul_peak, memory_bandwidth
 from bicache_jax.measure.kernel_times import line
@@ -103,10 +103,7 @@ def environment() -> Iterator[Check]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         if importlib.util.find_spec(package.replace("-", "_")) is not None:
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                versions[package] = "not installed, from a folder"
+            versions[package] = release(package) or "not installed, from a folder"
     yield Check("environment", "versions", "ok", ", ".join(f"{k} {v}" for k, v in versions.items()), versions)
 
     devices = jax.local_devices()

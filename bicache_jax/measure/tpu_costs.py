@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,8 +85,11 @@ def clock(name: str) -> float:
     return cycles * topology(name).tflops_bfloat16 * 1e12 / (2 * rows * inner * columns)
 
 
-def step_costs(case: AotCase) -> list[StepCost]:
+def step_costs(case: AotCase) -> tuple[Job, list[StepCost]]:
     """Compiles a decode program and adds up each kind of its steps.
+
+    Returns:
+        The run of each row, and the costs.
 
     Raises:
         BicacheError: the model, slice or mesh does not exist, or the program does not fit.
@@ -98,7 +101,7 @@ def step_costs(case: AotCase) -> list[StepCost]:
     peak, bandwidth, hertz = chip.tflops_bfloat16 * 1e12, chip.hbm_gb_per_second * 1e9, clock(case.topology)
     head = _head(root, -(-config.vocab_size // split // TILE))
     found = []
-    for kind, loops in _kinds(root):
+    for kind, loops in _kinds(root).items():
         sizes = [job.suffix] if len(loops) == 1 else [job.suffix, job.block]
         # The larger program is the one over the whole suffix.
         for tokens, loop in zip(sizes, sorted(loops, key=lambda loop: -_largest(loop)), strict=True):
@@ -120,7 +123,7 @@ def step_costs(case: AotCase) -> list[StepCost]:
                     max((kernel.vmem for kernel in passed.kernels), default=0),
                 )
             )
-    return found
+    return job, found
 
 
 @dataclasses.dataclass
@@ -135,13 +138,13 @@ class _Sum:
         self.kernels += loop.kernels * times
 
 
-def _kinds(root: Loop) -> Iterator[tuple[str, list[Loop]]]:
+def _kinds(root: Loop) -> dict[str, list[Loop]]:
     """The loops of each kind of step: one, or two with a block cache."""
     found: dict[str, list[Loop]] = {"refresh": [], "reuse": []}
     for loop in root.walk():
         if kind := _KIND.search(loop.scope):
             found[kind[1]].append(loop)
-    yield from found.items()
+    return found
 
 
 def _largest(loop: Loop) -> int:

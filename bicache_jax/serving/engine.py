@@ -29,7 +29,7 @@ from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
 from bicache_jax.serving.memory import Buffers, kept_bytes, params_bytes
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, rows_fitting
-from bicache_jax.serving.prefix_files import PrefixFiles
+from bicache_jax.serving.prefix_files import open_files
 from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.rounds import plan_rounds
@@ -107,7 +107,10 @@ class Engine:
             # Processes that share a mesh must keep the same, though their devices may report other sizes.
             alone = len({device.process_index for device in placement.devices}) == 1
             prefix_cache_bytes = kept_bytes(device_memory(placement.devices) if alone else None, params_bytes(params))
-        self._store = PrefixStore(prefix_cache_bytes, self._files(prefix_cache_dir, namespace))
+        files = None
+        if prefix_cache_dir is not None:
+            files = open_files(prefix_cache_dir, model, placement, attention=backbone.attention, namespace=namespace)
+        self._store = PrefixStore(prefix_cache_bytes, files)
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._boundary_of = self._boundary_rule()
 
@@ -277,24 +280,6 @@ class Engine:
     def parser(self, sampling: Settings = None) -> Parser:
         """What makes requests of objects; `sampling` as in `generate`."""
         return Parser(self.model.config, self.model.tokenizer, settings(sampling, self.sampling), self.cache)
-
-    def _files(self, folder: str | Path | None, namespace: str) -> PrefixFiles | None:
-        """Where encodings outlive the process."""
-        if folder is None:
-            return None
-        placement = self._executor.placement
-        if placement.mesh is not None:
-            raise BicacheError("prefix_cache_dir is for one device, and there is a mesh: leave one of them out")
-        if not self.model.fingerprint:
-            raise BicacheError("prefix_cache_dir needs a model with a fingerprint, as load_model gives it")
-        identity = {
-            "model": self.model.fingerprint,
-            "dtype": str(self.model.params["embed"].dtype),
-            "device": placement.devices[0].device_kind,
-            "attention": repr(self._executor.backbone.attention),
-            "namespace": namespace,
-        }
-        return PrefixFiles(folder, identity)
 
     def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
         return admit(asked, self.parser(sampling), errors=errors)

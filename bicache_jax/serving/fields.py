@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.config import ModelConfig, SamplingConfig, field_kinds
 from bicache_jax.core.types import Tokenizer
 
 PROMPTS = ("prompt", "messages", "prompt_ids")
@@ -147,9 +147,9 @@ def _choice(record: Mapping[str, Any], field: str, choices: Iterable[Any]) -> An
 def _kinds() -> dict[str, tuple[Any, ...]]:
     """The types that each decoding setting may have in addition to None; for a choice, its values."""
     kinds = {}
-    for name, hint in typing.get_type_hints(SamplingConfig).items():
-        members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
-        kinds[name] = tuple(word for member in members for word in typing.get_args(member) or (member,))
+    for name, members in field_kinds(SamplingConfig).items():
+        given = (member for member in members if member is not type(None))
+        kinds[name] = tuple(word for member in given for word in typing.get_args(member) or (member,))
     return kinds
 
 

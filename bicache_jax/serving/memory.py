@@ -41,6 +41,19 @@ def kept_bytes(device: DeviceMemory | None, weights: int) -> int:
     return int(max(0, min(KEPT_SHARE * device.nbytes, (RESERVE * device.nbytes - weights) / 4)))
 
 
+def prefix_bytes(config: ModelConfig, itemsize: int, *, length: int, layers: int, slots: int = 1) -> int:
+    """Bytes of a prefix's encoding on a device.
+
+    Args:
+        config: one shard's part of the architecture.
+        itemsize: bytes per number.
+        length: P, padding included.
+        layers: layers of KV.
+        slots: boundaries whose hidden states are kept.
+    """
+    return itemsize * length * (2 * layers * config.num_kv_heads * config.head_dim + slots * config.d_model)
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on each device while a batch is decoded.
@@ -188,7 +201,7 @@ class Footprint:
         mlp = 2 * config.d_model + self.copies.mlp * config.d_mlp
         return Memory(
             params=self.params * (1 + self.copies.weights),
-            prefixes=groups * prefix * (self.buffers.shallow * kv + config.d_model * itemsize),
+            prefixes=groups * prefix_bytes(config, itemsize, length=prefix, layers=self.buffers.shallow),
             deep=deep * rows * prefix * kv,
             suffixes=config.num_layers * rows * suffix * kv if self.block_cache else 0,
             activations=tokens * max(attention, mlp) * itemsize,

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from bicache_jax.core.types import BicacheError
+from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.core.version import version
-from bicache_jax.serving.placement import Piece
+from bicache_jax.serving.placement import Piece, Placement
 from bicache_jax.serving.store import Key
 
 LIMIT = 8 * 2**30
@@ -144,6 +144,35 @@ class PrefixFiles:
             with contextlib.suppress(OSError):
                 path.unlink()
             total -= size
+
+
+def open_files(
+    folder: str | Path, model: Model, placement: Placement, *, attention: Any, namespace: str
+) -> PrefixFiles:
+    """The folder of an engine.
+
+    Args:
+        folder: where the files are.
+        model: the model.
+        placement: where it runs.
+        attention: the implementation of attention that it runs with.
+        namespace: the engine's.
+
+    Raises:
+        BicacheError: the folder cannot be written, there is a mesh, or the model has no fingerprint.
+    """
+    if placement.mesh is not None:
+        raise BicacheError("prefix_cache_dir is for one device, and there is a mesh: leave one of them out")
+    if not model.fingerprint:
+        raise BicacheError("prefix_cache_dir needs a model with a fingerprint, as load_model gives it")
+    identity = {
+        "model": model.fingerprint,
+        "dtype": str(model.params["embed"].dtype),
+        "device": placement.devices[0].device_kind,
+        "attention": repr(attention),
+        "namespace": namespace,
+    }
+    return PrefixFiles(folder, identity)
 
 
 def _checksum(arrays: Mapping[str, Any]) -> str:

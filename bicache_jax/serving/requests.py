@@ -114,9 +114,10 @@ class Parser:
         if request.stop:
             stops({"stop": request.stop}, self.tokenizer)
         try:
-            return dataclasses.replace(request, sampling=self.cache.with_blocks(request.sampling))
+            sampling = self.cache.with_blocks(request.sampling)
         except ValueError as error:
             raise BadRequest(str(error)) from None
+        return request if sampling is request.sampling else dataclasses.replace(request, sampling=sampling)
 
     def lines(self, lines: Iterable[Any], source: str = "<input>") -> Iterator[Request | Result]:
         """Parses the lines of a request file one by one.

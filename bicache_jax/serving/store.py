@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.serving.flops import encode_flops
-from bicache_jax.serving.memory import Buffers
+from bicache_jax.serving.memory import Buffers, prefix_bytes
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.rounds import Round
@@ -150,9 +150,9 @@ class PrefixStore:
         self._pinned.discard(tokens)
         self._shrink()
 
-    def drop(self, tokens: Prefix) -> int:
-        """Drops the encodings of a prefix, except for what a run is using; returns how many that were."""
-        return self._remove([key for key in self._entries if key.tokens == tokens])
+    def drop(self, tokens: Prefix) -> None:
+        """Drops the encodings of a prefix, except for what a run is using."""
+        self._remove(key for key in list(self._entries) if key.tokens == tokens)
 
     def clear(self) -> None:
         """Drops all encodings, except for what a run is using."""
@@ -248,11 +248,10 @@ class PrefixStore:
                 kept[shard] -= self._entries.pop(key).nbytes
                 self._count(evictions=1)
 
-    def _remove(self, keys: Iterable[Key]) -> int:
-        free = [key for key in keys if not self._entries[key].users]
-        for key in free:
-            del self._entries[key]
-        return len(free)
+    def _remove(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            if not self._entries[key].users:
+                del self._entries[key]
 
     def _count(self, **more: float) -> None:
         now: dict[str, Any] = {name: getattr(self._stats, name) + value for name, value in more.items()}
@@ -324,9 +323,9 @@ class RunPrefixes:
 
     def _put(self, key: Key, piece: Piece, boundaries: Collection[int], *, stored: bool = False) -> None:
         plan = self._plan
-        part = plan.part or plan.config
-        token = 2 * key.layers * part.num_kv_heads * part.head_dim + key.slots * part.d_model
-        nbytes = plan.dtype.itemsize * key.length * token
+        nbytes = prefix_bytes(
+            plan.part or plan.config, plan.dtype.itemsize, length=key.length, layers=key.layers, slots=key.slots
+        )
         flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
         self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, stored=stored)
 

@@ -46,13 +46,12 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 """
 CHILD = """
 import json, sys
-from bicache_jax.measure.aot import AotCase, plan_of
+from bicache_jax.measure.aot import AotCase
 from bicache_jax.measure.tpu_costs import clock, facts, per_step, step_costs
-from bicache_jax.serving.flops import jobs, summed_bytes
+from bicache_jax.serving.flops import summed_bytes
 from bicache_jax.wiring import model_shape
 case = AotCase("small", "v5e:2x2", "data=2,model=2", 128, 64, 2, 2, 3, 32, 8, block_cache=sys.argv[1])
-plan, config, costs = plan_of(case), model_shape("small"), step_costs(case)
-job = jobs(plan.batches[0].rows, plan.cache)[0]
+config, (job, costs) = model_shape("small"), step_costs(case)
 counted = [summed_bytes(config, job, cost.tokens, refresh=cost.kind == "refresh", itemsize=2) for cost in costs]
 found = {"steps": list(map(facts, costs)), "counted": counted, "mean": per_step(costs, job), "clock": clock("v5e:2x2")}
 print("FOUND" + json.dumps(found))
