@@ -244,6 +244,17 @@ def block_specs(tiling: Tiling, head_dim: int) -> tuple[list[Any], Any]:
     return specs, result
 
 
+@jax.custom_batching.custom_vmap
+def _in_hbm(array: Array) -> Array:
+    """Keeps an operand of the kernel out of vector memory; `custom_vmap`, as the constraint has no batching rule."""
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+@_in_hbm.def_vmap
+def _in_hbm_batched(axis_size: int, batched: list[bool], array: Array) -> tuple[Array, bool]:
+    return _in_hbm(array), batched[0]
+
+
 def prefix_attention(
     q: Float[Array, "B N T H"],
     k_prefix: Float[Array, "*L G K P H"],
@@ -299,7 +310,7 @@ def prefix_attention(
     )
     if not interpret:
         # The compiler would bring the whole stack into vector memory, in every layer, where it fits beside the weights.
-        k_prefix, v_prefix = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_prefix, v_prefix))
+        k_prefix, v_prefix = _in_hbm(k_prefix), _in_hbm(v_prefix)
     operands = [
         q.reshape(num_rows, num_kv_heads, folded, head_dim),
         *[k_prefix] * tiling.chunks,
