@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bicache_jax.functional import encode_prefix as encode_prefix
     from bicache_jax.functional import forward as forward
     from bicache_jax.loading import load_model as load_model
+    from bicache_jax.serving.async_engine import AsyncEngine as AsyncEngine
     from bicache_jax.serving.compilation import use_compilation_cache as use_compilation_cache
     from bicache_jax.serving.engine import Engine as Engine
 
@@ -32,6 +33,7 @@ _HOME = {
     "CacheConfig": "bicache_jax.core.config",
     "ModelConfig": "bicache_jax.core.config",
     "SamplingConfig": "bicache_jax.core.config",
+    "AsyncEngine": "bicache_jax.serving.async_engine",
     "Engine": "bicache_jax.serving.engine",
     "Denoised": "bicache_jax.functional",
     "denoise": "bicache_jax.functional",

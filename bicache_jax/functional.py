@@ -228,6 +228,7 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
             decoding,
             jnp.asarray(NO_LIMIT),
             jnp.asarray(stage.stop_block),
+            jnp.asarray(NO_LIMIT),
             block_width=sampling.block_size,
             span=stage.span,
             guided=sampling.guided,

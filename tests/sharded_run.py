@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from bicache_jax import CacheConfig, Engine, Model, ModelConfig, Request, SamplingConfig, load_model
 from bicache_jax.measure.hlo import collectives, crossing
 from bicache_jax.models import init
-from bicache_jax.serving.programs import lower_decode
+from bicache_jax.serving.programs import EncodeCall, lower_decode
+from bicache_jax.serving.scheduler import scheduled
 from bicache_jax.serving.store import PrefixStore, RunPrefixes
 from bicache_jax.sharding import make_mesh
 
@@ -34,6 +36,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "": {},
     "filtered": {"top_p": 0.8, "top_k": 30, "alg_temperature": 0.1, "remasking": "topk_margin"},
     "guided": {"cfg_scale": 1.5},
+    "early": {"threshold": 0.2, "early_stop": True},
 }
 """Settings that read more of the vocabulary than its best token; behind a policy's name as in `bicache/guided`."""
 ODD = ModelConfig(
@@ -42,18 +45,16 @@ ODD = ModelConfig(
 """Sizes that no mesh divides, and every bias there can be."""
 SOME = {
     "llada": {
-        "bicache": MESHES,
-        "none": MESHES[1:2],
+        "bicache": MESHES[:2],
         "bicache+dual": MESHES[2:3],
         "bicache/guided": MESHES[2:3],
     },
     "dream": {
-        "bicache": MESHES,
-        "naive": MESHES[1:2],
-        "bicache+prefix": MESHES[2:3],
-        "bicache/filtered": MESHES[2:3],
+        "bicache": MESHES[2:],
+        "none": MESHES[1:2],
+        "bicache/early": MESHES[:2],
     },
-    "odd": {"bicache": MESHES[2:]},
+    "odd": {"bicache": MESHES[2:3]},
 }
 
 
@@ -84,6 +85,8 @@ def tokens(engine: Engine, work: list[Request]) -> dict[str, tuple[int, ...]]:
 def differing(model: Model, name: str, meshes: tuple[str, ...]) -> dict[str, list[str]]:
     """Requests that a mesh answers otherwise than one device."""
     policy, _, decoder = name.partition("/")
+    if decoder == "early":  # rows stop, join and leave at their own times
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=tuple(range(3, 290, 7))))
     work = requests(min(model.config.vocab_size, 290), decoder)
     wanted = tokens(engine(model, policy, None), work)
     assert len(set(wanted.values())) > len(wanted) // 2
@@ -102,15 +105,16 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
     sharded, alone = engine(model, "bicache", MESHES[1]), engine(model, "bicache", None)
     plan, single = sharded.plan(work), alone.plan(work)
     batches = plan.rounds[0]
-    cache = sharded._executor._prefixes(batches, plan, RunPrefixes(plan, PrefixStore(0)))
+    lane = scheduled(sharded._executor, plan, RunPrefixes(plan, PrefixStore(0)))._next()
+    assert lane is not None
+    lane.join()
+    cache = lane._cache
     assert cache.k.sharding.spec == P(None, "data", "model")
     everyone = {prefix for batch in batches for prefix in batch.prefixes if prefix}
-    known = RunPrefixes(single, PrefixStore(0))
     length = plan.shape(*batches)[1]
     keys = {}
     for prefix in everyone:
-        used = known.boundaries(0, length, prefix)
-        keys[prefix] = np.asarray(alone._executor._encode((prefix,), single, [used], length).k)
+        keys[prefix] = np.asarray(alone._executor.encode(EncodeCall(single, (prefix,), [[2]], length)).k)
     own = strangers = 0
     for part in cache.k.addressable_shards:
         shard, place = divmod(part.device.id, 2)
@@ -143,9 +147,8 @@ def inspect(model: Model, work: list[Request]) -> dict[str, Any]:
 
 def main(family: str, extent: str) -> None:
     """Runs the family `llada`, `dream` or `odd`, on some combinations of policy and mesh or on all."""
-    runs: dict[str, tuple[str, ...]] = (
-        SOME[family] if extent == "some" else dict.fromkeys([*POLICIES, "bicache/filtered", "bicache/guided"], MESHES)
-    )
+    every = (*POLICIES, "bicache/filtered", "bicache/guided", "bicache/early")
+    runs: dict[str, tuple[str, ...]] = SOME[family] if extent == "some" else dict.fromkeys(every, MESHES)
     if family == "odd":
         model = Model(ODD, init(ODD, jax.random.key(3)))
         model.params["layers"]["o"]["bias"] += 0.1  # biases start at zero, and would hide being added twice

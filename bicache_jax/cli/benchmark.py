@@ -14,6 +14,7 @@ from bicache_jax.cli.options import (
     auto_or_integer,
     boundary,
     flag_named,
+    fraction,
     from_flags,
     integer,
     integers,
@@ -31,6 +32,7 @@ EPILOG = """\
 examples:
   bicache benchmark --random small --policies none,bicache --prefix 768 --suffix 256 --rows 4 --refresh-interval 16 \\
       --dtype float32 --json
+  bicache benchmark --random small --mixed --policies none,bicache+dual --prefix 256 --rows 8
   bicache benchmark --model ./LLaDA-8B-Instruct --prefix 512,1024 --suffix 256 --rows 1,8,32 --plot speed.png
 
 columns:
@@ -41,6 +43,9 @@ columns:
           rows of padding count as nothing executed
   memory  of the decode program, parameters included, as the compiler counts it
   kept    seconds to the first token of a call that finds its prefixes encoded by an earlier one
+  own     with --mixed: share of the row-steps (places of the batches x passes) that were some request's own; in batches
+          whose free places waiting rows take, and in batches that wait for their slowest row; ratio: of their times;
+          differ: responses that joining changed
   cold, warm  with --restart: seconds from the start of `generate` in a process of its own to the first token, with no
           compiled program kept and with all of them"""
 
@@ -87,6 +92,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     backend.add_attention_flag(grid)
 
+    mixed = parser.add_argument_group("mixed work")
+    mixed.add_argument(
+        "--mixed",
+        action="store_true",
+        help="instead: requests of many response lengths (32-256 tokens, blocks of 32) that stop early, in batches of"
+        " --rows that waiting rows join, against batches that wait for their slowest row",
+    )
+    mixed.add_argument("--requests", type=integer(1), metavar="N", help="(default: 12 for each row of a batch)")
+    mixed.add_argument(
+        "--threshold",
+        type=fraction,
+        metavar="P",
+        help="confidence that unmasks a token (default: a token a step)",
+    )
+
     running = parser.add_argument_group("running")
     running.add_argument(
         "--baseline", type=listed, default=(), metavar="LIST", help="torch: the same weights in PyTorch"
@@ -126,7 +146,11 @@ def run(args: argparse.Namespace) -> int:
     if args.restart and args.model is None:
         raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
     load = [benchmark.load_average()]
+    if not args.mixed and (args.requests is not None or args.threshold is not None):
+        raise BicacheError("--requests and --threshold go with --mixed")
     model = backend.load(args) if args.model is not None else backend.random(args)
+    if args.mixed:
+        return _run_mixed(args, model, load)
     cases = _cases(args)
     with flag_named("suffix"), flag_named("prefix"):
         runners: list[Any] = [
@@ -176,6 +200,55 @@ def run(args: argparse.Namespace) -> int:
 
         speed_over_settings(record, args.plot)
     print(json.dumps(record) if args.json else table(record))
+    return 0
+
+
+def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
+    """Runs `bicache benchmark --mixed`."""
+    import jax
+    from tqdm import tqdm
+
+    from bicache_jax.measure import benchmark
+    from bicache_jax.measure.mixed import measure_mixed, mixed_requests
+
+    lists = {name: getattr(args, name) for name in ("rows", "prefixes", "refresh_interval")}
+    lists["prefix"] = args.prefix or (768,)
+    for name, values in lists.items():
+        if len(values) != 1:
+            raise BicacheError(f"--{name.replace('_', '-')}: one value with --mixed, got {len(values)}")
+    (rows,), (prefixes,), (interval,), (prefix,) = lists.values()
+    with flag_named("prefix"):
+        requests = mixed_requests(
+            model.config,
+            count=args.requests or 12 * rows,
+            prefix=prefix,
+            prefixes=prefixes,
+            threshold=args.threshold,
+        )
+    total = 2 * len(args.policies) * (1 + args.repeats)
+    with tqdm(total=total, unit="run", disable=args.quiet or not sys.stderr.isatty(), leave=False) as bar:
+        results = measure_mixed(
+            model,
+            args.policies,
+            requests,
+            rows=rows,
+            repeats=args.repeats,
+            seconds=args.seconds,
+            refresh_interval=interval,
+            attention=args.attention,
+            progress=lambda: None if bar.update() else None,
+        )
+    record = {
+        "model": args.model or f"random {args.random}",
+        "device": benchmark.device_name(),
+        "dtype": model.params["embed"].dtype.name,
+        "jax": jax.__version__,
+        "prefix": prefix,
+        "threshold": args.threshold,
+        "load_average": [*load, benchmark.load_average()],
+        "results": results,
+    }
+    print(json.dumps(record) if args.json else mixed_table(record))
     return 0
 
 
@@ -253,4 +326,24 @@ def table(record: dict[str, Any]) -> str:
         if restarted:
             cells += [number(result.get(name), ".1f", " s") for name in ("cold_start_s", "warm_start_s")]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mixed_table(record: dict[str, Any]) -> str:
+    """Results of mixed work for people, in Markdown."""
+    lines = [
+        f"{record['model']}, {record['dtype']}, {record['device']}, jax {record['jax']}; P {record['prefix']}; "
+        f"load average {', '.join(str(load) for load in record['load_average'])}",
+        "",
+        "| policy | requests | rows | passes a response | own | own, waiting | responses/s | ratio (spread) | differ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in record["results"]:
+        low, mean, high = result["passes"]
+        spread = result["ratio_spread"]
+        lines.append(
+            f"| {result['policy']} | {result['requests']} | {result['rows']} | {low}-{high}, mean {mean} "
+            f"| {result['own']:.3f} | {result['own_waiting']:.3f} | {result['responses_per_s']:.2f} "
+            f"| {result['ratio']:.2f} ({spread[0]:.2f}-{spread[1]:.2f}) | {result['differ']} |"
+        )
     return "\n".join(lines)

@@ -87,6 +87,7 @@ class Rows:
         step: denoising steps made since the row began; the refresh counter.
         block: current block; `num_blocks` if the row is complete, less if it stopped early.
         block_step: denoising steps made in the current block.
+        interval_step: step of the row's refresh interval; at 0 it waits for a refresh.
         done: the response is complete, or the row is padding.
         forward_passes: forward passes made for the row.
         failed: the row had logits that are not finite, and was stopped.
@@ -100,6 +101,7 @@ class Rows:
     step: Int[Array, " B"]
     block: Int[Array, " B"]
     block_step: Int[Array, " B"]
+    interval_step: Int[Array, " B"]
     done: Bool[Array, " B"]
     forward_passes: Int[Array, " B"]
     failed: Bool[Array, " B"]
@@ -112,15 +114,17 @@ class DecodeState:
 
     Attributes:
         rows: the rows.
-        deep: the rows' deep prefix KV, valid until the end of an interval.
+        deep: the rows' deep prefix KV, each valid until the end of the row's interval.
         suffix: their suffix KV if there is a block cache.
-        index: the next step of the refresh interval; step 0 refreshes. One per data shard.
+        waited: passes' worth of work that rows have lost by waiting for a dearer pass. One per data shard.
+        passes: passes made so far. One per data shard.
     """
 
     rows: Rows
     deep: DeepCache
     suffix: SuffixCache
-    index: Int[Array, " S"]
+    waited: Float[Array, " S"]
+    passes: Int[Array, " S"]
 
 
 @jax.tree_util.register_dataclass

@@ -79,7 +79,7 @@ def put_rows(arrays: Mapping[str, Any], put: Callable[[Any], Array]) -> Rows:
 
 
 def lay_out(
-    entries: Sequence[tuple[Request, int, int]],
+    entries: Sequence[tuple[Request, int, int] | None],
     prefix_index: Sequence[int],
     config: ModelConfig,
     *,
@@ -90,7 +90,7 @@ def lay_out(
     """Lays out a batch on the host.
 
     Args:
-        entries: (request, sample, prefix_len) of each row.
+        entries: (request, sample, prefix_len) of each row; None for padding.
         prefix_index: prefix of each row, then of each row's twin where there are any.
         config: the architecture.
         num_rows: B, twins included; rows beyond the entries are padding and complete from the start.
@@ -104,7 +104,12 @@ def lay_out(
     positions = np.zeros((num_rows, length), np.int32)
     valid = np.zeros((num_rows, length), bool)
     words = np.zeros((num_rows, 4), np.uint32)
-    for row, (request, sample, prefix_len) in enumerate(entries):
+    done = np.ones(num_rows, bool)
+    for row, entry in enumerate(entries):
+        if entry is None:
+            continue
+        request, sample, prefix_len = entry
+        done[row] = False
         gen_length, prompt = request.sampling.gen_length, np.asarray(request.prompt_ids[prefix_len:], np.int32)
         canvas = np.concatenate([prompt, np.full(gen_length, config.mask_id, np.int32)])
         order = reading_order(np.arange(len(canvas)), len(canvas), gen_length, config)
@@ -112,7 +117,6 @@ def lay_out(
         positions[row, : len(canvas)] = prefix_len + order
         valid[row, : len(canvas)] = True
         words[row] = noise_words(request.id, request.sampling.seed + sample)
-    done = np.arange(num_rows) >= len(entries)
     index = np.zeros(num_rows, np.int32)
     index[: len(entries)] = prefix_index[: len(entries)]
     if guided:
@@ -127,7 +131,10 @@ def lay_out(
         "valid": valid,
         "prefix_index": index,
         "key": words,
-        **{name: np.zeros(num_rows, np.int32) for name in ("step", "block", "block_step", "forward_passes")},
+        **{
+            name: np.zeros(num_rows, np.int32)
+            for name in ("step", "block", "block_step", "interval_step", "forward_passes")
+        },
         "done": done,
         "failed": np.zeros(num_rows, bool),
     }
@@ -170,6 +177,7 @@ def lay_out_canvases(
         step=counter,
         block=counter,
         block_step=counter,
+        interval_step=counter,
         done=jnp.zeros(num_rows, bool),
         forward_passes=counter,
         failed=jnp.zeros(num_rows, bool),

@@ -122,6 +122,8 @@ class Result:
         text_len: tokens of the canvas that `text` is made of.
         chat: whether the request is a conversation.
         engine_fault: whether an error is not the request's own: the model could not answer it.
+        cached_tokens: prompt tokens whose encoding was there already, made for another request or in an earlier call.
+            It says what happened, not what the answer is: neither `==` nor files of results look at it.
     """
 
     id: str
@@ -141,6 +143,7 @@ class Result:
     text_len: int = 0
     chat: bool = False
     engine_fault: bool = False
+    cached_tokens: int = dataclasses.field(default=0, compare=False)
 
     def __repr__(self) -> str:
         if self.error is not None:
@@ -159,6 +162,7 @@ class Result:
         """The result as journals keep it, with what other formats need."""
         record = dataclasses.asdict(self)
         record["token_ids"] = list(self.token_ids)
+        del record["cached_tokens"]
         if self.error is None:
             del record["error"]
         for name in ("chat", "engine_fault"):

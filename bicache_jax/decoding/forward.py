@@ -42,6 +42,7 @@ class SuffixForward:
         boundary: b, at most L - 1.
         start: suffix index at which each row's span begins.
         update: which KV of the span replace those in a suffix cache; the others were frozen earlier.
+        renew: rows whose deep prefix KV a refresh replaces; the others are inside an interval, and keep theirs.
     """
 
     backbone: Backbone
@@ -51,6 +52,7 @@ class SuffixForward:
     boundary: Int[Array, ""]
     start: Int[Array, " B"]
     update: Bool[Array, "B T"]
+    renew: Bool[Array, " B"]
 
     @property
     def _last(self) -> int:
@@ -134,7 +136,7 @@ class SuffixForward:
         return carry
 
     def refresh(self, deep: DeepCache, suffix: SuffixCache) -> DeepCarry:
-        """Runs the span below the boundary, and prefix and span above it.
+        """Runs the span below the boundary, and prefix and span above it; rows that are not due get what `reuse` gives.
 
         Returns:
             Hidden states of the span [B, T, D], the fresh deep prefix KV, and the suffix cache.
@@ -189,7 +191,10 @@ class SuffixForward:
 
     def _write(self, deep: DeepCache, index: Array, k: Array, v: Array) -> DeepCache:
         slot = index - self.boundary - 1
-        return DeepCache(
-            k=jax.lax.dynamic_update_index_in_dim(deep.k, k, slot, 0),
-            v=jax.lax.dynamic_update_index_in_dim(deep.v, v, slot, 0),
-        )
+
+        def write(stack: Array, fresh: Array) -> Array:
+            kept = jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
+            fresh = jnp.where(self.renew[:, None, None, None], fresh, kept)
+            return jax.lax.dynamic_update_index_in_dim(stack, fresh, slot, 0)
+
+        return DeepCache(k=write(deep.k, k), v=write(deep.v, v))

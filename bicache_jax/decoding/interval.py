@@ -1,19 +1,23 @@
 """The jitted program: denoising steps of a batch of rows, in refresh intervals.
 
-An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.decoding.forward`). A dispatch makes any
-number of steps and may end inside an interval: the deep prefix KV and the step of the interval travel in the state, so
+An interval is one refresh step and up to N - 1 reuse steps (`bicache_jax.decoding.forward`). Each row counts its own:
+rows leave step with each other where they begin at different times, stop early, or decide by confidence. A pass that
+refreshes some rows is dearer for all, so rows that are due wait for each other, for as long as waiting costs less
+(`_next_pass`). What a row computes in its own steps does not depend on when they come.
+
+A dispatch makes any number of steps and may end inside an interval: deep prefix KV and counters travel in the state, so
 that how often a caller looks at the canvases never changes a token.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
@@ -21,7 +25,7 @@ from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import DecodeState, Decoding, DeepCache, PrefixCache, Rows, SuffixCache
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.decoding.forward import SuffixForward
-from bicache_jax.decoding.unmask import idle, unmask
+from bicache_jax.decoding.unmask import unmask
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE, on_shards, param_specs
 
 Pass = tuple[Array, DeepCache, SuffixCache]
@@ -54,7 +58,8 @@ def initial_state(
         rows=rows,
         deep=DeepCache(k=jnp.zeros(deep, dtype), v=jnp.zeros(deep, dtype)),
         suffix=SuffixCache(k=jnp.zeros(suffix, dtype), v=jnp.zeros(suffix, dtype)),
-        index=jnp.zeros((1,), jnp.int32),
+        waited=jnp.zeros((1,), jnp.float32),
+        passes=jnp.zeros((1,), jnp.int32),
     )
     return vary_like(state, rows)
 
@@ -69,6 +74,56 @@ def begin(rows: Rows, *, config: ModelConfig, mesh: Mesh | None = None, **sizes:
     return on_shards(lambda rows: initial_state(config, rows, **sizes), mesh, (PER_SHARD,), STATE)(rows)
 
 
+class NextPass(NamedTuple):
+    """What the rows' next pass is.
+
+    Attributes:
+        active: rows that make a step in it.
+        renew: rows that it refreshes.
+        starts: whether a row starts a block, which with a block cache takes a pass over the whole suffix.
+        waited: passes lost to waiting since the last dear pass, this one included.
+    """
+
+    active: Bool[Array, " B"]
+    renew: Bool[Array, " B"]
+    starts: Bool[Array, ""]
+    waited: Float[Array, " S"]
+
+
+def _next_pass(
+    rows: Rows, waited: Float[Array, " S"], boundary: Int[Array, ""], *, num_layers: int, prefix_len: int, span: int
+) -> NextPass:
+    """Decides between a dear pass, in which all rows make a step, and a cheap one, in which some wait.
+
+    A dear pass refreshes, or with a block cache runs whole suffixes. It is made when all rows wait for it, or when
+    waiting has cost as much as it costs more than a cheap pass: the rule for renting or buying, at most twice the cost
+    of knowing what is to come (Karlin, Manasse, Rudolph and Sleator 1988). Costs are tokens run, by layers.
+
+    Args:
+        rows: the rows.
+        waited: passes lost since the last dear pass.
+        boundary: b, at most L - 1.
+        num_layers: L.
+        prefix_len: P where there are deep layers; 0: nothing is ever refreshed.
+        span: T; 0 without a block cache.
+    """
+    alive, length = ~rows.done, rows.tokens.shape[1]
+    deep = prefix_len * (num_layers - 1 - boundary)
+    renew = alive & (rows.interval_step == 0) & (deep > 0)
+    starts = alive & (rows.block_step == 0) & (span > 0)
+    waits = renew | starts
+    dear = jnp.where(jnp.any(renew), deep / num_layers, 0) + jnp.where(jnp.any(starts), length, span or length)
+    patience = dear / (span or length) - 1
+    lost = waited + jnp.sum(waits) / jnp.maximum(jnp.sum(alive), 1)
+    now = jnp.any(waits) & (jnp.all(waits == alive) | (lost[0] > patience))
+    return NextPass(
+        active=alive & (now | ~waits),
+        renew=renew & now,
+        starts=jnp.any(starts) & now,
+        waited=jnp.where(now, 0.0, lost).astype(waited.dtype),
+    )
+
+
 def denoise_steps(
     backbone: Backbone,
     params: Params,
@@ -77,12 +132,13 @@ def denoise_steps(
     decoding: Decoding,
     num_steps: Int[Array, ""],
     stop_block: Int[Array, ""],
+    stop_done: Int[Array, ""],
     *,
     block_width: int,
     span: int = 0,
     guided: bool = False,
 ) -> DecodeState:
-    """Makes up to `num_steps` denoising steps, fewer when all rows are complete.
+    """Makes up to `num_steps` passes, fewer when all rows are complete.
 
     Args:
         backbone: the model (static).
@@ -90,23 +146,25 @@ def denoise_steps(
         cache: the G prefixes of the batch, with `decoding.boundary` among their boundaries.
         state: where the rows are.
         decoding: what the rows share; nothing in it is static.
-        num_steps: most steps, traced.
+        num_steps: most passes, traced.
         stop_block: return where every row has reached this block.
+        stop_done: return where so many rows are complete, padding included.
         block_width: W, positions that the head looks at; at least `decoding.block_length` (static).
         span: T, tokens that steps inside a block run: a block's, or with a prefix block cache all from the earliest
             row's block on; 0 without a block cache (static).
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
-        The state after the last step.
+        The state after the last pass.
     """
     config = backbone.config
     num_rows, length = state.rows.tokens.shape
     front = config.shifted
+    refreshable, prefix_len = bool(state.deep.k.shape[0]), state.deep.k.shape[-2]
     unseen = vary_like(jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype), state)
-    boundary = clamp_boundary(decoding.boundary if state.deep.k.shape[0] else config.num_layers, config.num_layers)
+    boundary = clamp_boundary(decoding.boundary if refreshable else config.num_layers, config.num_layers)
 
-    def suffix_forward(rows: Rows, size: int) -> SuffixForward:
+    def suffix_forward(rows: Rows, size: int, this: NextPass) -> SuffixForward:
         """A pass over all of the suffix, or over the span of a block cache."""
         first = front + rows.block * decoding.block_length
         response_end = front + decoding.num_blocks * decoding.block_length
@@ -116,43 +174,39 @@ def denoise_steps(
         update = (position >= first[:, None]) & (position < behind[:, None])
         if size == length:  # where a block starts everything is written, also for rows that start theirs later
             update |= (rows.block_step == 0)[:, None]
-        return SuffixForward(backbone, params, cache, rows, jnp.asarray(boundary), start, update)
+        update &= this.active[:, None]
+        return SuffixForward(backbone, params, cache, rows, jnp.asarray(boundary), start, update, this.renew)
 
     def block_hidden(rows: Rows, x: Float[Array, "B T D"], start: Array) -> Float[Array, "B W D"]:
         # Families that shift logits put the token before the response in front of it, so hidden states line up.
         position = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
         return jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
 
-    def forward(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, *, refresh: bool) -> Pass:
-        this = suffix_forward(rows, size)
+    def forward(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, this: NextPass, *, refresh: bool) -> Pass:
+        over = suffix_forward(rows, size, this)
         if refresh:
-            x, deep, suffix = this.refresh(deep, suffix)
+            x, deep, suffix = over.refresh(deep, suffix)
         else:
-            x, suffix = this.reuse(deep, suffix)
-        return block_hidden(rows, x, this.start), deep, suffix
+            x, suffix = over.reuse(deep, suffix)
+        return block_hidden(rows, x, over.start), deep, suffix
 
-    def kinds(index: Array, rows: Rows) -> list[tuple[int, bool, Array]]:
-        """The kinds of pass that a step may make: tokens that it runs, whether it refreshes, whether it is this one."""
-        refreshes = index == 0
-        if not span:
-            return [(length, True, refreshes), (length, False, ~refreshes)]
-        starts = jnp.any(~idle(rows, decoding, index) & (rows.block_step == 0))
-        return [
-            (size, refresh, ours & theirs)
-            for refresh, ours in ((True, refreshes), (False, ~refreshes))
-            for size, theirs in ((length, starts), (span, ~starts))
-        ]
+    def kinds(this: NextPass) -> list[tuple[int, bool, Array]]:
+        """The kinds of pass that there are: tokens that it runs, whether it refreshes, whether it is this one."""
+        refreshes = jnp.any(this.renew)
+        modes = ((True, refreshes), (False, ~refreshes)) if refreshable else ((False, jnp.asarray(True)),)
+        sizes = ((length, this.starts), (span, ~this.starts)) if span else ((length, jnp.asarray(True)),)
+        return [(size, refresh, ours & theirs) for refresh, ours in modes for size, theirs in sizes]
 
-    def predict(index: Array, rows: Rows, deep: DeepCache, suffix: SuffixCache) -> Pass:
-        """The pass of a step. Each kind is a loop of one turn or none, whose carry is updated in place."""
+    def predict(this: NextPass, rows: Rows, deep: DeepCache, suffix: SuffixCache) -> Pass:
+        """A pass. Each kind is a loop of one turn or none, whose carry is updated in place."""
         passed = (unseen, deep, suffix)
-        for size, refresh, wanted in kinds(index, rows):
+        for size, refresh, wanted in kinds(this):
 
             def turn(turn: Array, passed: Pass, size: int = size, refresh: bool = refresh) -> Pass:
                 # Little here changes with the turn. Without the barrier the compiler would take the pass out of its
                 # loop, and make it in every step.
                 here, _ = jax.lax.optimization_barrier((rows, turn))
-                return forward(here, passed[1], passed[2], size, refresh=refresh)
+                return forward(here, passed[1], passed[2], size, this, refresh=refresh)
 
             with jax.named_scope("refresh" if refresh else "reuse"):
                 passed = jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, passed)
@@ -160,16 +214,22 @@ def denoise_steps(
 
     def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         count, state = carry
-        index, rows = state.index[0], state.rows
-        hidden, deep, suffix = predict(index, rows, state.deep, state.suffix)
-        rows = unmask(backbone, params, hidden, rows, decoding, index, guided=guided)
-        index += 1
-        over = (index >= decoding.refresh_interval) | jnp.all(idle(rows, decoding, index))
-        return count + 1, DecodeState(rows, deep, suffix, jnp.where(over, 0, index)[None])
+        this = _next_pass(
+            state.rows,
+            state.waited,
+            jnp.asarray(boundary),
+            num_layers=config.num_layers,
+            prefix_len=prefix_len if refreshable else 0,
+            span=span,
+        )
+        hidden, deep, suffix = predict(this, state.rows, state.deep, state.suffix)
+        rows = unmask(backbone, params, hidden, state.rows, decoding, this.active, guided=guided)
+        return count + 1, DecodeState(rows, deep, suffix, this.waited, state.passes + 1)
 
     def more(carry: tuple[Array, DecodeState]) -> Array:
         count, state = carry
-        return (count < num_steps) & jnp.any(~state.rows.done & (state.rows.block < stop_block))
+        under_way = ~state.rows.done & (state.rows.block < stop_block)
+        return (count < num_steps) & jnp.any(under_way) & (jnp.sum(state.rows.done) < stop_done)
 
     count = vary_like(jnp.asarray(0), state)
     return jax.lax.while_loop(more, step, (count, state))[1]
@@ -186,20 +246,25 @@ def decode(
     decoding: Decoding,
     num_steps: Int[Array, ""],
     stop_block: Int[Array, ""],
+    stop_done: Int[Array, " S"],
     *,
     mesh: Mesh | None = None,
     **sizes: Any,
 ) -> DecodeState:
     """`denoise_steps` as a program: on one device, or on a mesh, where every data shard has its own batch.
 
-    On a mesh rows, prefixes and (with a leading axis) `decoding` are those of all data shards, one after the other, and
-    `prefix_index` counts the prefixes of the row's own shard.
+    On a mesh rows, prefixes, `stop_done` and (with a leading axis) `decoding` are those of all data shards, one after
+    the other, and `prefix_index` counts the prefixes of the row's own shard.
     """
 
-    def shard(params: Params, cache: PrefixCache, state: DecodeState, decoding: Decoding, *limits: Array) -> Any:
+    def shard(
+        params: Params, cache: PrefixCache, state: DecodeState, decoding: Decoding, stops: Array, *limits: Array
+    ) -> DecodeState:
         if mesh is not None:
             decoding = jax.tree.map(lambda leaf: leaf[0], decoding)
-        return denoise_steps(backbone, params, cache, state, decoding, *limits, **sizes)
+        num_steps, stop_block = limits
+        return denoise_steps(backbone, params, cache, state, decoding, num_steps, stop_block, stops[0], **sizes)
 
-    specs = (param_specs(backbone.axes, params), PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED)
-    return on_shards(shard, mesh, specs, STATE)(params, cache, state, decoding, num_steps, stop_block)
+    specs = (param_specs(backbone.axes, params), PREFIX, STATE, PER_SHARD, PER_SHARD, REPLICATED, REPLICATED)
+    run = on_shards(shard, mesh, specs, STATE)
+    return run(params, cache, state, decoding, stop_done, num_steps, stop_block)

@@ -147,12 +147,12 @@ def make_decoding(
     )
 
 
-def passes_saved(sampling: SamplingConfig, blocks: np.ndarray) -> int:
-    """Forward passes saved by rows that stopped early; a lower bound if confidence decides the number of passes.
+def passes_saved(sampling: SamplingConfig, blocks: int) -> int:
+    """Forward passes saved by a row that stopped early; a lower bound if confidence decides the number of passes.
 
     Args:
-        sampling: settings of the rows.
-        blocks: number of blocks that each row finished [B].
+        sampling: its settings.
+        blocks: number of blocks that it finished.
     """
-    skipped = int((sampling.num_blocks - blocks).sum())
+    skipped = sampling.num_blocks - blocks
     return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)

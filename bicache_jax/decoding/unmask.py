@@ -15,22 +15,13 @@ from bicache_jax.decoding.head import choose, guide
 from bicache_jax.decoding.rules import by_confidence, order, ranks
 
 
-def idle(rows: Rows, decoding: Decoding, index: Int[Array, ""]) -> Bool[Array, " B"]:
-    """Rows that do nothing in step `index` of an interval.
-
-    These are complete rows and, with a confidence threshold, rows that have finished their block: they wait for the
-    end of the interval, since their refresh counter restarts with the next block.
-    """
-    return rows.done | (jnp.isfinite(decoding.threshold) & (index > 0) & (rows.block_step == 0))
-
-
 def unmask(
     backbone: Backbone,
     params: Params,
     hidden_bwd: Float[Array, "B W D"],
     rows: Rows,
     decoding: Decoding,
-    index: Int[Array, ""],
+    active: Bool[Array, " B"],
     *,
     guided: bool = False,
 ) -> Rows:
@@ -44,7 +35,7 @@ def unmask(
         hidden_bwd: hidden states that predict the block's positions, before the final norm.
         rows: the rows.
         decoding: settings that they share.
-        index: step within the interval.
+        active: rows that take part; the others stay as they are.
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
@@ -52,11 +43,12 @@ def unmask(
     """
     x = backbone.final_norm(params, hidden_bwd)
     if not guided:
-        return _unmask(backbone, params, x, rows, decoding, index)
+        return _unmask(backbone, params, x, rows, decoding, active)
     half = rows.tokens.shape[0] // 2
     twins = jax.tree.map(lambda leaf: leaf[half:], rows)
     rows = jax.tree.map(lambda leaf: leaf[:half], rows)
-    rows = _unmask(backbone, params, guide(x[:half], x[half:], decoding.draw.guidance), rows, decoding, index)
+    guided_x = guide(x[:half], x[half:], decoding.draw.guidance)
+    rows = _unmask(backbone, params, guided_x, rows, decoding, active[:half])
     slots, gen_length = jnp.arange(rows.tokens.shape[1]), decoding.num_blocks * decoding.block_length
     response = in_response(slots, backbone.config, gen_length)
     twins = dataclasses.replace(
@@ -75,13 +67,12 @@ def _unmask(
     x_bwd: Float[Array, "B W D"],
     rows: Rows,
     decoding: Decoding,
-    index: Int[Array, ""],
+    active: Bool[Array, " B"],
 ) -> Rows:
     """`unmask` for rows without twins, from normalised hidden states."""
     config = backbone.config
     (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
     front = config.shifted
-    active = ~idle(rows, decoding, index)
     offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
     slot = jnp.minimum(offset + front, length - 1)
     tokens = jnp.take_along_axis(rows.tokens, slot, axis=1)
@@ -125,12 +116,15 @@ def _unmask(
             updated = jnp.where(ended[:, None] & unused & (updated == config.mask_id), end, updated)
         else:
             ended &= False
+        # Under a threshold blocks take as many steps as they need, so the interval begins anew with each.
+        next_step = jnp.where(over & jnp.isfinite(decoding.threshold), 0, rows.interval_step + active)
         return dataclasses.replace(
             rows,
             tokens=updated,
             step=rows.step + active,
             block=rows.block + over,
             block_step=jnp.where(over, 0, rows.block_step + active),
+            interval_step=jnp.where(next_step >= decoding.refresh_interval, 0, next_step),
             done=rows.done | complete | ended | failed,
             forward_passes=rows.forward_passes + active,
             failed=rows.failed | failed,

@@ -8,8 +8,7 @@ What runs on the device are two programs, `encode` and `decode`; everything here
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
 from bicache_jax.serving.admission import Asked, Errors, Settings, admit, settings
 from bicache_jax.serving.compilation import start_compilation_cache
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import SECONDS, Frames
-from bicache_jax.serving.grouping import Row, detect_prefixes, prefix_ratio
-from bicache_jax.serving.memory import Buffers, kept_bytes, params_bytes
+from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.memory import kept_bytes, params_bytes
 from bicache_jax.serving.placement import Placement
-from bicache_jax.serving.plan import Plan, rows_fitting
+from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.planner import Planner, boundary_rule
 from bicache_jax.serving.prefix_files import open_files
 from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
-from bicache_jax.serving.rounds import plan_rounds
+from bicache_jax.serving.scheduler import Scheduler, result_of, scheduled
 from bicache_jax.serving.stats import Counters, Stats
 from bicache_jax.serving.store import PrefixStore, RunPrefixes
 from bicache_jax.serving.warmup import Warmup, warm_up
@@ -112,7 +111,14 @@ class Engine:
             files = open_files(prefix_cache_dir, model, placement, attention=backbone.attention, namespace=namespace)
         self._store = PrefixStore(prefix_cache_bytes, files)
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
-        self._boundary_of = self._boundary_rule()
+        self._planner = Planner(
+            placement,
+            self.cache,
+            boundary_rule(model, self.cache),
+            jnp.dtype(params["embed"].dtype),
+            params_bytes(params),
+            batch_size,
+        )
 
     def __repr__(self) -> str:
         return f"Engine({self.model!r}, policy={self.cache.policy!r}, batch_size={self.batch_size})"
@@ -151,10 +157,10 @@ class Engine:
             BicacheError: a request is faulty: an unknown key, a bad value, a prompt too long for the model. The message
                 names its place.
         """
-        entries = self._admit(requests, sampling, errors)
+        entries, rows = self.admitted(requests, sampling, errors)
         found = []
         with _bar(entries, shown=progress) as bar:
-            for answer in self._answer(entries):
+            for answer in self._answer(entries, rows):
                 found.append(answer)
                 bar.update()
         return [result for _, _, result in sorted(found, key=lambda answer: answer[:2])]
@@ -170,11 +176,7 @@ class Engine:
             TypeError: these are no messages.
             BicacheError: a message is faulty, or the model has no tokenizer or no chat template.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if isinstance(messages, Mapping | bytes) or not isinstance(messages, Sequence):
-            raise TypeError(f"messages must be a list of {{'role', 'content'}}, got {type(messages).__name__}")
-        return self.generate({"messages": messages}, sampling=sampling)[0]
+        return self.generate(self.conversation(messages), sampling=sampling)[0]
 
     def stream(
         self,
@@ -205,14 +207,13 @@ class Engine:
             ValueError: as in `generate`; or `every` is below 1.
             BicacheError: as in `generate`.
         """
-        entries = self._admit(requests, sampling, errors)
+        entries, rows = self.admitted(requests, sampling, errors)
         frames = Frames(every, seconds=frame_seconds) if partial else None
-        return (result for _, _, result in self._answer(entries, frames))
+        return (result for _, _, result in self._answer(entries, rows, frames))
 
     def plan(self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise") -> Plan:
         """What `generate` would do with the same arguments; nothing is run. Raises what that raises."""
-        entries = self._admit(requests, sampling, errors)
-        return self._plan([entry for entry in entries if isinstance(entry, Request)])
+        return self._planner.plan(self.admitted(requests, sampling, errors)[1], self._store)
 
     def warmup(
         self,
@@ -281,82 +282,44 @@ class Engine:
         """What makes requests of objects; `sampling` as in `generate`."""
         return Parser(self.model.config, self.model.tokenizer, settings(sampling, self.sampling), self.cache)
 
-    def _admit(self, asked: Asked, sampling: Settings, errors: Errors) -> list[Request | Result]:
-        return admit(asked, self.parser(sampling), errors=errors)
+    def conversation(self, messages: Asked) -> dict[str, Any]:
+        """A conversation as one request; errors as in `chat`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if isinstance(messages, Mapping | bytes) or not isinstance(messages, Sequence):
+            raise TypeError(f"messages must be a list of {{'role', 'content'}}, got {type(messages).__name__}")
+        return {"messages": messages}
 
-    def _boundary_rule(self) -> Callable[[int], int]:
-        """Boundary by prefix ratio."""
-        cache, num_layers = self.cache, self.model.config.num_layers
-        if cache.policy == "none":
-            return lambda ratio: 0
-        if cache.boundary != "auto":
-            boundary = cache.boundary
-            if boundary > num_layers:
-                raise BicacheError(f"boundary: {boundary} is deeper than the model's {num_layers} layers")
-            return lambda ratio: boundary
-        if cache.policy == "naive":
-            return lambda ratio: num_layers
-        table = cache.table if cache.table is not None else self.model.boundaries
-        if table is None:
-            raise BicacheError(
-                f"{self.model.name or 'model'}: no boundary table belongs to it; make one with 'bicache profile', "
-                "or give a boundary"
-            )
-        if table is self.model.boundaries and self.model.note:
-            warnings.warn(self.model.note, UserWarning, stacklevel=3)
-        deepest = max(table.values(), default=0)
-        if deepest > num_layers:
-            raise BicacheError(f"boundary table: boundary {deepest} is deeper than the model's {num_layers} layers")
-        return lambda ratio: boundary_at(table, ratio)
+    @property
+    def executor(self) -> Executor:
+        """The model on its devices; another one after `update_params`."""
+        return self._executor
 
-    def _rows(self, requests: Sequence[Request]) -> list[Row]:
-        """Requests as rows: prefix found, boundary chosen."""
-        lengths: Sequence[int] = [0] * len(requests)
-        if self.cache.policy != "none":
-            lengths = detect_prefixes(
-                requests,
-                min_prefix=self.cache.min_prefix,
-                min_suffix=self.model.config.shifted,
-                detection=self.cache.prefix_detection,
-                added=self._prefixes.added,
-            )
-        rows = []
-        for request, prefix_len in zip(requests, lengths, strict=True):
-            ratio = prefix_ratio(prefix_len, len(request.prompt_ids) + request.sampling.gen_length)
-            boundary = self._boundary_of(ratio) if prefix_len else 0
-            rows += [Row(request, sample, prefix_len, ratio, boundary) for sample in range(request.n)]
-        return rows
+    def admitted(self, asked: Asked, sampling: Settings, errors: Errors) -> tuple[list[Request | Result], list[Row]]:
+        """Requests, or errors in their places, and the rows that the former make; raises what `generate` does."""
+        entries = admit(asked, self.parser(sampling), errors=errors)
+        return entries, self._planner.rows([one for one in entries if isinstance(one, Request)], self._prefixes.added)
 
-    def _plan(self, requests: Sequence[Request]) -> Plan:
-        placement, params = self._executor.placement, self._executor.params
-        config, found = self.model.config, self._rows(requests)
-        dtype, weights = jnp.dtype(params["embed"].dtype), params_bytes(params)
-        partition, device = placement.partition, device_memory(placement.devices)
-        if device is not None:
-            device = dataclasses.replace(device, nbytes=max(0, device.nbytes - self._store.budget))
-        fitting = None if device is None else rows_fitting(found, partition, weights, device, self.cache, dtype)
-        rounds = plan_rounds(
-            config, self.cache, found, shards=placement.shards, batch_size=self.batch_size, rows_of=fitting
-        )
-        buffers = Buffers.of(rounds, config.num_layers)
-        if any(row.prefix_len for row in found):
-            buffers = self._store.sized(buffers)
-        return Plan(config, dtype, self.cache, tuple(rounds), buffers, partition.local, weights, device)
+    def open_scheduler(self, lanes: int, patience: float) -> tuple[Scheduler, RunPrefixes]:
+        """A scheduler without an end, and its prefixes, which are to be closed."""
+        plan, places = self._planner.endless(self._store, lanes)
+        prefixes = RunPrefixes(plan, self._store)
+        return Scheduler(self._executor, plan, prefixes, places, lanes=lanes, patience=patience), prefixes
 
     def _answer(
-        self, entries: Sequence[Request | Result], frames: Frames | None = None
+        self, entries: Sequence[Request | Result], rows: Sequence[Row], frames: Frames | None = None
     ) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""
         for place, entry in enumerate(entries):
             if isinstance(entry, Result):
                 yield place, entry.sample, entry
         places = {id(entry): place for place, entry in enumerate(entries)}
-        plan = self._plan([entry for entry in entries if isinstance(entry, Request)])
+        plan = self._planner.plan(rows, self._store)
         executor, prefixes = self._executor, RunPrefixes(plan, self._store)  # a run keeps the weights it began with
         try:
-            for batches in plan.rounds:
-                for row, result in executor.run(batches, plan, prefixes, frames):
-                    yield places[id(row.request)], row.sample, result
+            for seen in scheduled(executor, plan, prefixes).run(frames):
+                if (result := result_of(executor, seen)) is not None:
+                    yield places[id(seen.row.request)], seen.row.sample, result
         finally:
             prefixes.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, pairwise
 from typing import Literal
@@ -31,7 +32,8 @@ class Row:
         sample: index of the sample.
         prefix_len: P.
         ratio: r.
-        boundary: the row's own b.
+        boundary: the row's b: its own, or that of the batch it is merged into.
+        priority: rows of higher priority join first.
     """
 
     request: Request
@@ -39,16 +41,33 @@ class Row:
     prefix_len: int
     ratio: int
     boundary: int
+    priority: int = 0
 
     @property
     def prefix(self) -> tuple[int, ...]:
         """Tokens of the prefix."""
         return self.request.prompt_ids[: self.prefix_len]
 
+    def prefixes(self, mask_id: int) -> tuple[tuple[int, ...], ...]:
+        """The prefixes that it runs over: its own, and under guidance its twin's, as many masks."""
+        own = self.prefix
+        return (own, (mask_id,) * len(own)) if self.request.sampling.guided else (own,)
+
     @property
     def suffix_len(self) -> int:
         """U."""
         return suffix_length(self.request, self.prefix_len)
+
+    @functools.cached_property
+    def settings(self) -> tuple[object, ...]:
+        """What rows that run together have in common: the boundary, shapes in buckets, decoding settings."""
+        sampling = dataclasses.replace(self.request.sampling, seed=0)
+        return (
+            self.boundary,
+            length_bucket(self.prefix_len),
+            length_bucket(self.suffix_len),
+            *(str(value) for value in dataclasses.astuple(sampling)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +205,6 @@ def default_rows(prefix_len: int, suffix_len: int) -> int:
     return max(1, min(MOST_ROWS, TOKENS_PER_BATCH // max(1, prefix_len + suffix_len)))
 
 
-def _key(row: Row, batch_boundary: Literal["own", "min"]) -> tuple[object, ...]:
-    """What rows of a batch must have in common."""
-    sampling = row.request.sampling
-    return (
-        row.boundary if batch_boundary == "own" else -1,
-        length_bucket(row.prefix_len),
-        length_bucket(row.suffix_len),
-        *(str(value) for value in dataclasses.astuple(dataclasses.replace(sampling, seed=0))),
-    )
-
-
 def plan_batches(
     rows: Sequence[Row],
     *,
@@ -221,29 +229,36 @@ def plan_batches(
         Batches, each row in exactly one.
     """
 
+    def together(row: Row) -> tuple[object, ...]:
+        boundary, *settings = row.settings
+        return (boundary if batch_boundary == "own" else -1, *settings)
+
     def order(row: Row) -> tuple[object, ...]:
-        return (*_key(row, batch_boundary), row.prefix, row.request.index, row.sample)
+        return (*together(row), row.prefix, row.request.index, row.sample)
 
     batches = []
-    for _, members in groupby(sorted(rows, key=order), key=lambda row: _key(row, batch_boundary)):
+    for _, members in groupby(sorted(rows, key=order), key=together):
         todo = list(members)
         copies = 1 + todo[0].request.sampling.guided
         usual = rows_of or default_rows
         planned = usual(*(copies * length_bucket(size) for size in (todo[0].prefix_len, todo[0].suffix_len)))
         size = batch_size or planned
-        batches += [_batch(todo[begin : begin + size], mask_id) for begin in range(0, len(todo), size)]
+        for begin in range(0, len(todo), size):
+            chosen = todo[begin : begin + size]
+            boundary = min(row.boundary for row in chosen)
+            batches.append(make_batch([dataclasses.replace(row, boundary=boundary) for row in chosen], mask_id))
     return batches
 
 
-def _batch(rows: Sequence[Row], mask_id: int) -> Batch:
-    used = [row.prefix for row in rows]
-    if rows[0].request.sampling.guided:
-        used += [(mask_id,) * row.prefix_len for row in rows]
+def make_batch(rows: Sequence[Row], mask_id: int) -> Batch:
+    """The batch of rows that agree in their settings; `mask_id` as in `plan_batches`."""
+    of_row = [row.prefixes(mask_id) for row in rows]
+    used = [prefix for prefixes in zip(*of_row, strict=True) for prefix in prefixes]
     prefixes = tuple(dict.fromkeys(used))
     index_of = {prefix: index for index, prefix in enumerate(prefixes)}
     return Batch(
         rows=tuple(rows),
         prefixes=prefixes,
         prefix_index=tuple(index_of[prefix] for prefix in used),
-        boundary=min(row.boundary for row in rows),
+        boundary=rows[0].boundary,
     )

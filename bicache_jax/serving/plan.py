@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from bicache_jax.sharding import Partition
 
 
 def rows_fitting(
-    rows: Sequence[Row],
+    boundaries: Collection[int],
     partition: Partition,
     weights: int,
     device: DeviceMemory,
@@ -28,7 +28,7 @@ def rows_fitting(
     """How many rows a batch may have, by buckets of P and U: the default, or fewer if memory is short.
 
     Args:
-        rows: rows of the run; their boundaries determine the size of the caches.
+        boundaries: those of the run; they determine the size of the caches.
         partition: how the model is split.
         weights: bytes of the parameters on a device.
         device: memory of a device.
@@ -37,7 +37,7 @@ def rows_fitting(
     """
     footprint = Footprint.of(
         partition,
-        {row.boundary for row in rows},
+        boundaries,
         dtype,
         params=weights,
         block_cache=cache.block_cache != "off",

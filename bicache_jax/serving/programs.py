@@ -7,7 +7,6 @@ the compiler the shapes of the very same arguments, before there is anything to 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.buckets import length_bucket, width_bucket
-from bicache_jax.core.cache import DecodeState, Decoding, PrefixCache
-from bicache_jax.core.config import ModelConfig, SamplingConfig
+from bicache_jax.core.cache import Decoding
+from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.layout import lay_out, put_rows
 from bicache_jax.decoding.encode import encode
-from bicache_jax.decoding.interval import decode, initial_state
+from bicache_jax.decoding.interval import NO_LIMIT, decode, initial_state
+from bicache_jax.decoding.places import no_prefixes
 from bicache_jax.decoding.schedule import Stage, make_decoding, stages
-from bicache_jax.serving.grouping import Batch
+from bicache_jax.serving.grouping import Batch, Row
 from bicache_jax.serving.plan import Plan
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE
 
@@ -63,34 +63,29 @@ class EncodeCall:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCall:
-    """A round of batches decoded, one on every data shard.
+    """Rows decoded, a batch on every data shard.
 
     Attributes:
         plan: the run.
-        batches: the round, or one of its batches.
+        shape: (G, P, B, U) in buckets, of each batch.
+        sampling: settings that stand for all rows' where these agree: lengths, blocks and steps by bucket.
     """
 
     plan: Plan
-    batches: Sequence[Batch]
+    shape: tuple[int, int, int, int]
+    sampling: SamplingConfig
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(G, P, B, U) in buckets."""
-        return self.plan.shape(*self.batches)
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """Settings that stand for the round's where its batches agree: lengths, blocks and steps by bucket."""
-        return next(batch for batch in self.batches if batch.rows).rows[0].request.sampling
+    @classmethod
+    def of(cls, plan: Plan, *batches: Batch) -> DecodeCall:
+        """The call of a planned round, or of one of its batches."""
+        first = next(batch for batch in batches if batch.rows).rows[0]
+        return cls(plan, plan.shape(*batches), first.request.sampling)
 
     @property
     def stages(self) -> list[Stage]:
-        """The dispatches of the round."""
+        """The programs that rows go through, by the block that they have reached."""
         found = stages(self.sampling, self.plan.cache.block_cache)
-        if found[0].span:
-            return found
-        last = max(row.request.sampling.num_blocks for batch in self.batches for row in batch.rows)
-        return [dataclasses.replace(found[0], stop_block=last)]
+        return found if found[0].span else [Stage(0, NO_LIMIT)]
 
     def sizes(self, stage: Stage) -> dict[str, Any]:
         """Static arguments of a dispatch."""
@@ -101,26 +96,30 @@ class DecodeCall:
             "guided": self.sampling.guided,
         }
 
-    def rows(self, batch: Batch) -> dict[str, np.ndarray]:
-        """The rows of a data shard."""
+    @property
+    def copies(self) -> int:
+        """Places that a row takes: two where it has a twin."""
+        return 1 + self.sampling.guided
+
+    def rows(self, rows: Sequence[Row | None], prefix_index: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rows of a data shard; `prefix_index` is that of the rows, then that of their twins."""
         *_, num_rows, length = self.shape
-        entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
         return lay_out(
-            entries,
-            batch.prefix_index,
+            [None if row is None else (row.request, row.sample, row.prefix_len) for row in rows],
+            prefix_index,
             self.plan.config,
             num_rows=num_rows,
             length=length,
             guided=self.sampling.guided,
         )
 
-    def decoding(self, batch: Batch) -> Decoding:
-        """What the rows of a data shard share."""
-        sampling = batch.rows[0].request.sampling if batch.rows else self.sampling
+    def decoding(self, row: Row | None) -> Decoding:
+        """What the rows of a data shard share, from one of them."""
+        sampling = self.sampling if row is None else row.request.sampling
         return make_decoding(
             self.plan.config,
             sampling,
-            batch.boundary,
+            0 if row is None else row.boundary,
             self.plan.cache.interval(sampling),
             block_cache=self.plan.cache.block_cache,
             num_counts=length_bucket(sampling.num_steps // sampling.num_blocks),
@@ -136,17 +135,11 @@ class DecodeCall:
             "block_cache": self.plan.cache.block_cache != "off",
         }
 
-    def prefixes(self, config: ModelConfig) -> PrefixCache:
-        """Room for the prefixes of a data shard, as one cache."""
+    @property
+    def prefix_sizes(self) -> dict[str, Any]:
+        """What sizes the cache of the batch's prefixes."""
         groups, length, _, _ = self.shape
-        kv = (self.plan.buffers.shallow, groups, config.num_kv_heads, length, config.head_dim)
-        return PrefixCache(
-            k=jnp.zeros(kv, self.plan.dtype),
-            v=jnp.zeros(kv, self.plan.dtype),
-            hidden=jnp.zeros((1, groups, length, config.d_model), self.plan.dtype),
-            boundaries=jnp.zeros((1,), jnp.int32),
-            length=jnp.zeros((groups,), jnp.int32),
-        )
+        return {"groups": groups, "length": length, "layers": self.plan.buffers.shallow, "dtype": self.plan.dtype}
 
 
 def _everywhere(local: Any, specs: Any, mesh: Mesh | None) -> Any:
@@ -196,17 +189,17 @@ def lower_decode(
     Returns:
         The program; `.compile()` gives its memory and its HLO.
     """
-    call = DecodeCall(plan, batches)
+    call = DecodeCall.of(plan, *batches)
     batch = next(batch for batch in batches if batch.rows)
 
-    def arguments() -> tuple[PrefixCache, DecodeState, Decoding, jax.Array, jax.Array]:
-        decoding, limit = call.decoding(batch), jnp.asarray(1, jnp.int32)
+    def arguments() -> tuple[Any, ...]:
+        decoding, limit = call.decoding(batch.rows[0]), jnp.asarray(1, jnp.int32)
         if mesh is not None:
             decoding = jax.tree.map(lambda leaf: leaf[None], decoding)
-        rows = put_rows(call.rows(batch), jnp.asarray)
+        rows = put_rows(call.rows(batch.rows, batch.prefix_index), jnp.asarray)
         state = initial_state(backbone.config, rows, **call.state_sizes)
-        return call.prefixes(backbone.config), state, decoding, limit, limit
+        return no_prefixes(backbone.config, **call.prefix_sizes), state, decoding, limit, limit, limit[None]
 
-    specs = (PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED)
+    specs = (PREFIX, STATE, PER_SHARD, REPLICATED, REPLICATED, PER_SHARD)
     args = _everywhere(jax.eval_shape(arguments), specs, mesh)
     return decode.lower(backbone, _shapes(params), *args, mesh=mesh, **call.sizes(call.stages[0]))

@@ -112,7 +112,7 @@ def plan_rounds(
             batch_boundary=cache.batch_boundary,
             rows_of=rows_of,
         ):
-            of_shard = classes.setdefault(program_key(batch, cache), [[] for _ in range(shards)])
+            of_shard = classes.setdefault(program_key(batch.rows[0], cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)
     rounds = []
     for _, of_shard in sorted(classes.items(), key=lambda item: str(item[0])):
@@ -121,13 +121,12 @@ def plan_rounds(
     return rounds
 
 
-def program_key(batch: Batch, cache: CacheConfig) -> tuple[object, ...]:
-    """What batches of a round must have in common."""
-    sampling = batch.rows[0].request.sampling
-    _, prefix, _, suffix = round_shape((batch,))
+def program_key(row: Row, cache: CacheConfig) -> tuple[object, ...]:
+    """What rows must have in common to run in the same program, in batches of a round or one after the other."""
+    sampling = row.request.sampling
     shape = (
-        prefix,
-        suffix,
+        length_bucket(row.prefix_len),
+        length_bucket(row.suffix_len),
         width_bucket(sampling.block_size),
         length_bucket(sampling.num_steps // sampling.num_blocks),
         sampling.guided,

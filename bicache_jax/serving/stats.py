@@ -18,7 +18,8 @@ class Stats:
         passes_saved: forward passes that early stops spared by schedule; without one, at least as many were spared.
         prefixes_encoded: prefixes run alone.
         prefix_hits: rows that were served by a prefix encoded for an earlier row.
-        batches: batches run.
+        batches: batches begun: rows that join one under way do not count.
+        row_steps: places of the batches times the passes made; of these, `forward_passes` were some row's own.
         dispatches: calls of the decode program.
         compilations: programs compiled in the process since the engine was made.
         compile_seconds: time spent on that.
@@ -32,6 +33,7 @@ class Stats:
     prefixes_encoded: int = 0
     prefix_hits: int = 0
     batches: int = 0
+    row_steps: int = 0
     dispatches: int = 0
     compilations: int = 0
     compile_seconds: float = 0.0

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from bicache_jax.core.boundary import clamp_boundary
+from bicache_jax.core.buckets import length_bucket
 from bicache_jax.serving.flops import encode_flops
+from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.memory import Buffers, prefix_bytes
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
-from bicache_jax.serving.rounds import Round
 
 Prefix = tuple[int, ...]
 
@@ -259,67 +259,67 @@ class PrefixStore:
 
 
 class RunPrefixes:
-    """The prefixes of one run: each found or encoded at its first batch, and in use up to its last one."""
+    """The prefixes of one run: each found or encoded when its first row begins, and in use until its last one has."""
 
     def __init__(self, plan: Plan, store: PrefixStore) -> None:
-        """Nothing is encoded yet."""
+        """Nothing is encoded yet.
+
+        Args:
+            plan: the run, for its sizes.
+            store: where encodings are found, and kept.
+        """
         self._plan, self._store = plan, store
-        self._pieces: dict[Key, Piece] = {}
+        self._pieces: dict[Key, tuple[Piece, frozenset[int]]] = {}
         self._uses: Counter[Key] = Counter()
-        self._boundaries: dict[Prefix, set[int]] = {}
-        for batches in plan.rounds:
-            self._uses.update(self._keys(batches, plan.shape(*batches)[1]))
-            for batch in batches:
-                for prefix in batch.prefixes:
-                    used = self._boundaries.setdefault(prefix, set())
-                    used.add(clamp_boundary(batch.boundary, plan.config.num_layers))
+        self._boundaries: dict[Prefix, Counter[int]] = {}
 
-    def _key(self, shard: int, length: int, prefix: Prefix) -> Key:
-        return Key(shard, prefix, length, self._plan.buffers.shallow, self._plan.buffers.slots)
+    def _key(self, shard: int, prefix: Prefix) -> Key:
+        buffers = self._plan.buffers
+        return Key(shard, prefix, length_bucket(len(prefix)), buffers.shallow, buffers.slots)
 
-    def _keys(self, batches: Round, length: int) -> list[Key]:
-        return [self._key(shard, length, prefix) for shard, batch in enumerate(batches) for prefix in batch.prefixes]
+    def expect(self, shard: int, row: Row) -> None:
+        """A row is to run on a data shard; `release` says that it has begun, or never will."""
+        boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
+        for prefix in row.prefixes(self._plan.config.mask_id):
+            self._uses[self._key(shard, prefix)] += 1
+            self._boundaries.setdefault(prefix, Counter())[boundary] += 1
 
-    def boundaries(self, shard: int, length: int, prefix: Prefix) -> list[int]:
+    def _wanted(self, prefix: Prefix, boundary: int) -> set[int]:
+        """Boundaries that the rows of the run need, if there is room for all; else the one."""
+        wanted = {boundary, *self._boundaries[prefix]}
+        return wanted if len(wanted) <= self._plan.buffers.slots else {boundary}
+
+    def boundaries(self, shard: int, prefix: Prefix, boundary: int) -> list[int]:
         """Boundaries to encode a prefix for: those of this run, and those of earlier ones where there is room."""
-        used = set(self._boundaries[prefix])
-        earlier = self._store.known(self._key(shard, length, prefix)) - used
+        used = self._wanted(prefix, boundary)
+        earlier = self._store.known(self._key(shard, prefix)) - used
         if earlier:
             self._store.want_slots(len(used | earlier))
         room = self._plan.buffers.slots - len(used)
         return sorted(used | set(sorted(earlier)[: max(0, room)]))
 
-    def missing(self, batches: Round, length: int) -> list[tuple[Prefix | None, ...]]:
-        """Prefixes to encode for a round, one per shard at a time; None for a shard that needs no more."""
-        lacking = []
-        for shard, batch in enumerate(batches):
-            of_shard = []
-            for prefix in batch.prefixes:
-                key = self._key(shard, length, prefix)
-                if key in self._pieces:
-                    continue
-                found = self._find(key) if prefix else None
-                if found is None:
-                    of_shard.append(prefix)
-                else:
-                    self._pieces[key] = found
-            lacking.append(of_shard)
-        return list(zip_longest(*lacking))
-
-    def put(self, shard: int, length: int, prefix: Prefix, piece: Piece, boundaries: Collection[int]) -> None:
-        """Keeps a shard's part of an encoding."""
-        key = self._key(shard, length, prefix)
-        self._pieces[key] = piece
-        if prefix:
-            self._put(key, piece, boundaries)
-
-    def _find(self, key: Key) -> Piece | None:
-        wanted = self._boundaries[key.tokens]
-        found = self._store.get(key, wanted)
-        if found is None and (stored := self._store.load(key, wanted)):
+    def find(self, shard: int, prefix: Prefix, boundary: int) -> Piece | None:
+        """A shard's part of an encoding, of this run or an earlier one; None if it has to be made."""
+        key = self._key(shard, prefix)
+        if key in self._pieces and boundary in self._pieces[key][1]:
+            return self._pieces[key][0]
+        wanted = self._wanted(prefix, boundary)
+        if (found := self._store.get(key, wanted)) is not None:
+            self._hold(key, found, wanted)
+        elif (stored := self._store.load(key, wanted)) is not None:
             found, served = stored
             self._put(key, found, served, stored=True)
         return found
+
+    def put(self, shard: int, prefix: Prefix, piece: Piece, boundaries: Collection[int]) -> None:
+        """Keeps a shard's part of an encoding."""
+        self._put(self._key(shard, prefix), piece, boundaries)
+
+    def _hold(self, key: Key, piece: Piece, boundaries: Collection[int]) -> None:
+        """Remembers a piece that the store counts as used; once, whatever it replaces."""
+        if key in self._pieces:
+            self._store.done(key)
+        self._pieces[key] = piece, frozenset(boundaries)
 
     def _put(self, key: Key, piece: Piece, boundaries: Collection[int], *, stored: bool = False) -> None:
         plan = self._plan
@@ -328,30 +328,34 @@ class RunPrefixes:
         )
         flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
         self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, stored=stored)
+        self._hold(key, piece, boundaries)
 
-    def columns(self, batches: Round, length: int, groups: int) -> list[Sequence[Piece]]:
-        """The round's prefixes as `groups` caches of one prefix per shard; a shard with fewer repeats its first."""
-        return [
-            [
-                self._pieces[self._key(shard, length, batch.prefixes[number if number < len(batch.prefixes) else 0])]
-                for shard, batch in enumerate(batches)
-            ]
-            for number in range(groups)
-        ]
-
-    def release(self, batches: Round, length: int) -> None:
-        """Ends the use of prefixes that no later round needs."""
-        for key in self._keys(batches, length):
+    def release(self, shard: int, row: Row) -> None:
+        """Ends what `expect` began; encodings that no other row waits for are no longer in use."""
+        boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
+        for prefix in row.prefixes(self._plan.config.mask_id):
+            key = self._key(shard, prefix)
             self._uses[key] -= 1
             if not self._uses[key]:
+                del self._uses[key]
                 self._end(key)
+            used = self._boundaries[prefix]
+            used[boundary] -= 1
+            if not used[boundary]:
+                del used[boundary]
+            if not used:
+                del self._boundaries[prefix]
+
+    def save(self) -> None:
+        """Writes what was encoded to disk, where that is asked for."""
+        self._store.save()
 
     def close(self) -> None:
         """Ends the run, given up or not; what it has encoded is written to disk, where that is asked for."""
         for key in list(self._pieces):
             self._end(key)
-        self._store.save()
+        self.save()
 
     def _end(self, key: Key) -> None:
-        if self._pieces.pop(key, None) is not None and key.tokens:
+        if self._pieces.pop(key, None) is not None:
             self._store.done(key)

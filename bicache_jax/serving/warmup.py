@@ -7,7 +7,7 @@ import dataclasses
 from bicache_jax.serving.compilation import CompileCounter
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.plan import Plan
-from bicache_jax.serving.rounds import program_key
+from bicache_jax.serving.scheduler import scheduled
 from bicache_jax.serving.stats import Counters
 from bicache_jax.serving.store import PrefixStore, RunPrefixes
 
@@ -40,17 +40,7 @@ def warm_up(executor: Executor, plan: Plan, store: PrefixStore) -> Warmup:
         store: where its prefixes are kept.
     """
     executor = dataclasses.replace(executor, counters=Counters())
-    compiled, done, shapes = CompileCounter(), set(), []
-    for batches in plan.rounds:
-        shape = plan.shape(*batches)
-        key = (shape, *(program_key(batch, plan.cache) for batch in batches if batch.rows))
-        if key in done:
-            continue
-        done.add(key)
-        shapes.append(shape)
-        alone = dataclasses.replace(plan, rounds=(batches,))
-        prefixes = RunPrefixes(alone, store)
-        for _ in executor.run(batches, alone, prefixes, compile_only=True):
-            pass
-        prefixes.close()
-    return Warmup(tuple(shapes), compiled.count, compiled.seconds)
+    compiled, prefixes = CompileCounter(), RunPrefixes(plan, store)
+    shapes = scheduled(executor, plan, prefixes).compile()
+    prefixes.close()
+    return Warmup(tuple(dict.fromkeys(shapes)), compiled.count, compiled.seconds)

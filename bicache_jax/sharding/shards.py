@@ -21,7 +21,7 @@ _KV: Any = P(None, DATA, MODEL)  # rows and prefixes along `data`, their heads a
 _EACH: Any = PER_SHARD
 
 PREFIX = PrefixCache(k=_KV, v=_KV, hidden=P(None, DATA), boundaries=_EACH, length=_EACH)  # type: ignore[arg-type]
-STATE = DecodeState(rows=_EACH, deep=DeepCache(_KV, _KV), suffix=SuffixCache(_KV, _KV), index=_EACH)
+STATE = DecodeState(rows=_EACH, deep=DeepCache(_KV, _KV), suffix=SuffixCache(_KV, _KV), waited=_EACH, passes=_EACH)
 
 
 def on_shards(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

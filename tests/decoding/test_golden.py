@@ -39,7 +39,10 @@ def _groups() -> list[Any]:
     for (family, block_cache, *_), names in sorted(groups.items(), key=str):
         left[family, block_cache] = left.get((family, block_cache), 0) - 1
         slow = left[family, block_cache] < 0
-        params.append(pytest.param(family, block_cache, tuple(names), marks=[pytest.mark.slow] * slow))
+        marks = [pytest.mark.slow] * slow
+        if block_cache == "prefix" and left[family, block_cache] < -2:
+            marks = [pytest.mark.full]
+        params.append(pytest.param(family, block_cache, tuple(names), marks=marks))
     return params
 
 

@@ -158,7 +158,7 @@ def test_the_reference_gives_the_recorded_tokens() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("block_cache", BLOCK_CACHES)
+@pytest.mark.parametrize("block_cache", ["off", "dual", pytest.param("prefix", marks=pytest.mark.full)])
 def test_a_sample_of_the_matrix(
     models: dict[str, Model], references: dict[str, reference.Reference], family: str, block_cache: str
 ) -> None:
@@ -194,10 +194,10 @@ def test_the_whole_matrix(
 @pytest.mark.slow
 def test_a_prefix_block_cache_compiles_one_program_for_each_window(models: dict[str, Model]) -> None:
     model = models["llada"]
-    sampling = SamplingConfig(32, 16, 8, threshold=0.2)
+    sampling = SamplingConfig(16, 16, 8, threshold=0.2)
     requests = [Request(f"{i}", tuple(range(2 + i, 40 + i)), 20, sampling, index=i) for i in range(3)]
     before = decode._cache_size()
     for interval, boundary in ((4, 2), (3, 1)):
         cache = CacheConfig(boundary=boundary, refresh_interval=interval, block_cache="prefix")
         Engine(model, cache=cache).generate(requests)
-        assert decode._cache_size() - before == 4  # windows of 32, 24, 16 and 8 tokens
+        assert decode._cache_size() - before == 2  # windows of 16 and 8 tokens

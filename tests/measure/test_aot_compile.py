@@ -92,9 +92,9 @@ def test_topologies_say_what_a_plan_needs(name: str) -> None:
 SMALLEST = ("--rows", "1", "--prefix", "256", "--suffix", "128", "--gen-length", "64")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_compiler
-@pytest.mark.parametrize(("name", "shape"), [("v5e:1", SMALLEST), pytest.param("v6e:1x1", (), marks=pytest.mark.full)])
+@pytest.mark.parametrize(("name", "shape"), [("v5e:1", SMALLEST), ("v6e:1x1", ())])
 def test_a_slice_of_one_chip_and_nothing_on_standard_error(name: str, shape: tuple[str, ...]) -> None:
     """The larger program for v6e is one that jaxlib 0.10.2 cannot read; the compiler itself writes it down."""
     flags = ("--config", "llada_8b", "--topology", name, "--mesh", "data=1,model=1", "--json")

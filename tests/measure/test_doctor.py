@@ -101,6 +101,7 @@ def test_everything_measured_is_kept_when_it_is_killed(
     """After two policies, in the middle of the whole runs."""
     monkeypatch.setattr(doctor, "checks", lambda load, recorded, clock: doctor.environment())
     monkeypatch.setattr(doctor_full, "scale_here", lambda: FAST)
+    monkeypatch.setattr(doctor_full, "POLICIES", ("none", "bicache"))
     flags = ["doctor", "--full", "--output", str(tmp_path)]
     assert main(flags) == 0
     whole = json.loads((tmp_path / "cpu.json").read_text())["checks"]

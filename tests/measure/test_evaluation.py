@@ -104,10 +104,10 @@ def test_differences_are_judged_as_scipy_does() -> None:
 
 @pytest.mark.slow
 def test_the_command_prints_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "evaluate --model example --task example --policies none,naive,bicache --samples 12 --seed 3 --json"
+    command = "evaluate --model example --task example --policies none,bicache --samples 12 --seed 3 --json"
     assert main([*command.split(), "--no-compilation-cache"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert [result["policy"] for result in printed["results"]] == ["none", "naive", "bicache"]
+    assert [result["policy"] for result in printed["results"]] == ["none", "bicache"]
     first = printed["results"][0]
     assert first["agreement"] == 1.0 and first["samples"] == 12 and first["tokens_per_s"] > 0
     assert sum(kind["samples"] for kind in first["by_kind"].values()) == 12

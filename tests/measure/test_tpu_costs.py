@@ -77,7 +77,7 @@ def test_sums_take_the_time_of_a_ring(name: str) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("block_cache", ["off", "dual"])
+@pytest.mark.parametrize("block_cache", [pytest.param("off", marks=pytest.mark.full), "dual"])
 def test_a_step_sums_what_is_counted(block_cache: BlockCache) -> None:
     """All loops of the compiled program are found, and turn as often as the counts say."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}

@@ -51,7 +51,12 @@ def _engine(model: Model, batch_size: int | None = None, **cache: Any) -> Engine
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 0.8}, {"remasking": "random"}, {"block_length": 4, "temperature": 0.5}],
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        {"temperature": 0.8},
+        pytest.param({"remasking": "random"}, marks=pytest.mark.full),
+        {"block_length": 4, "temperature": 0.5},
+    ],
     ids=["greedy", "sampled", "random", "blocks"],
 )
 def test_a_request_gets_the_same_tokens_in_any_company(model: Model, settings: dict[str, Any]) -> None:
@@ -67,7 +72,7 @@ def test_a_request_gets_the_same_tokens_in_any_company(model: Model, settings: d
         assert alone.generate([request])[0].token_ids == wanted[request.id]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_block_caches_and_thresholds_keep_that_promise(model: Model) -> None:
     requests = _requests(12, block_length=4, threshold=0.3)
     for block_cache in ("off", "prefix", "dual"):
@@ -273,7 +278,7 @@ def test_detected_prefixes_do_not_depend_on_order() -> None:
     assert detect_prefixes([found[i] for i in order], min_prefix=16, min_suffix=0) == [lengths[i] for i in order]
 
 
-@pytest.mark.parametrize("cache", [{"policy": "none"}, {}, {"block_cache": "dual"}], ids=["none", "bicache", "dual"])
+@pytest.mark.parametrize("cache", [{}, {"block_cache": "dual"}], ids=["bicache", "dual"])
 def test_no_pass_is_made_that_no_step_uses(model: Model, cache: dict[str, Any]) -> None:
     engine = _engine(model, **cache)
     plan = engine.plan(_requests(4))

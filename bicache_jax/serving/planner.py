@@ -1,0 +1,148 @@
+"""From requests to the plan of a run: prefixes found, boundaries chosen, rows packed into batches that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Collection, Sequence
+
+import jax.numpy as jnp
+
+from bicache_jax.core.boundary import boundary_at
+from bicache_jax.core.config import CacheConfig
+from bicache_jax.core.device import DeviceMemory
+from bicache_jax.core.types import BicacheError, Model, Request
+from bicache_jax.serving.grouping import Row, default_rows, detect_prefixes, prefix_ratio
+from bicache_jax.serving.memory import Buffers
+from bicache_jax.serving.placement import Placement
+from bicache_jax.serving.plan import Plan, rows_fitting
+from bicache_jax.serving.rounds import plan_rounds
+from bicache_jax.serving.store import PrefixStore
+from bicache_jax.wiring import device_memory
+
+
+def boundary_rule(model: Model, cache: CacheConfig) -> Callable[[int], int]:
+    """Boundary by prefix ratio.
+
+    Raises:
+        BicacheError: there is no boundary table for the model, or a boundary is deeper than the model.
+    """
+    num_layers = model.config.num_layers
+    if cache.policy == "none":
+        return lambda ratio: 0
+    if cache.boundary != "auto":
+        boundary = cache.boundary
+        if boundary > num_layers:
+            raise BicacheError(f"boundary: {boundary} is deeper than the model's {num_layers} layers")
+        return lambda ratio: boundary
+    if cache.policy == "naive":
+        return lambda ratio: num_layers
+    table = cache.table if cache.table is not None else model.boundaries
+    if table is None:
+        raise BicacheError(
+            f"{model.name or 'model'}: no boundary table belongs to it; make one with 'bicache profile', "
+            "or give a boundary"
+        )
+    if table is model.boundaries and model.note:
+        warnings.warn(model.note, UserWarning, stacklevel=4)
+    deepest = max(table.values(), default=0)
+    if deepest > num_layers:
+        raise BicacheError(f"boundary table: boundary {deepest} is deeper than the model's {num_layers} layers")
+    return lambda ratio: boundary_at(table, ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans runs of a model.
+
+    Attributes:
+        placement: where the arrays lie; it knows the architecture.
+        cache: how prefixes are reused.
+        boundary_of: boundary by prefix ratio (`boundary_rule`).
+        dtype: of parameters and caches.
+        weights: bytes of the parameters on a device.
+        batch_size: most rows of a batch; None: planned from the shapes.
+    """
+
+    placement: Placement
+    cache: CacheConfig
+    boundary_of: Callable[[int], int]
+    dtype: jnp.dtype
+    weights: int
+    batch_size: int | None
+
+    def rows(self, requests: Sequence[Request], added: Collection[tuple[int, ...]]) -> list[Row]:
+        """Requests as rows: prefix found, boundary chosen.
+
+        Args:
+            requests: all requests of a call.
+            added: prefixes that were added by hand.
+        """
+        lengths: Sequence[int] = [0] * len(requests)
+        if self.cache.policy != "none":
+            lengths = detect_prefixes(
+                requests,
+                min_prefix=self.cache.min_prefix,
+                min_suffix=self.placement.config.shifted,
+                detection=self.cache.prefix_detection,
+                added=added,
+            )
+        rows = []
+        for request, prefix_len in zip(requests, lengths, strict=True):
+            ratio = prefix_ratio(prefix_len, len(request.prompt_ids) + request.sampling.gen_length)
+            boundary = self.boundary_of(ratio) if prefix_len else 0
+            rows += [Row(request, sample, prefix_len, ratio, boundary) for sample in range(request.n)]
+        return rows
+
+    def plan(self, rows: Sequence[Row], store: PrefixStore) -> Plan:
+        """The plan of a run that ends with these rows."""
+        placement, device = self.placement, self._device(store)
+        rounds = plan_rounds(
+            placement.config,
+            self.cache,
+            rows,
+            shards=placement.shards,
+            batch_size=self.batch_size,
+            rows_of=self._fitting({row.boundary for row in rows}, device),
+        )
+        buffers = Buffers.of(rounds, placement.config.num_layers)
+        if any(row.prefix_len for row in rows):
+            buffers = store.sized(buffers)
+        return self._plan(tuple(rounds), buffers, device)
+
+    def endless(self, store: PrefixStore, lanes: int) -> tuple[Plan, Callable[[Row], int]]:
+        """A plan for rows that are not known yet, and how many rows the batch of one may have.
+
+        Args:
+            store: what keeps the prefixes.
+            lanes: batches that are open at once, and share the memory.
+        """
+        device, num_layers = self._device(store), self.placement.config.num_layers
+        if device is not None:
+            share = max(0, device.nbytes - self.weights) // lanes
+            device = dataclasses.replace(device, nbytes=self.weights + share)
+        used = {min(self.boundary_of(ratio), num_layers - 1) for ratio in range(101)}
+        buffers = store.sized(Buffers.between(min(used), max(used), num_layers))
+        fitting = self._fitting(used, device) or default_rows
+
+        def places(row: Row) -> int:
+            copies = 1 + row.request.sampling.guided
+            _, prefix, suffix = row.settings[:3]
+            assert isinstance(prefix, int) and isinstance(suffix, int)
+            return self.batch_size or fitting(copies * prefix, copies * suffix)
+
+        return self._plan((), buffers, device), places
+
+    def _device(self, store: PrefixStore) -> DeviceMemory | None:
+        """Memory of a device, without what is set aside for prefixes that are kept."""
+        device = device_memory(self.placement.devices)
+        return device and dataclasses.replace(device, nbytes=max(0, device.nbytes - store.budget))
+
+    def _fitting(self, boundaries: Collection[int], device: DeviceMemory | None) -> Callable[[int, int], int] | None:
+        if device is None:
+            return None
+        return rows_fitting(boundaries, self.placement.partition, self.weights, device, self.cache, self.dtype)
+
+    def _plan(self, rounds: tuple[tuple[object, ...], ...], buffers: Buffers, device: DeviceMemory | None) -> Plan:
+        config, local = self.placement.config, self.placement.partition.local
+        return Plan(config, self.dtype, self.cache, rounds, buffers, local, self.weights, device)  # type: ignore[arg-type]
