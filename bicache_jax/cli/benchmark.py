@@ -211,12 +211,12 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
     from bicache_jax.measure import benchmark
     from bicache_jax.measure.mixed import measure_mixed, mixed_requests
 
-    lists = {name: getattr(args, name) for name in ("rows", "prefixes", "refresh_interval")}
+    lists = {name: getattr(args, name) for name in ("rows", "prefixes", "refresh_interval", "boundary")}
     lists["prefix"] = args.prefix or (768,)
     for name, values in lists.items():
         if len(values) != 1:
             raise BicacheError(f"--{name.replace('_', '-')}: one value with --mixed, got {len(values)}")
-    (rows,), (prefixes,), (interval,), (prefix,) = lists.values()
+    (rows,), (prefixes,), (interval,), (boundary,), (prefix,) = lists.values()
     with flag_named("prefix"):
         requests = mixed_requests(
             model.config,
@@ -235,6 +235,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
             repeats=args.repeats,
             seconds=args.seconds,
             refresh_interval=interval,
+            boundary=boundary,
             attention=args.attention,
             progress=lambda: None if bar.update() else None,
         )

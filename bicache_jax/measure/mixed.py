@@ -100,6 +100,7 @@ def measure_mixed(
     repeats: int,
     seconds: float,
     refresh_interval: Any = "auto",
+    boundary: Any = "auto",
     attention: str = "auto",
     progress: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -113,6 +114,7 @@ def measure_mixed(
         repeats: most turns.
         seconds: no turn begins that would probably end later; the first always runs.
         refresh_interval: N.
+        boundary: b; `auto` takes the model's table.
         attention: implementation of prefix attention.
         progress: called after each run.
 
@@ -123,7 +125,8 @@ def measure_mixed(
         BicacheError: a policy is unknown.
     """
     ways = {"joining": _joining, "waiting": _waiting}
-    caches = [parse_policy(policy, CacheConfig(refresh_interval=refresh_interval)) for policy in policies]
+    shared = CacheConfig(refresh_interval=refresh_interval, boundary=boundary)
+    caches = [parse_policy(policy, shared) for policy in policies]
     keys = [(place, way) for place in range(len(policies)) for way in ways]
     runs: dict[tuple[int, str], list[Run]] = {key: [] for key in keys}
 

@@ -24,6 +24,7 @@ from bicache_jax.serving.frames import SECONDS, Frames
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.lane import Seen
 from bicache_jax.serving.scheduler import Scheduler, result_of
+from bicache_jax.serving.shadow import Agreement, Place, Shadows
 from bicache_jax.serving.store import RunPrefixes
 
 PATIENCE = 5.0
@@ -58,6 +59,7 @@ class AsyncEngine:
         max_queue: int = 1024,
         lanes: int = 4,
         frame_seconds: float = SECONDS,
+        shadow: float = 0.0,
     ) -> None:
         """Starts the thread that runs the requests.
 
@@ -66,14 +68,17 @@ class AsyncEngine:
             max_queue: responses that may wait or be under way at once.
             lanes: batches of different shapes or settings that are open at once; they take turns.
             frame_seconds: how often requests join, are shown to those who stream them, and are cancelled.
+            shadow: share of the responses that are made again without a prefix cache, in places that nobody else wants,
+                to compare them (`shadows`).
 
         Raises:
-            ValueError: a number is below 1, or `frame_seconds` is negative.
+            ValueError: a number is below 1, `frame_seconds` is negative, or `shadow` is not in 0..1.
         """
         if max_queue < 1 or lanes < 1:
             raise ValueError(f"max_queue and lanes must be >= 1, got {max_queue} and {lanes}")
         self._engine, self._max_queue, self._lanes, self._seconds = engine, max_queue, lanes, frame_seconds
         Frames(seconds=frame_seconds)  # raises where that is no time
+        self._shadows = Shadows(shadow)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._jobs: dict[int, _Job] = {}  # by the identity of their rows
@@ -94,6 +99,11 @@ class AsyncEngine:
     def pending(self) -> int:
         """Responses that wait or are under way."""
         return self._count
+
+    @property
+    def shadows(self) -> dict[Place, Agreement]:
+        """How responses agree with those made without a prefix cache, by ratio (tens of percent) and boundary."""
+        return self._shadows.found
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -249,8 +259,12 @@ class AsyncEngine:
 
     def _submit(self, job: _Job) -> None:
         for row in job.rows:
-            load = self._scheduler.load()
-            self._scheduler.submit(row, load.index(min(load)))
+            self._place(row)
+
+    def _place(self, row: Row) -> None:
+        """Lets a row wait on the data shard with the fewest."""
+        load = self._scheduler.load()
+        self._scheduler.submit(row, load.index(min(load)))
 
     def _free(self, job: _Job) -> None:
         """Takes the rows of a job that is forgotten out of the lanes."""
@@ -306,10 +320,10 @@ class AsyncEngine:
         return job is not None and job.partial
 
     def _deliver(self, executor: Executor, seen: Seen) -> None:
-        job = self._jobs.get(id(seen.row))
-        if job is None:  # given up meanwhile
+        result, job = result_of(executor, seen), self._jobs.get(id(seen.row))
+        if job is None:  # a shadow, or given up meanwhile
+            self._shadows.compare(seen.row, result)
             return
-        result = result_of(executor, seen)
         if result is not None:
             job.tell((seen.row, result))
         if seen.done:
@@ -317,3 +331,5 @@ class AsyncEngine:
             job.rows = [row for row in job.rows if row is not seen.row]
             if not job.rows:
                 job.ended.set()
+            if result is not None and (shadow := self._shadows.of(seen.row, result)) is not None:
+                self._place(shadow)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ FORMAT = "1"
 _HIDDEN = ("k", "v", "hidden")  # in the model's dtype, which the library of the format does not read back for all
 _FIELDS = (*_HIDDEN, "boundaries", "length")
 _SUFFIX = ".prefix.safetensors"
+_UNFINISHED = ".tmp"
+_ABANDONED = 600.0  # seconds after which nobody writes a file any more
 
 
 class PrefixFiles:
@@ -93,7 +96,7 @@ class PrefixFiles:
         data = save(arrays, metadata={**self._metadata(key), "checksum": _checksum(arrays)})
         path = self._path(key)
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=_UNFINISHED, delete=False) as file:
                 try:
                     file.write(data)
                     file.flush()
@@ -131,8 +134,15 @@ class PrefixFiles:
         return Piece(tuple((jnp.asarray(leaf),) for leaf in leaves)), frozenset(map(int, arrays["served"]))
 
     def _shrink(self) -> None:
-        """Removes the files that were not used for longest, until the rest is within the limit."""
+        """Removes the files that were not used for longest, until the rest is within the limit.
+
+        And what a process left behind that was killed while it wrote.
+        """
         found: list[tuple[float, int, Path]] = []
+        for path in self.folder.glob(f"*{_UNFINISHED}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(OSError):  # another process may remove it
                 stat = path.stat()

@@ -25,6 +25,8 @@ from bicache_jax import (
     load_model,
 )
 from bicache_jax.serving.compilation import CompileCounter
+from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.shadow import LAST, Shadows
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,35 @@ def test_nothing_is_compiled_once_it_is_warm_and_new_weights_are_used(model: Mod
             assert (await one.generate(requests)) != first
 
     asyncio.run(main())
+
+
+def test_shadows_say_what_the_cache_costs(model: Model) -> None:
+    requests = work(6)
+
+    async def agreement(**cache: Any) -> Any:
+        shadowed = Engine(model, cache=CacheConfig(**cache), batch_size=4)
+        async with AsyncEngine(shadowed, shadow=1.0) as one:
+            answers = await one.generate(requests)
+            for _ in range(200):  # shadows run when nobody else is there
+                if sum(found.responses for found in one.shadows.values()) == len(requests):
+                    break
+                await asyncio.sleep(0.1)
+            return answers, one.shadows
+
+    _, exact = asyncio.run(agreement(boundary=0, refresh_interval=1))
+    assert all(found.same == found.responses and found.tokens == 1.0 for found in exact.values())
+    answers, found = asyncio.run(agreement(policy="naive"))
+    plain = Engine(model, cache=CacheConfig(policy="none")).generate(requests)
+    same = sum(one.token_ids == other.token_ids for one, other in zip(answers, plain, strict=True))
+    assert sum(place.same for place in found.values()) == same < len(requests)
+    assert {place.boundary for place in found} == {6}
+
+
+def test_a_share_of_the_requests_has_shadows() -> None:
+    rows = [Row(request, 0, 20, 60, 2) for request in work(400)]
+    result = Result("r", token_ids=(1,) * 8)
+    chosen = [shadow for row in rows if (shadow := Shadows(0.25).of(row, result)) is not None]
+    assert 70 < len(chosen) < 130
+    assert {(row.prefix_len, row.boundary, row.priority) for row in chosen} == {(0, 0, LAST)}
+    with pytest.raises(ValueError, match="shadow"):
+        Shadows(1.5)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -129,3 +134,40 @@ def test_the_command_takes_the_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert main([*run[:-1], str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "c.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("bicache: error: --prefix-cache ")
+
+
+WRITER = """
+import itertools, sys, numpy as np
+from bicache_jax.serving.placement import Piece
+from bicache_jax.serving.prefix_files import PrefixFiles
+from bicache_jax.serving.store import Key
+files = PrefixFiles(sys.argv[1], {"model": "m", "dtype": "float32"})
+for number in itertools.count():
+    key = Key(0, (number % 8, 5), 64, 2, 1)
+    kv, hidden = np.full((2, 1, 4, 64, 32), number % 8, np.float32), np.full((1, 1, 64, 128), number % 8, np.float32)
+    files.save(key, Piece(tuple((leaf,) for leaf in (kv, kv, hidden, np.asarray([1]), np.asarray([2])))), {1})
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_writers_that_are_killed_leave_whole_files_or_none(tmp_path: Path, times: int) -> None:
+    chance = random.Random(0)
+    files = PrefixFiles(tmp_path, {"model": "m", "dtype": "float32"})
+    for _ in range(times):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline()
+        time.sleep(chance.random() / 10)
+        writer.kill()
+        writer.communicate()
+        found = [files.load(Key(0, (number, 5), 64, 2, 1), {1}) for number in range(8)]  # a warning is an error here
+        assert found[0] is not None
+        for number, one in enumerate(found):
+            assert one is None or all(np.all(np.asarray(leaf) == number) for (leaf,) in one[0].leaves[:3])
+    left = tmp_path / "killed.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    _, key, piece = stored(tmp_path)
+    files.save(key, piece, {1})
+    assert not left.exists()
