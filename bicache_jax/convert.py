@@ -30,6 +30,7 @@ def convert(
     *,
     to: Format = "orbax",
     dtype: Any = "auto",
+    mask_id: int | None = None,
     check_weights: bool = False,
 ) -> int:
     """Writes a model in another format, with its config, tokenizer and boundary table.
@@ -39,6 +40,7 @@ def convert(
         output: a folder that does not exist yet, or is empty.
         to: format of the output.
         dtype: of the parameters.
+        mask_id: as in `load_model`; it is not written anywhere.
         check_weights: as in `load_model`.
 
     Returns:
@@ -51,7 +53,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BicacheError(f"{output} exists already: name a new folder")
     folder = find_folder(source)
-    model = load_model(source, dtype=dtype, check_weights=check_weights)
+    model = load_model(source, dtype=dtype, mask_id=mask_id, check_weights=check_weights)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, since only a rename within a file system is atomic.

@@ -18,7 +18,7 @@ from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
 from bicache_jax.checkpoints.other_formats import refuse_other_formats, unknown_model_type
 from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
-from bicache_jax.checkpoints.tokenizer import load_tokenizer
+from bicache_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.configs import model_shape, published_table
 from bicache_jax.core.boundary import load_table
@@ -123,9 +123,11 @@ def load_model(
     if family is None:
         known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
         raise BicacheError(unknown_model_type(source, fields, known))
+    tokenizer = load_tokenizer(folder)
+    mask = _mask_token(fields, family, tokenizer, mask_id, source)
     with open_checkpoint(folder) as tensors:
         try:
-            config = family.config_from_hf(fields, tensors.names, str(source))
+            config = family.config_from_hf({**fields, **mask}, tensors.names, str(source))
             if mask_id is not None:
                 config = dataclasses.replace(config, mask_id=mask_id)
         except ValueError as error:
@@ -133,13 +135,29 @@ def load_model(
         wanted = _targets(config, resolve_dtype(dtype), mesh)
         params = tensors.load(tensor_map(config), wanted, check=check_weights)
         mark = tensors.mark(fields)
-    tokenizer = load_tokenizer(folder)
     named = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
     ends = {i for i in named if 0 <= i < config.vocab_size}
     turns = ends.intersection(tokenizer.eot_ids if tokenizer else ()).difference(config.eos_ids)
     config = dataclasses.replace(config, eos_ids=tuple(sorted(ends)), eot_ids=tuple(sorted(turns)))
     boundaries, note = _own_table(folder, config, mark)
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def _mask_token(
+    fields: Mapping[str, Any], family: Any, tokenizer: Tokenizer | None, given: int | None, source: Path
+) -> dict[str, int]:
+    """The mask token as a field, where a family's files name it in their tokenizer only.
+
+    Raises:
+        BicacheError: nothing names it.
+    """
+    if family.PUBLISHED_MASK_ID is not None or fields.get("mask_token_id") is not None:
+        return {}
+    if given is None and tokenizer is not None:
+        given = tokenizer.core.token_to_id(tokenizer.special.get("mask_token", ""))
+    if given is None:
+        raise BicacheError(f"{source}: nothing here names the mask token: give its id (--mask-id, mask_id)")
+    return {"mask_token_id": given}
 
 
 def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
@@ -165,7 +183,7 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
     """A model of a published shape with random weights, for measurements that no weight changes.
 
     Args:
-        shape: `llada_8b`, `dream_7b` or `small`.
+        shape: `llada_8b`, `dream_7b`, `qwen3_0_6b` or `small`.
         dtype: as in `load_model`.
         seed: of the weights.
 

@@ -1,4 +1,4 @@
-"""The transformer that LLaDA and Dream share: one NNX block, stacked over layers, run by pure functions.
+"""The transformer that all families share: one NNX block, stacked over layers, run by pure functions.
 
 `Block` defines and initialises one layer. Its parameters are stacked with a leading `L` and split from the static graph
 once. After that they are a plain pytree: `{"embed": [V, D], "layers": {... [L, ...]}, "norm": {...}, "head": [V, D]}`
@@ -27,11 +27,12 @@ from bicache_jax.models.rope import rotate
 class Norm(nnx.Module):
     """RMSNorm as in the published code: statistics in float32, rounded before scale and bias are applied."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype):
-        """Initialises the scale to one and the bias, if any, to zero."""
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, size: int | None = None):
+        """Initialises the scale to one and the bias, if any, to zero; `size` is the width if it is not given."""
+        size = config.d_model if size is None else size
         self.epsilon = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((config.d_model,), dtype))
-        self.bias = nnx.Param(jnp.zeros((config.d_model,), dtype)) if config.norm_bias else None
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if config.norm_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
@@ -62,7 +63,10 @@ class HeadLinear(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP."""
+    """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP.
+
+    Queries and keys may be normalised per head before they are rotated (QK-norm, as in Qwen3).
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Initialises the layer's parameters in `dtype`."""
@@ -83,6 +87,8 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config, dtype=dtype)
         heads = functools.partial(HeadLinear, config.d_model, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = heads(query_size), heads(kv_size), heads(kv_size)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (Norm(config, dtype=dtype, size=config.head_dim) for _ in range(2))
         self.o = linear(query_size, config.d_model, config.bias)
         self.mlp_norm = Norm(config, dtype=dtype)
         self.gate = linear(config.d_model, config.d_mlp, config.bias)
@@ -103,7 +109,7 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("norm", "bias"): ("width",),
     **{
         ("layers", name, part): ("layer", "width")
-        for name in ("attention_norm", "mlp_norm")
+        for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")
         for part in ("scale", "bias")
     },
     **{
@@ -122,7 +128,7 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
         for part in ("kernel", "bias")
     },
 }
-"""Logical axes of every parameter of both families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
+"""Logical axes of every parameter of all families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,7 +170,7 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """`bicache_jax.core.backbone.Backbone` for the LLaDA and Dream block; static and hashable, without parameters.
+    """`bicache_jax.core.backbone.Backbone` for this block; static and hashable, without parameters.
 
     Attributes:
         config: the architecture, or a shard's part of it (`bicache_jax.sharding.Partition.local`).
@@ -212,6 +218,8 @@ class Transformer:
         with jax.named_scope("query"):
             block = self._block(layer)
             q = self._heads(block.q(block.attention_norm(x_btd)), self.config.num_heads)
+            if self.config.qk_norm:
+                q = block.q_norm(q)
             return rotate(q, positions_bt, self.config.rope_theta)
 
     def key_value(
@@ -222,6 +230,8 @@ class Transformer:
             block = self._block(layer)
             normed = block.attention_norm(x_btd)
             k, v = (self._heads(project(normed), self.config.num_kv_heads) for project in (block.k, block.v))
+            if self.config.qk_norm:
+                k = block.k_norm(k)
             return rotate(k, positions_bt, self.config.rope_theta), v
 
     def finish(

@@ -31,7 +31,7 @@ def _flags() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example'")
-    model.add_argument("--random", metavar="SHAPE", help="random weights of a shape: llada_8b, dream_7b, small")
+    model.add_argument("--random", metavar="SHAPE", help="random: llada_8b, dream_7b, qwen3_0_6b, small")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
     add_weights_flag(parser)

@@ -27,7 +27,7 @@ EXIT_NO_FIT = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `aot`."""
     where = parser.add_argument_group("model and slice")
-    where.add_argument("--config", required=True, metavar="SHAPE", help="model shape: llada_8b, dream_7b or small")
+    where.add_argument("--config", required=True, metavar="SHAPE", help="llada_8b, dream_7b, qwen3_0_6b or small")
     where.add_argument(
         "--topology",
         required=True,

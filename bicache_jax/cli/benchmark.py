@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("model")
     model = what.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
-    model.add_argument("--random", metavar="SHAPE", help="random weights of a shape: llada_8b, dream_7b, small")
+    model.add_argument("--random", metavar="SHAPE", help="random: llada_8b, dream_7b, qwen3_0_6b, small")
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
     what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
     add_weights_flag(what)

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from bicache_jax.cli.options import add_weights_flag
+from bicache_jax.cli.options import add_weights_flag, integer
 from bicache_jax.core.config import DTYPES
 
 HELP = "convert a checkpoint to an orbax folder, or back"
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
     )
+    parser.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token, where no file names it")
     add_weights_flag(parser)
     parser.add_argument("--quiet", action="store_true", help="no closing line")
 
@@ -42,7 +43,14 @@ def run(args: argparse.Namespace) -> int:
     from bicache_jax.convert import convert
 
     started = time.perf_counter()
-    size = convert(args.model, args.output, to=args.to, dtype=args.dtype, check_weights=args.check_weights)
+    size = convert(
+        args.model,
+        args.output,
+        to=args.to,
+        dtype=args.dtype,
+        mask_id=args.mask_id,
+        check_weights=args.check_weights,
+    )
     if not args.quiet:
         seconds = time.perf_counter() - started
         print(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 Policy = Literal["none", "naive", "bicache"]
 BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
-Schedule = Literal["even", "time"]
+Schedule = Literal["even", "time", "linear"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 DTYPES = ("auto", "float32", "bfloat16")
 """Of parameters and caches; `auto` is float32 on CPUs and bfloat16 elsewhere."""
@@ -27,7 +27,7 @@ CACHED_BLOCK = 32
 REFRESH_INTERVAL = 16
 """Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
 REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
-SCHEDULES: tuple[Schedule, ...] = ("even", "time")
+SCHEDULES: tuple[Schedule, ...] = ("even", "time", "linear")
 
 
 @functools.cache
@@ -79,7 +79,7 @@ class ModelConfig:
     A family differs from others by these fields alone: no code but `bicache_jax.models` asks for its name.
 
     Attributes:
-        family: `llada` or `dream`; picks the checkpoint map.
+        family: `llada`, `dream` or `a2d`; picks the checkpoint map.
         vocab_size: V, rows of the embedding and of the head (padding rows of the checkpoint included).
         d_model: D, width of the residual stream.
         num_layers: L.
@@ -97,13 +97,15 @@ class ModelConfig:
         bias: whether the attention output and the MLP projections have a bias.
         norm_bias: whether the norms have a bias.
         head_bias: whether the head has a bias.
+        qk_norm: whether queries and keys are normalised per head (Qwen3).
         tied: whether the head is the embedding.
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
         anchor_blocks: whether, with a block cache, the pass at a block's start fixes the block's first token whatever
             its confidence, since the token before it lies outside of the block (Fast-dLLM's loop for Dream).
         remasking: the unmasking rule where a request names none.
         schedule: how many tokens a step unmasks (`bicache_jax.decoding.schedule`): `even` as many in each (LLaDA),
-            `time` a share of those left that follows from the step's time (Dream).
+            `time` a share of those left that follows from the step's time (Dream), `linear` the nearest whole number to
+            the same share of those left (A2D).
         time_eps: time of the last step, for `schedule="time"` and the rule `origin`.
         tempered_confidence: whether a temperature divides the logits, so that confidence is the probability at it
             (Dream). If not, it scales the noise, and confidence is the probability at temperature 1 (LLaDA).
@@ -127,6 +129,7 @@ class ModelConfig:
     bias: bool = False
     norm_bias: bool = False
     head_bias: bool = False
+    qk_norm: bool = False
     tied: bool = False
     shift_logits: bool = False
     anchor_blocks: bool = False

@@ -39,6 +39,23 @@ def time_counts(masks: int, steps: int, *, anchored: bool, eps: float) -> np.nda
     return counts
 
 
+def linear_counts(masks: int, steps: int) -> np.ndarray:
+    """A2D's schedule (its MDLM sampler): with n steps to go, the n-th part of what is left, to the nearest even.
+
+    Args:
+        masks: masked tokens in the block.
+        steps: its denoising steps; those that would unmask nothing are left out.
+
+    Returns:
+        Tokens that each step unmasks, at most `steps` numbers, none of them 0.
+    """
+    counts = []
+    for left in range(steps, 0, -1):
+        counts.append(min(masks, round(masks / left)))
+        masks -= counts[-1]
+    return np.asarray([count for count in counts if count], np.int32)
+
+
 def chance_bars(steps: int, *, eps: float) -> np.ndarray:
     """The value that standard Gumbel noise must exceed to unmask a token, if chance alone decides (`origin`).
 
@@ -115,6 +132,9 @@ def make_decoding(
         bars = chance_bars(block_steps, eps=config.time_eps)
     elif config.schedule == "time":
         counts = time_counts(sampling.block_size, block_steps, anchored=anchored, eps=config.time_eps)
+    elif config.schedule == "linear":
+        made = linear_counts(sampling.block_size, block_steps)
+        counts = np.pad(made, (0, block_steps - len(made)))
     else:
         counts = even_counts(sampling.block_size, block_steps)
     padding = (0, max(0, num_counts - block_steps))

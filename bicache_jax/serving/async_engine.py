@@ -324,12 +324,12 @@ class AsyncEngine:
         if job is None:  # a shadow, or given up meanwhile
             self._shadows.compare(seen.row, result)
             return
-        if result is not None:
-            job.tell((seen.row, result))
-        if seen.done:
+        if seen.done:  # before who waits is told: they may look
             self._forget(job, seen.row)
             job.rows = [row for row in job.rows if row is not seen.row]
-            if not job.rows:
-                job.ended.set()
-            if result is not None and (shadow := self._shadows.of(seen.row, result)) is not None:
-                self._place(shadow)
+        if result is not None:
+            job.tell((seen.row, result))
+        if seen.done and result is not None and (shadow := self._shadows.of(seen.row, result)) is not None:
+            self._place(shadow)
+        if not job.rows:
+            job.ended.set()

@@ -93,11 +93,14 @@ def test_cancelled_requests_free_their_places_and_the_queue_has_an_end(model: Mo
     async def main() -> None:
         async with AsyncEngine(engine(model), max_queue=4, frame_seconds=0.0) as one:
             expected = (await one.generate(long[0]))[0]
+            gate = threading.Event()
+            one._inbox.put(lambda: None if gate.wait() else None)  # the engine does nothing until it opens
             tasks = [asyncio.create_task(one.generate(request)) for request in long[:4]]
             await asyncio.sleep(0)
             with pytest.raises(BicacheError, match="the queue is full: 4 responses are pending.*max_queue=4"):
                 await one.generate(long[4])
             tasks[1].cancel()
+            gate.set()
             assert (await tasks[0]) == [expected]
             with pytest.raises(asyncio.CancelledError):
                 await tasks[1]
