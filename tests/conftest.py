@@ -5,16 +5,12 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 # These must stand in the environment before anything imports jax, and reach the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests wait for the compiler, not for tiny models: unoptimised code compiles in half the time or less.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
-    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _FLAGS)
+# Tests wait for the compiler, not for tiny models: unoptimised code compiles in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 _CACHE = tempfile.TemporaryDirectory(prefix="bicache-tests-")  # removed when the interpreter ends
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 # Two test processes, and the commands that tests start, compile the same programs: whoever is first keeps them.
