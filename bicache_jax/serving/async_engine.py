@@ -119,6 +119,7 @@ class AsyncEngine:
         errors: Errors = "raise",
         priority: int = 0,
         timeout: float | None = None,
+        namespace: str = "",
     ) -> list[Result]:
         """Answers requests. Cancelling the task gives them up, and frees their places.
 
@@ -128,6 +129,7 @@ class AsyncEngine:
             errors: as there.
             priority: requests of higher priority take free places first.
             timeout: seconds after which they are given up; None: never.
+            namespace: as in `Engine.generate`.
 
         Returns:
             Results in the order of the requests, samples of a request in order.
@@ -140,7 +142,7 @@ class AsyncEngine:
         """
         found = []
         async with asyncio.timeout(timeout):
-            async for place, result in self._ask(requests, sampling, errors, priority, partial=False):
+            async for place, result in self._ask(requests, sampling, errors, priority, namespace, partial=False):
                 found.append((place, result))
         return [result for _, result in sorted(found, key=lambda one: (one[0], one[1].sample))]
 
@@ -155,6 +157,7 @@ class AsyncEngine:
         sampling: Settings = None,
         errors: Errors = "raise",
         priority: int = 0,
+        namespace: str = "",
     ) -> AsyncIterator[Result]:
         """Answers requests, and shows their canvases while they are denoised, about every `frame_seconds`.
 
@@ -165,6 +168,7 @@ class AsyncEngine:
             sampling: as there.
             errors: as there.
             priority: as there.
+            namespace: as there.
 
         Yields:
             Results as in `Engine.stream`: with `finish_reason` None while unfinished.
@@ -174,7 +178,7 @@ class AsyncEngine:
             ValueError: as there.
             BicacheError: as there.
         """
-        async for _, result in self._ask(requests, sampling, errors, priority, partial=True):
+        async for _, result in self._ask(requests, sampling, errors, priority, namespace, partial=True):
             yield result
 
     async def drain(self) -> None:
@@ -198,10 +202,10 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     async def _ask(
-        self, requests: Asked, sampling: Settings, errors: Errors, priority: int, *, partial: bool
+        self, requests: Asked, sampling: Settings, errors: Errors, priority: int, namespace: str, *, partial: bool
     ) -> AsyncIterator[tuple[int, Result]]:
         """Yields (place, result)."""
-        entries, rows = self._engine.admitted(requests, sampling, errors)
+        entries, rows = self._engine.admitted(requests, sampling, errors, namespace)
         for place, entry in enumerate(entries):
             if isinstance(entry, Result):
                 yield place, entry

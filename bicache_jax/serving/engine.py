@@ -79,7 +79,8 @@ class Engine:
                 None: a sixteenth of the device's memory or what the model leaves of it, 256 MiB where the platform does
                 not say how much there is. It changes no result.
             prefix_cache_dir: folder in which they also outlive the process, and other processes find them.
-            namespace: encodings in that folder are only used by engines of the same namespace.
+            namespace: encodings in that folder are only used by engines of the same namespace (`generate` has one
+                for each call within it).
 
         Raises:
             TypeError: an argument is of another type.
@@ -134,7 +135,13 @@ class Engine:
         return self._counters.stats
 
     def generate(
-        self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise", progress: bool = False
+        self,
+        requests: Asked,
+        *,
+        sampling: Settings = None,
+        errors: Errors = "raise",
+        progress: bool = False,
+        namespace: str = "",
     ) -> list[Result]:
         """Answers requests.
 
@@ -147,6 +154,8 @@ class Engine:
             errors: what becomes of faulty requests. `raise`: an exception, before anything runs. `return`: each has an
                 error as its result, with its id, and the others run.
             progress: show a bar over finished results.
+            namespace: encodings are shared with calls of the same namespace only. It is the operator's to choose, not
+                part of a request, and changes no result.
 
         Returns:
             Results in the order of the requests, samples of a request in order; a list for a single request, too.
@@ -157,7 +166,7 @@ class Engine:
             BicacheError: a request is faulty: an unknown key, a bad value, a prompt too long for the model. The message
                 names its place.
         """
-        entries, rows = self.admitted(requests, sampling, errors)
+        entries, rows = self.admitted(requests, sampling, errors, namespace)
         found = []
         with _bar(entries, shown=progress) as bar:
             for answer in self._answer(entries, rows):
@@ -187,6 +196,7 @@ class Engine:
         partial: bool = True,
         every: int | None = None,
         frame_seconds: float = SECONDS,
+        namespace: str = "",
     ) -> Iterator[Result]:
         """Answers requests as they finish.
 
@@ -198,6 +208,7 @@ class Engine:
                 and `finish_reason` None. How often never changes a token.
             every: denoising steps between two such looks; None: as many as take about `frame_seconds`.
             frame_seconds: seconds between them.
+            namespace: as in `generate`.
 
         Returns:
             An iterator of results, errors first, then in the order of completion.
@@ -207,7 +218,7 @@ class Engine:
             ValueError: as in `generate`; or `every` is below 1.
             BicacheError: as in `generate`.
         """
-        entries, rows = self.admitted(requests, sampling, errors)
+        entries, rows = self.admitted(requests, sampling, errors, namespace)
         frames = Frames(every, seconds=frame_seconds) if partial else None
         return (result for _, _, result in self._answer(entries, rows, frames))
 
@@ -295,10 +306,15 @@ class Engine:
         """The model on its devices; another one after `update_params`."""
         return self._executor
 
-    def admitted(self, asked: Asked, sampling: Settings, errors: Errors) -> tuple[list[Request | Result], list[Row]]:
+    def admitted(
+        self, asked: Asked, sampling: Settings, errors: Errors, namespace: str = ""
+    ) -> tuple[list[Request | Result], list[Row]]:
         """Requests, or errors in their places, and the rows that the former make; raises what `generate` does."""
+        if not isinstance(namespace, str):
+            raise TypeError(f"namespace must be a string, got {type(namespace).__name__} {namespace!r:.60}")
         entries = admit(asked, self.parser(sampling), errors=errors)
-        return entries, self._planner.rows([one for one in entries if isinstance(one, Request)], self._prefixes.added)
+        requests = [one for one in entries if isinstance(one, Request)]
+        return entries, self._planner.rows(requests, self._prefixes.added, namespace)
 
     def open_scheduler(self, lanes: int, patience: float) -> tuple[Scheduler, RunPrefixes]:
         """A scheduler without an end, and its prefixes, which are to be closed."""

@@ -23,6 +23,10 @@ TOKENS_PER_BATCH = 4096
 MOST_ROWS = 64
 
 
+Named = tuple[str, tuple[int, ...]]
+"""A prefix by its namespace and its tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One response to make.
@@ -34,6 +38,7 @@ class Row:
         ratio: r.
         boundary: the row's b: its own, or that of the batch it is merged into.
         priority: rows of higher priority join first.
+        namespace: its prefix is only shared with rows of the same.
     """
 
     request: Request
@@ -42,6 +47,7 @@ class Row:
     ratio: int
     boundary: int
     priority: int = 0
+    namespace: str = ""
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -52,6 +58,10 @@ class Row:
         """The prefixes that it runs over: its own, and under guidance its twin's, as many masks."""
         own = self.prefix
         return (own, (mask_id,) * len(own)) if self.request.sampling.guided else (own,)
+
+    def named(self, mask_id: int) -> tuple[Named, ...]:
+        """`prefixes`, by what they are kept and shared under."""
+        return tuple((self.namespace, prefix) for prefix in self.prefixes(mask_id))
 
     @property
     def suffix_len(self) -> int:

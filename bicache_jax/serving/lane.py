@@ -33,16 +33,16 @@ from bicache_jax.decoding.places import (
 )
 from bicache_jax.decoding.schedule import Stage, passes_saved
 from bicache_jax.serving.executor import Executor
-from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall, EncodeCall
-from bicache_jax.serving.store import Piece, Prefix, RunPrefixes
+from bicache_jax.serving.store import Piece, RunPrefixes
 
 EAGER = 16
 """A dispatch ends for waiting rows when a place in so many has become free, and at least one has."""
 
 
-Joined = list[tuple[int, list[tuple[int, Prefix]]]]
+Joined = list[tuple[int, list[tuple[int, Named]]]]
 """Rows that join a data shard: the place of each, and the prefixes that are written for it, with their places."""
 
 
@@ -77,7 +77,7 @@ class _Shard:
         self.index: list[tuple[int, ...]] = [()] * rows  # prefix places of each row
         self.blocks = [0] * rows
         self.cached = [0] * rows
-        self.prefixes: list[Prefix | None] = [None] * prefixes
+        self.prefixes: list[Named | None] = [None] * prefixes
         self.leader: Row | None = None  # a row with the settings that the decoding has
         self.given_up: list[int] = []  # places whose rows the device does not know to be gone
 
@@ -85,7 +85,7 @@ class _Shard:
     def live(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row is not None]
 
-    def hold(self, prefixes: Sequence[Prefix]) -> list[tuple[int, bool]] | None:
+    def hold(self, prefixes: Sequence[Named]) -> list[tuple[int, bool]] | None:
         """A place for each prefix and whether it is to be written there; None if there is no room for all."""
         used = {index for row, places in zip(self.rows, self.index, strict=True) if row is not None for index in places}
         known = {prefix: index for index, prefix in enumerate(self.prefixes) if prefix is not None}
@@ -225,7 +225,7 @@ class Lane:
                     break  # they share a boundary and settings, so these go first
                 shard.leader, shard.prefixes = row, [None] * len(shard.prefixes)
                 self._decoding = None
-            prefixes = row.prefixes(self._plan.config.mask_id) if self._length else ()
+            prefixes = row.named(self._plan.config.mask_id) if self._length else ()
             held = shard.hold(prefixes)
             if held is None:
                 break
@@ -253,7 +253,7 @@ class Lane:
                 missing = [prefix for _, prefix in writes if self._known.find(number, prefix, at[number]) is None]
                 row = self._shards[number].rows[place]
                 assert row is not None
-                self._shards[number].cached[place] = 0 if row.prefix in missing else row.prefix_len
+                self._shards[number].cached[place] = 0 if (row.namespace, row.prefix) in missing else row.prefix_len
                 of_shard += missing
             lacking.append(of_shard)
         for prefixes in zip_longest(*lacking):
@@ -261,7 +261,8 @@ class Lane:
                 [] if prefix is None else self._known.boundaries(shard, prefix, at[shard])
                 for shard, prefix in enumerate(prefixes)
             ]
-            pieces = executor.placement.split(executor.encode(EncodeCall(self._plan, prefixes, used, self._length)))
+            tokens = [None if prefix is None else prefix[1] for prefix in prefixes]
+            pieces = executor.placement.split(executor.encode(EncodeCall(self._plan, tokens, used, self._length)))
             for shard, prefix in enumerate(prefixes):
                 if prefix is not None:
                     self._known.put(shard, prefix, pieces[shard], used[shard])
@@ -282,7 +283,7 @@ class Lane:
                 mesh=placement.mesh,
             )
 
-    def _piece(self, shard: int, prefix: Prefix | None) -> Piece:
+    def _piece(self, shard: int, prefix: Named | None) -> Piece:
         """A shard's part of an encoding; None: that of a shard with nothing to write."""
         if prefix is not None:
             found = self._known.find(shard, prefix, self._boundaries[shard])

@@ -71,12 +71,13 @@ class Planner:
     weights: int
     batch_size: int | None
 
-    def rows(self, requests: Sequence[Request], added: Collection[tuple[int, ...]]) -> list[Row]:
+    def rows(self, requests: Sequence[Request], added: Collection[tuple[int, ...]], namespace: str = "") -> list[Row]:
         """Requests as rows: prefix found, boundary chosen.
 
         Args:
             requests: all requests of a call.
             added: prefixes that were added by hand.
+            namespace: theirs.
         """
         lengths: Sequence[int] = [0] * len(requests)
         if self.cache.policy != "none":
@@ -91,7 +92,8 @@ class Planner:
         for request, prefix_len in zip(requests, lengths, strict=True):
             ratio = prefix_ratio(prefix_len, len(request.prompt_ids) + request.sampling.gen_length)
             boundary = self.boundary_of(ratio) if prefix_len else 0
-            rows += [Row(request, sample, prefix_len, ratio, boundary) for sample in range(request.n)]
+            facts = (prefix_len, ratio, boundary)
+            rows += [Row(request, sample, *facts, namespace=namespace) for sample in range(request.n)]
         return rows
 
     def plan(self, rows: Sequence[Row], store: PrefixStore) -> Plan:

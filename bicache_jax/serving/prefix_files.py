@@ -110,7 +110,8 @@ class PrefixFiles:
         self._shrink()
 
     def _metadata(self, key: Key) -> dict[str, str]:
-        return {**self._identity, "sizes": f"{key.length},{key.layers},{key.slots}"}
+        sizes = f"{key.length},{key.layers},{key.slots}"
+        return {**self._identity, "sizes": sizes, **({"within": key.namespace} if key.namespace else {})}
 
     def _path(self, key: Key) -> Path:
         named = hashlib.sha256(json.dumps([self._metadata(key), key.tokens], sort_keys=True).encode())

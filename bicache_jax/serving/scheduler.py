@@ -19,7 +19,7 @@ from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.types import Result
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import Frames
-from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.lane import Lane, Seen
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall
@@ -29,12 +29,12 @@ from bicache_jax.serving.store import RunPrefixes
 
 def most_prefixes(rows: Sequence[Row], window: int, mask_id: int) -> int:
     """The most prefixes that as many neighbours as fit into a window run over."""
-    held: Counter[tuple[int, ...]] = Counter()
+    held: Counter[Named] = Counter()
     most = 0
     for number, row in enumerate(rows):
-        held.update(row.prefixes(mask_id))
+        held.update(row.named(mask_id))
         if number >= window:
-            for prefix in rows[number - window].prefixes(mask_id):
+            for prefix in rows[number - window].named(mask_id):
                 held[prefix] -= 1
                 if not held[prefix]:
                     del held[prefix]

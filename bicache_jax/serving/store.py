@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import length_bucket
 from bicache_jax.serving.flops import encode_flops
-from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.memory import Buffers, prefix_bytes
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
@@ -37,6 +37,7 @@ class Key(NamedTuple):
         length: P, to which it is padded.
         layers: layers of KV that its arrays have room for.
         slots: boundaries whose hidden states they have room for.
+        namespace: of the requests that it serves.
     """
 
     shard: int
@@ -44,6 +45,7 @@ class Key(NamedTuple):
     length: int
     layers: int
     slots: int
+    namespace: str = ""
 
 
 @dataclasses.dataclass
@@ -271,25 +273,25 @@ class RunPrefixes:
         self._plan, self._store = plan, store
         self._pieces: dict[Key, tuple[Piece, frozenset[int]]] = {}
         self._uses: Counter[Key] = Counter()
-        self._boundaries: dict[Prefix, Counter[int]] = {}
+        self._boundaries: dict[Named, Counter[int]] = {}
 
-    def _key(self, shard: int, prefix: Prefix) -> Key:
-        buffers = self._plan.buffers
-        return Key(shard, prefix, length_bucket(len(prefix)), buffers.shallow, buffers.slots)
+    def _key(self, shard: int, prefix: Named) -> Key:
+        buffers, (namespace, tokens) = self._plan.buffers, prefix
+        return Key(shard, tokens, length_bucket(len(tokens)), buffers.shallow, buffers.slots, namespace)
 
     def expect(self, shard: int, row: Row) -> None:
         """A row is to run on a data shard; `release` says that it has begun, or never will."""
         boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
-        for prefix in row.prefixes(self._plan.config.mask_id):
+        for prefix in row.named(self._plan.config.mask_id):
             self._uses[self._key(shard, prefix)] += 1
             self._boundaries.setdefault(prefix, Counter())[boundary] += 1
 
-    def _wanted(self, prefix: Prefix, boundary: int) -> set[int]:
+    def _wanted(self, prefix: Named, boundary: int) -> set[int]:
         """Boundaries that the rows of the run need, if there is room for all; else the one."""
         wanted = {boundary, *self._boundaries[prefix]}
         return wanted if len(wanted) <= self._plan.buffers.slots else {boundary}
 
-    def boundaries(self, shard: int, prefix: Prefix, boundary: int) -> list[int]:
+    def boundaries(self, shard: int, prefix: Named, boundary: int) -> list[int]:
         """Boundaries to encode a prefix for: those of this run, and those of earlier ones where there is room."""
         used = self._wanted(prefix, boundary)
         earlier = self._store.known(self._key(shard, prefix)) - used
@@ -298,7 +300,7 @@ class RunPrefixes:
         room = self._plan.buffers.slots - len(used)
         return sorted(used | set(sorted(earlier)[: max(0, room)]))
 
-    def find(self, shard: int, prefix: Prefix, boundary: int) -> Piece | None:
+    def find(self, shard: int, prefix: Named, boundary: int) -> Piece | None:
         """A shard's part of an encoding, of this run or an earlier one; None if it has to be made."""
         key = self._key(shard, prefix)
         if key in self._pieces and boundary in self._pieces[key][1]:
@@ -311,7 +313,7 @@ class RunPrefixes:
             self._put(key, found, served, stored=True)
         return found
 
-    def put(self, shard: int, prefix: Prefix, piece: Piece, boundaries: Collection[int]) -> None:
+    def put(self, shard: int, prefix: Named, piece: Piece, boundaries: Collection[int]) -> None:
         """Keeps a shard's part of an encoding."""
         self._put(self._key(shard, prefix), piece, boundaries)
 
@@ -333,7 +335,7 @@ class RunPrefixes:
     def release(self, shard: int, row: Row) -> None:
         """Ends what `expect` began; encodings that no other row waits for are no longer in use."""
         boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
-        for prefix in row.prefixes(self._plan.config.mask_id):
+        for prefix in row.named(self._plan.config.mask_id):
             key = self._key(shard, prefix)
             self._uses[key] -= 1
             if not self._uses[key]:

@@ -116,7 +116,7 @@ def row(prefix: int, *, guided: bool = False) -> Row:
 
 def test_prefixes_keep_their_places_while_rows_use_them() -> None:
     shard = _Shard(2, 2, deque())
-    a, b, c = ((n,) for n in range(3))
+    a, b, c = (("", (n,)) for n in range(3))
     assert shard.hold([a]) == [(0, True)]
     shard.rows[0], shard.index[0] = row(1), (0,)
     assert shard.hold([a]) == [(0, False)]

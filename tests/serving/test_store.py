@@ -52,6 +52,17 @@ def test_three_calls_with_one_system_message_encode_it_once(model: Model) -> Non
     assert forgetful.stats.prefixes_encoded == 3 and len(forgetful._store) == 0
 
 
+def test_a_prefix_is_shared_within_its_namespace_only(model: Model) -> None:
+    kept = engine(model)
+    calls = [("", "a"), ("one", "a"), ("two", "a"), ("one", "b"), ("", "b")]
+    found = [kept.generate(ask(name, 70), namespace=space)[0] for space, name in calls]
+    assert [result.cached_tokens for result in found] == [0, 0, 0, 40, 40]
+    assert kept.stats.prefixes_encoded == 3
+    assert found[0] == found[1] == found[2] and found[3] == found[4]
+    with pytest.raises(TypeError, match="namespace must be a string"):
+        inspect.unwrap(Engine.admitted)(kept, ask("a", 70), None, "raise", 5)
+
+
 @pytest.mark.slow
 def test_boundaries_that_alternate_settle_into_one_encoding(model: Model) -> None:
     """A short and a long suffix give a prefix two boundaries; what it was encoded for first is kept with the second."""
