@@ -61,6 +61,7 @@ class Engine:
         mesh: Mesh | None = None,
         prefix_cache_bytes: int | None = None,
         prefix_cache_dir: str | Path | None = None,
+        prefix_host_bytes: int = 0,
         namespace: str = "",
     ) -> None:
         """Makes an engine.
@@ -78,6 +79,8 @@ class Engine:
             prefix_cache_bytes: bytes on a device in which encoded prefixes are kept from call to call; 0 keeps none;
                 None: a sixteenth of the device's memory or what the model leaves of it, 256 MiB where the platform does
                 not say how much there is. It changes no result.
+            prefix_host_bytes: bytes of the host's memory, for each device, in which those are kept that have no room
+                there (pinned memory on accelerators); of use where copying one back is faster than encoding it anew.
             prefix_cache_dir: folder in which they also outlive the process, and other processes find them.
             namespace: encodings in that folder are only used by engines of the same namespace (`generate` has one
                 for each call within it).
@@ -88,11 +91,14 @@ class Engine:
                 implementation of attention does not run here, the mesh has other axes, or `prefix_cache_dir` cannot be
                 written, or goes with a mesh or a model without a fingerprint.
         """
-        _check_types(model, cache, sampling, batch_size, attention, mesh, prefix_cache_bytes, namespace)
+        _check_types(
+            model, cache, sampling, batch_size, attention, mesh, prefix_cache_bytes, prefix_host_bytes, namespace
+        )
         if batch_size is not None and batch_size < 1:
             raise BicacheError(f"batch_size must be >= 1, got {batch_size}")
-        if prefix_cache_bytes is not None and prefix_cache_bytes < 0:
-            raise BicacheError(f"prefix_cache_bytes must be >= 0, got {prefix_cache_bytes}")
+        for name, nbytes in (("prefix_cache_bytes", prefix_cache_bytes), ("prefix_host_bytes", prefix_host_bytes)):
+            if nbytes is not None and nbytes < 0:
+                raise BicacheError(f"{name} must be >= 0, got {nbytes}")
         start_compilation_cache()
         self.model = model
         self.cache = cache or CacheConfig()
@@ -110,7 +116,7 @@ class Engine:
         files = None
         if prefix_cache_dir is not None:
             files = open_files(prefix_cache_dir, model, placement, attention=backbone.attention, namespace=namespace)
-        self._store = PrefixStore(prefix_cache_bytes, files)
+        self._store = PrefixStore(prefix_cache_bytes, files, prefix_host_bytes)
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._planner = Planner(
             placement,
@@ -356,6 +362,7 @@ def _check_types(
     attention: Any,
     mesh: Any,
     prefix_cache_bytes: Any,
+    prefix_host_bytes: Any,
     namespace: Any,
 ) -> None:
     """Says which argument of an engine is of a wrong type, and what to give.
@@ -373,6 +380,7 @@ def _check_types(
         ("attention", attention, str, f"one of {', '.join(ATTENTION)}"),
         ("namespace", namespace, str, "a string"),
         ("prefix_cache_bytes", prefix_cache_bytes, int | None, "an integer"),
+        ("prefix_host_bytes", prefix_host_bytes, int, "an integer"),
         ("mesh", mesh, Mesh | None, "a jax.sharding.Mesh, from bicache_jax.sharding.make_mesh"),
     )
     for name, value, kinds, words in wanted:

@@ -12,17 +12,19 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import length_bucket
 from bicache_jax.serving.flops import encode_flops
 from bicache_jax.serving.grouping import Named, Row
+from bicache_jax.serving.host_tier import HostTier
 from bicache_jax.serving.memory import Buffers, prefix_bytes
 from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
 
 Prefix = tuple[int, ...]
+Source = Literal["host", "disk"]
 
 MOST_SLOTS = 4
 """Boundaries for which the store asks that a prefix keep its hidden states, where calls differ in theirs."""
@@ -68,8 +70,10 @@ class PrefixStats:
         budget: bytes on a device that it may keep while nothing runs.
         hits: encodings that a run found.
         disk_hits: those of them that it found on disk.
+        host_hits: those of them that it found in the host's memory.
+        host_nbytes: bytes that are kept there, of all devices.
         misses: encodings that a run had to make.
-        evictions: encodings that were dropped to stay within the budget.
+        evictions: encodings that were dropped, or moved to the host, to stay within the budget.
         flops_saved: operations of the encodings that were found.
     """
 
@@ -78,6 +82,8 @@ class PrefixStats:
     budget: int = 0
     hits: int = 0
     disk_hits: int = 0
+    host_hits: int = 0
+    host_nbytes: int = 0
     misses: int = 0
     evictions: int = 0
     flops_saved: float = 0.0
@@ -103,14 +109,15 @@ class PrefixStore:
     operations saved per byte, and by how long ago it was used (GreedyDual-Size, Cao and Irani 1997).
     """
 
-    def __init__(self, budget: int, files: Files | None = None) -> None:
+    def __init__(self, budget: int, files: Files | None = None, host_budget: int = 0) -> None:
         """Begins empty.
 
         Args:
             budget: bytes on a device; 0 keeps nothing between runs.
             files: where encodings outlive the process, and are found by others.
+            host_budget: bytes of the host's memory, for each device, for what has no room there.
         """
-        self._budget, self._files = budget, files
+        self._budget, self._files, self._host = budget, files, HostTier(host_budget)
         self._unsaved: dict[Key, tuple[Piece, frozenset[int]]] = {}
         self._entries: dict[Key, _Entry] = {}
         self._pinned: set[Prefix] = set()
@@ -135,7 +142,12 @@ class PrefixStore:
         of_shard: Counter[int] = Counter()
         for key, entry in self._entries.items():
             of_shard[key.shard] += entry.nbytes
-        return dataclasses.replace(self._stats, entries=len(self._entries), nbytes=max(of_shard.values(), default=0))
+        return dataclasses.replace(
+            self._stats,
+            entries=len(self._entries),
+            nbytes=max(of_shard.values(), default=0),
+            host_nbytes=self._host.nbytes,
+        )
 
     def sized(self, buffers: Buffers) -> Buffers:
         """The buffers of a run, at least as large as those of earlier ones, so that it finds what they left."""
@@ -155,14 +167,16 @@ class PrefixStore:
     def drop(self, tokens: Prefix) -> None:
         """Drops the encodings of a prefix, except for what a run is using."""
         self._remove(key for key in list(self._entries) if key.tokens == tokens)
+        self._host.drop(tokens)
 
     def clear(self) -> None:
         """Drops all encodings, except for what a run is using."""
         self._remove(list(self._entries))
+        self._host.drop()
 
     def renewed(self) -> PrefixStore:
         """An empty store for other weights, with this one's budget and pins; runs of the old ones end on this one."""
-        store = PrefixStore(self._budget)
+        store = PrefixStore(self._budget, host_budget=self._host.budget)
         store._pinned, store._layers, store._slots = set(self._pinned), self._layers, self._slots
         return store
 
@@ -182,9 +196,12 @@ class PrefixStore:
         self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
         return entry.piece
 
-    def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int]] | None:
-        """An encoding on disk that serves all these boundaries, and what it serves; None if there is none."""
-        return None if self._files is None else self._files.load(key, boundaries)
+    def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int], Source] | None:
+        """An encoding that serves all these boundaries, what it serves, and where it was; None if there is none."""
+        if (hosted := self._host.take(key, frozenset(boundaries))) is not None:
+            return *hosted, "host"
+        stored = None if self._files is None else self._files.load(key, boundaries)
+        return None if stored is None else (*stored, "disk")
 
     def known(self, key: Key) -> frozenset[int]:
         """The boundaries that an entry serves; none if there is none."""
@@ -192,7 +209,14 @@ class PrefixStore:
         return frozenset() if entry is None else entry.boundaries
 
     def put(
-        self, key: Key, piece: Piece, boundaries: Collection[int], *, nbytes: int, flops: float, stored: bool = False
+        self,
+        key: Key,
+        piece: Piece,
+        boundaries: Collection[int],
+        *,
+        nbytes: int,
+        flops: float,
+        source: Source | None = None,
     ) -> None:
         """Adds an entry, in use until `done`; it replaces one of the same key.
 
@@ -202,15 +226,15 @@ class PrefixStore:
             boundaries: boundaries that it serves.
             nbytes: its bytes on a device.
             flops: operations that encoding it takes.
-            stored: whether it was found on disk, rather than made.
+            source: where it was found; None: it was made.
         """
         before = self._entries.get(key)
         worth = flops / max(1, nbytes)
         users = 1 + (before.users if before is not None else 0)
         self._entries[key] = _Entry(piece, frozenset(boundaries), nbytes, worth, self._age + worth, users)
         self._layers = max(self._layers, key.layers)
-        if stored:
-            self._count(hits=1, disk_hits=1, flops_saved=flops)
+        if source is not None:
+            self._count(hits=1, flops_saved=flops, **{f"{source}_hits": 1})
             return
         self._count(misses=1)
         if self._files is not None:
@@ -247,7 +271,9 @@ class PrefixStore:
                     break
                 priority, _, key = min(loose, key=lambda one: one[:2])
                 self._age = max(self._age, priority)
-                kept[shard] -= self._entries.pop(key).nbytes
+                entry = self._entries.pop(key)
+                kept[shard] -= entry.nbytes
+                self._host.put(key, entry.piece, entry.boundaries, entry.nbytes)
                 self._count(evictions=1)
 
     def _remove(self, keys: Iterable[Key]) -> None:
@@ -309,8 +335,8 @@ class RunPrefixes:
         if (found := self._store.get(key, wanted)) is not None:
             self._hold(key, found, wanted)
         elif (stored := self._store.load(key, wanted)) is not None:
-            found, served = stored
-            self._put(key, found, served, stored=True)
+            found, served, source = stored
+            self._put(key, found, served, source)
         return found
 
     def put(self, shard: int, prefix: Named, piece: Piece, boundaries: Collection[int]) -> None:
@@ -323,13 +349,13 @@ class RunPrefixes:
             self._store.done(key)
         self._pieces[key] = piece, frozenset(boundaries)
 
-    def _put(self, key: Key, piece: Piece, boundaries: Collection[int], *, stored: bool = False) -> None:
+    def _put(self, key: Key, piece: Piece, boundaries: Collection[int], source: Source | None = None) -> None:
         plan = self._plan
         nbytes = prefix_bytes(
             plan.part or plan.config, plan.dtype.itemsize, length=key.length, layers=key.layers, slots=key.slots
         )
         flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
-        self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, stored=stored)
+        self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, source=source)
         self._hold(key, piece, boundaries)
 
     def release(self, shard: int, row: Row) -> None:

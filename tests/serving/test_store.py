@@ -52,6 +52,30 @@ def test_three_calls_with_one_system_message_encode_it_once(model: Model) -> Non
     assert forgetful.stats.prefixes_encoded == 3 and len(forgetful._store) == 0
 
 
+def test_what_has_no_room_on_the_device_waits_in_the_host_s_memory(model: Model) -> None:
+    plain = engine(model, budget=0)
+    one = engine(model)
+    one.generate(ask("a", 70))
+    size = one.prefixes.stats.nbytes
+    tight = Engine(
+        model,
+        cache=CacheConfig(boundary=2, refresh_interval=2),
+        prefix_cache_bytes=size,
+        prefix_host_bytes=2 * size,
+    )
+    prefixes = [SYSTEM, (*SYSTEM[:-1], 7), (*SYSTEM[:-1], 8), (*SYSTEM[:-1], 9)]
+    for number, which in enumerate((0, 1, 2, 3, 2, 1, 0)):
+        request = ask(f"{number}", 70, prefix=prefixes[which])
+        assert tight.generate(request) == plain.generate(request)
+    stats = tight.prefixes.stats
+    assert (stats.host_hits, stats.misses) == (2, 5)  # the first was pushed out of both
+    assert stats.nbytes == size and stats.host_nbytes == 2 * size
+    tight.prefixes.clear()
+    assert tight.prefixes.stats.host_nbytes == 0
+    with pytest.raises(BicacheError, match="prefix_host_bytes must be >= 0"):
+        Engine(model, cache=CacheConfig(boundary=2), prefix_host_bytes=-1)
+
+
 def test_a_prefix_is_shared_within_its_namespace_only(model: Model) -> None:
     kept = engine(model)
     calls = [("", "a"), ("one", "a"), ("two", "a"), ("one", "b"), ("", "b")]
