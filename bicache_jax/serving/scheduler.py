@@ -171,7 +171,7 @@ class Scheduler:
         Yields:
             How rows stand; each once done, after looks on its way.
         """
-        seen: list[Seen] = []
+        seen: list[Seen] | None = None
         counters, clock = self._executor.counters, time.perf_counter
         while between():
             began = clock()
@@ -180,13 +180,14 @@ class Scheduler:
                 break
             lane.dispatch(**({"num_steps": frames.steps} if frames else {}))
             counters.add(seconds=clock() - began)
-            yield from seen  # while the devices work on
-            if frames and seen:
-                frames.shown()
+            if seen is not None:
+                yield from seen  # while the devices work on
+                if frames:
+                    frames.shown()
             began = clock()
             seen = lane.collect(shown if frames else None)
             counters.add(seconds=clock() - began)
-        yield from seen
+        yield from seen or ()
 
     def compile(self) -> list[tuple[int, int, int, int]]:
         """Calls each program that draining would call, without a step; returns the shapes of the lanes."""

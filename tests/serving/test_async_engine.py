@@ -217,3 +217,13 @@ def test_a_share_of_the_requests_has_shadows() -> None:
     assert {(row.prefix_len, row.boundary, row.priority) for row in chosen} == {(0, 0, LAST)}
     with pytest.raises(ValueError, match="shadow"):
         Shadows(1.5)
+
+
+def test_a_dispatch_takes_as_long_as_a_frame(model: Model) -> None:
+    async def main() -> None:
+        one_row = engine(model)
+        async with AsyncEngine(one_row, frame_seconds=60.0) as one:
+            await one.generate({"prompt_ids": list(range(20, 40)), "gen_length": 64})
+            assert one_row.stats.dispatches <= 5  # 1, 4, 16, then the rest
+
+    asyncio.run(main())
