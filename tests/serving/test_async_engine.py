@@ -224,6 +224,6 @@ def test_a_dispatch_takes_as_long_as_a_frame(model: Model) -> None:
         one_row = engine(model)
         async with AsyncEngine(one_row, frame_seconds=60.0) as one:
             await one.generate({"prompt_ids": list(range(20, 40)), "gen_length": 64})
-            assert one_row.stats.dispatches <= 5  # 1, 4, 16, then the rest
+            assert one_row.stats.dispatches <= 8  # their length grows four times over each time
 
     asyncio.run(main())
