@@ -45,7 +45,7 @@ ODD = ModelConfig(
 """Sizes that no mesh divides, and every bias there can be."""
 SOME = {
     "llada": {
-        "bicache": MESHES[:2],
+        "bicache": MESHES[1:2],
         "bicache+dual": MESHES[2:3],
         "bicache/guided": MESHES[2:3],
     },

@@ -53,7 +53,7 @@ def _engine(model: Model, batch_size: int | None = None, **cache: Any) -> Engine
     "settings",
     [
         pytest.param({}, marks=pytest.mark.full),
-        {"temperature": 0.8},
+        pytest.param({"temperature": 0.8}, marks=pytest.mark.full),
         pytest.param({"remasking": "random"}, marks=pytest.mark.full),
         {"block_length": 4, "temperature": 0.5},
     ],

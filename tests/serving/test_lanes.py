@@ -60,7 +60,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
         ("dream", "bicache", 0.2),
         ("llada", "none", 0.2),
         ("dream", "dual", None),
-        ("llada", "dual", 0.2),
+        pytest.param("llada", "dual", 0.2, marks=pytest.mark.full),
         pytest.param("llada", "prefix", 0.2, marks=pytest.mark.full),
         pytest.param("dream", "prefix", None, marks=pytest.mark.full),
     ],
