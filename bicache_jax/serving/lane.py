@@ -334,7 +334,7 @@ class Lane:
         assert self._state is not None
         assert self._decoding is not None
         for shard in self._shards:
-            free = call.copies * (len(shard.rows) - len(shard.live))
+            free = call.shape[2] - call.copies * len(shard.live)  # padding included
             stops.append(free + max(1, len(shard.rows) // EAGER) * call.copies if shard.queue else NO_LIMIT)
         if self.waiting and len(self._shards) > 1:  # no shard waits for long for the others
             num_steps = min(num_steps, self._plan.cache.interval(call.sampling))

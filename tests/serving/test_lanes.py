@@ -100,6 +100,13 @@ def test_rows_take_free_places_and_nothing_is_compiled_for_them(model: Model) ->
     assert after.dispatches - before.dispatches > after.batches - before.batches
 
 
+def test_a_batch_may_have_fewer_rows_than_its_shape_has_places(model: Model) -> None:
+    requests = pool(temperature=0.5)
+    wanted = Engine(model, cache=CacheConfig(**CACHES["bicache"]), batch_size=1).generate(requests)
+    engine = Engine(model, cache=CacheConfig(**CACHES["bicache"]), batch_size=5)  # in a bucket of 6
+    assert engine.generate(requests) == wanted
+
+
 def test_rows_that_decide_by_confidence_do_not_wait_for_a_refresh_that_costs_nothing(model: Model) -> None:
     engine = Engine(model, cache=CacheConfig(policy="none", refresh_interval=3), batch_size=15)
     together = [r for r in pool(threshold=0.2, early_stop=False, temperature=0.7) if len(r.prompt_ids) <= 48]
