@@ -16,7 +16,7 @@ from bicache_jax.serving.grouping import Row, default_rows, detect_prefixes, pre
 from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan, rows_fitting
-from bicache_jax.serving.rounds import plan_rounds
+from bicache_jax.serving.rounds import Round, plan_rounds
 from bicache_jax.serving.store import PrefixStore
 from bicache_jax.wiring import device_memory
 
@@ -44,7 +44,7 @@ def boundary_rule(model: Model, cache: CacheConfig) -> Callable[[int], int]:
             "or give a boundary"
         )
     if table is model.boundaries and model.note:
-        warnings.warn(model.note, UserWarning, stacklevel=4)
+        warnings.warn(model.note, UserWarning, stacklevel=3)
     deepest = max(table.values(), default=0)
     if deepest > num_layers:
         raise BicacheError(f"boundary table: boundary {deepest} is deeper than the model's {num_layers} layers")
@@ -145,6 +145,6 @@ class Planner:
             return None
         return rows_fitting(boundaries, self.placement.partition, self.weights, device, self.cache, self.dtype)
 
-    def _plan(self, rounds: tuple[tuple[object, ...], ...], buffers: Buffers, device: DeviceMemory | None) -> Plan:
+    def _plan(self, rounds: tuple[Round, ...], buffers: Buffers, device: DeviceMemory | None) -> Plan:
         config, local = self.placement.config, self.placement.partition.local
-        return Plan(config, self.dtype, self.cache, rounds, buffers, local, self.weights, device)  # type: ignore[arg-type]
+        return Plan(config, self.dtype, self.cache, rounds, buffers, local, self.weights, device)

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from bicache_jax.core.buckets import count_bucket, length_bucket
 from bicache_jax.core.types import Result
@@ -79,13 +79,17 @@ class _Class:
             place -= 1
         queue.insert(place, row)
 
-    def together(self) -> list[list[Row]]:
-        """On each data shard, rows that could be under way at once: those that are, and those that may join them."""
+    def together(self, limit: int | None = None) -> list[list[Row]]:
+        """On each data shard, rows that could be under way at once: those that are, and those that may join them.
+
+        Args:
+            limit: most of those that may join; None: all.
+        """
         under_way = self.lane.under_way() if self.lane is not None else [[] for _ in self.queues]
         found = []
         for rows, queue in zip(under_way, self.queues, strict=True):
             first = next(iter(rows or queue), None)
-            found.append([*rows, *takewhile(partial(_goes_with, first), queue)])
+            found.append([*rows, *islice(takewhile(partial(_goes_with, first), queue), limit)])
         return found
 
 
@@ -232,7 +236,15 @@ class Scheduler:
 
     def _fit(self, key: Hashable, one: _Class) -> None:
         """Opens a lane for a class, or gives the one it has the size that is needed."""
-        call, lane = self._call(one), one.lane
+        lane = one.lane
+        # Every turn comes here, so it looks at no more of what waits than a lane could take, where that stays as it is.
+        if (
+            lane is not None
+            and lane.busy
+            and lane.shape[2] // 2 < _num_rows(one, one.together(one.most)) <= lane.shape[2]
+        ):
+            return
+        call = self._call(one)
         rows = call.shape[2]
         known = (key, call.shape) in self._executor.shapes
         if lane is not None and lane.busy:
@@ -248,17 +260,23 @@ class Scheduler:
         """The program for a class: as many places as the rows need that go together, and may have."""
         together = [rows for rows in one.together() if rows]
         first, mask_id = together[0][0], self._plan.config.mask_id
-        copies = 1 + first.request.sampling.guided
-        places = count_bucket(min(one.most, max(map(len, together))))
+        rows = _num_rows(one, together)
+        places = rows // (1 + first.request.sampling.guided)
         # One more than there are places: rows of the next prefix join while the last ones of this are under way.
-        groups = max(most_prefixes(rows, places + 1, mask_id) for rows in together)
+        groups = max(most_prefixes(of_shard, places + 1, mask_id) for of_shard in together)
         shape = (
-            min(count_bucket(groups), places * copies),
+            min(count_bucket(groups), rows),
             length_bucket(first.prefix_len),
-            places * copies,
+            rows,
             length_bucket(first.suffix_len),
         )
         return DecodeCall(self._plan, shape, first.request.sampling)
+
+
+def _num_rows(one: _Class, together: Sequence[Sequence[Row]]) -> int:
+    """B for rows that could be under way at once, by data shard; twins are rows."""
+    first = next(rows[0] for rows in together if rows)
+    return count_bucket(min(one.most, max(map(len, together)))) * (1 + first.request.sampling.guided)
 
 
 def _suits(lane: Lane, call: DecodeCall, *, known: bool) -> bool:
