@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from bicache_jax.checkpoints.fields import TensorMap
 from bicache_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder, write_params
-from bicache_jax.checkpoints.tree import is_stacked, paths, stored_names
+from bicache_jax.checkpoints.tree import paths
 from bicache_jax.core.types import BicacheError
 from bicache_jax.loading import find_folder, load_model, open_checkpoint, tensor_map
 
@@ -84,9 +84,15 @@ def _copy_side_files(folder: Path, target: Path) -> None:
 
 def _tensors(params: Mapping[str, Any], mapping: TensorMap) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the checkpoint's tensors, one at a time."""
-    for path, leaf in paths(params):
-        for place, name in enumerate(stored_names(mapping, path, leaf)):
-            array = np.asarray(leaf[place] if is_stacked(path) else leaf)
+    leaves = dict(paths(params))
+    for path, leaf in leaves.items():
+        joined = [other for other in leaves if mapping.names[other] == mapping.names[path]]  # rows of one tensor
+        joined.sort(key=lambda other: mapping.rows.get(other, (0, 0)))
+        if path != joined[0]:
+            continue
+        axes = mapping.stack_axes(path)
+        for place, name in zip(np.ndindex(leaf.shape[:axes]), mapping.stored(path, leaf.shape), strict=True):
+            array = np.concatenate([np.asarray(leaves[other][place]) for other in joined])
             yield name, np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
 
 

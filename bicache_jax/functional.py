@@ -23,11 +23,11 @@ from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
-from bicache_jax.core.layout import lay_out_canvases, response_slots
+from bicache_jax.core.layout import lay_out_canvases
 from bicache_jax.core.numerics import precision
 from bicache_jax.decoding.encode import encode_alone
 from bicache_jax.decoding.interval import NO_LIMIT, denoise_steps, initial_state
-from bicache_jax.decoding.schedule import make_decoding, stages
+from bicache_jax.decoding.schedule import make_decoding, pass_sizes, stages
 from bicache_jax.wiring import backbone_for
 
 
@@ -57,6 +57,7 @@ def encode_prefix(
     *,
     prefix_len: Int[Array, " G"] | None = None,
     boundaries: Sequence[int] | None = None,
+    block_length: int | None = None,
     attention: str = "auto",
 ) -> PrefixCache:
     """Encodes prefixes alone.
@@ -69,7 +70,10 @@ def encode_prefix(
         config: its architecture (static under `jit`).
         prefix_ids: tokens of one prefix [P], or of G padded ones [G, P]; P may be 0 (no prefix).
         prefix_len: tokens of each prefix; None: all P.
-        boundaries: boundaries that rows will use; None: any, at the price of keeping every layer's input.
+        boundaries: boundaries that rows will use; None: any, at the price of keeping every layer's input (under
+            block-causal attention: L, the only one).
+        block_length: tokens of a block, under block-causal attention: as the rows will have; None: the model's own. A
+            prefix ends with a block.
         attention: implementation of prefix attention.
 
     Returns:
@@ -83,6 +87,8 @@ def encode_prefix(
     prefix_ids = prefix_ids[None] if prefix_ids.ndim == 1 else prefix_ids
     num_layers = config.num_layers
     wanted = range(num_layers) if boundaries is None else sorted(set(boundaries))
+    if config.block_causal:
+        wanted = [num_layers]
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= num_layers:
         raise ValueError(f"boundaries must lie in 0..{num_layers}, got {list(wanted)}")
     inputs = sorted({clamp_boundary(int(b), num_layers) for b in wanted})
@@ -92,16 +98,16 @@ def encode_prefix(
     kv = P(None, along, heads)
     out = PrefixCache(k=kv, v=kv, hidden=P(None, along), boundaries=P(), length=P(along))  # type: ignore[arg-type]
     backbone = backbone_for(config, attention)
-    run = functools.partial(_encode, backbone, tuple(inputs))
+    run = functools.partial(_encode, backbone, tuple(inputs), block_length or config.block_length)
     return on_auto_axes(run, (params, prefix_ids, jnp.asarray(prefix_len, jnp.int32)), out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(backbone: Backbone, boundaries: tuple[int, ...], *arrays: Any) -> PrefixCache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(backbone: Backbone, boundaries: tuple[int, ...], block_length: int, *arrays: Any) -> PrefixCache:
     """`encode_prefix` on parameters, ids and lengths."""
 
     def run(*arrays: Any) -> PrefixCache:
-        args = (*arrays, jnp.asarray(boundaries, jnp.int32))
+        args = (*arrays, jnp.asarray(boundaries, jnp.int32), jnp.asarray(block_length, jnp.int32))
         return encode_alone(backbone, *vary_like(args, args), num_layers=boundaries[-1] + 1)
 
     return without_gradient(run, "encode_prefix has no gradient: how far it goes is traced; see forward")(*arrays)
@@ -144,7 +150,8 @@ def denoise(
         key: one noise key per row [B], or one key that is folded with the row number; `jax.random.key` or the older
             `jax.random.PRNGKey`.
         refresh_interval: N in denoising steps; `auto` as in `CacheConfig`. May be traced.
-        block_cache: block cache (static); see `CacheConfig`.
+        block_cache: block cache (static); see `CacheConfig`. Under block-causal attention finished blocks are always
+            kept: that is exact.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
         attention: implementation of prefix attention.
@@ -156,8 +163,11 @@ def denoise(
         ValueError: shapes do not fit each other, or `prefix` was not encoded for `boundary`.
         TypeError: it is differentiated.
     """
-    cache = CacheConfig(block_cache=block_cache)
-    sampling = cache.with_blocks(sampling)
+    cache = CacheConfig(block_cache=block_cache).for_model(config)
+    block_cache = cache.block_cache
+    sampling = cache.with_blocks(sampling, config)
+    if config.block_causal:
+        boundary = config.num_layers
     canvas = jnp.asarray(canvas)
     if canvas.ndim != 2:
         raise ValueError(f"canvas must be [B, U], a row for each response, got shape {list(canvas.shape)}")
@@ -206,16 +216,16 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
     known = jnp.any(prefix.boundaries == clamp_boundary(boundary, config.num_layers))
     known = (known & (boundary <= config.num_layers)) | (prefix.k.shape[-2] == 0)
     checkify.debug_check(known, "the prefixes were not encoded for boundary {boundary}", boundary=boundary)
-    rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling.gen_length, key)
+    rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling, key)
     rows = dataclasses.replace(rows, prefix_index=prefix_index, done=~known | rows.done, failed=~known | rows.failed)
     if sampling.guided:
-        prefix, rows = _with_twins(backbone, params, prefix, rows)
+        prefix, rows = _with_twins(backbone, params, prefix, rows, jnp.asarray(sampling.block_size, jnp.int32))
     state = initial_state(
         config,
         rows,
         dtype=prefix.k.dtype,
         prefix_len=prefix.k.shape[-2],
-        deep_layers=config.num_layers - 1,
+        deep_layers=0 if config.block_causal else config.num_layers - 1,
         block_cache=block_cache != "off",
     )
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
@@ -230,11 +240,12 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
             jnp.asarray(stage.stop_block),
             jnp.asarray(NO_LIMIT),
             block_width=sampling.block_size,
-            span=stage.span,
+            sizes=pass_sizes(config, sampling, stage.span, rows.tokens.shape[1]),
             guided=sampling.guided,
         )
     finished = jax.tree.map(lambda leaf: leaf[:num_rows], state.rows)
-    response = finished.tokens[:, response_slots(config, sampling.gen_length)]
+    slots = (finished.front + finished.given)[:, None] + jnp.arange(sampling.gen_length)
+    response = jnp.take_along_axis(finished.tokens, slots, axis=1)
     return Denoised(response, finished.step, finished.forward_passes, finished.failed)
 
 
@@ -270,11 +281,15 @@ def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> 
         )
 
 
-def _with_twins(backbone: Backbone, params: Params, prefix: PrefixCache, rows: Rows) -> tuple[PrefixCache, Rows]:
+def _with_twins(
+    backbone: Backbone, params: Params, prefix: PrefixCache, rows: Rows, block_length: Int[Array, ""]
+) -> tuple[PrefixCache, Rows]:
     """Prefixes and rows, followed by what guidance compares them with: as many masks for each prompt."""
     num_prefixes = prefix.length.shape[0]
     masks = vary_like(jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32), rows)
-    other = encode_alone(backbone, params, masks, prefix.length, prefix.boundaries, num_layers=prefix.k.shape[0])
+    other = encode_alone(
+        backbone, params, masks, prefix.length, prefix.boundaries, block_length, num_layers=prefix.k.shape[0]
+    )
     both = PrefixCache(
         k=jnp.concatenate([prefix.k, other.k], axis=1),
         v=jnp.concatenate([prefix.v, other.v], axis=1),
@@ -296,9 +311,10 @@ def forward(
     ids: Int[Array, "B S"],
     *,
     valid: Bool[Array, "B S"] | None = None,
+    block_length: int | None = None,
     attention: str = "auto",
 ) -> Float[Array, "B S V"]:
-    """Logits of whole sequences in one bidirectional pass, float32, as the head gives them (not shifted).
+    """Logits of whole sequences in one pass, float32, as the head gives them (not shifted).
 
     Meant for checks and small inputs: it holds the logits of every position.
 
@@ -307,6 +323,8 @@ def forward(
         config: its architecture.
         ids: tokens.
         valid: False for padding; None: all valid.
+        block_length: tokens of a block under block-causal attention, counted from the first token; None: the model's
+            own.
         attention: implementation of prefix attention.
 
     Returns:
@@ -321,22 +339,24 @@ def forward(
     backbone = backbone_for(config, attention)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     out = P(explicit_axis(jnp.asarray(ids), 0))
-    return on_auto_axes(functools.partial(_forward, backbone), (params, ids, valid), out)
+    run = functools.partial(_forward, backbone, block_length or config.block_length)
+    return on_auto_axes(run, (params, ids, valid), out)
 
 
-def _forward(backbone: Backbone, params: Params, ids: Array, valid: Array) -> Array:
+def _forward(backbone: Backbone, block_length: int, params: Params, ids: Array, valid: Array) -> Array:
     config, (num_rows, length) = backbone.config, ids.shape
     params, ids, valid = vary_like((params, ids, valid), (params, ids, valid))
     positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     x = backbone.embed(params, ids)
     empty = jnp.zeros((num_rows, config.num_kv_heads, 0, config.head_dim), x.dtype)
+    block_ids = (positions // block_length, positions // block_length) if config.block_causal else None
 
     def body(index: Array, x: Array) -> Array:
         layer = layer_params(params, index)
         k, v = backbone.key_value(layer, x, positions)
         q = backbone.query(layer, x, positions)
         zeros = jnp.zeros((num_rows,), jnp.int32)
-        attended = backbone.attention(q, empty, empty, k, v, prefix_len=zeros, suffix_valid=valid)
+        attended = backbone.attention(q, empty, empty, k, v, prefix_len=zeros, suffix_valid=valid, block_ids=block_ids)
         return backbone.finish(layer, x, attended)
 
     x = backbone.final_norm(params, jax.lax.fori_loop(0, config.num_layers, body, x))

@@ -24,7 +24,7 @@ from bicache_jax.configs import model_shape, published_table
 from bicache_jax.core.boundary import load_table
 from bicache_jax.core.config import DTYPES, ModelConfig
 from bicache_jax.core.types import BicacheError, Model
-from bicache_jax.models import AXES, FAMILIES, abstract, init
+from bicache_jax.models import AXES, FAMILIES, abstract, family_of, init
 from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
 
 EXAMPLE = "example"
@@ -94,6 +94,8 @@ def load_model(
     *,
     dtype: Any = "auto",
     mask_id: int | None = None,
+    block_causal: bool = False,
+    right_shift_logits: bool = False,
     mesh: Mesh | None = None,
     check_weights: bool = False,
 ) -> Model:
@@ -104,6 +106,9 @@ def load_model(
             `bicache convert`, a hub id, or `example`.
         dtype: `auto`, `float32` or `bfloat16`.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
+        block_causal: it was trained with block-causal attention, though its config does not say so: A2D models that
+            were trained as BD3LM.
+        right_shift_logits: position j is predicted from hidden state j - 1, likewise.
         mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
             hold, and `params` has the sizes of `bicache_jax.sharding.Partition`. None: the default device.
         check_weights: look for NaN and infinity in every tensor, and refuse a model that holds any.
@@ -118,18 +123,22 @@ def load_model(
     refuse_other_formats(folder)
     source = folder / "config.json"
     fields = read_json(source)
-    model_type = fields.get("model_type")
-    family = next((f for f in FAMILIES.values() if str(model_type).lower() in f.MODEL_TYPES), None)
+    family, model_type = family_of(fields), fields.get("model_type")
     if family is None:
-        known = ", ".join(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
+        known = ", ".join(dict.fromkeys(t for f in FAMILIES.values() for t in f.MODEL_TYPES))
         raise BicacheError(unknown_model_type(source, fields, known))
     tokenizer = load_tokenizer(folder)
     mask = _mask_token(fields, family, tokenizer, mask_id, source)
     with open_checkpoint(folder) as tensors:
         try:
             config = family.config_from_hf({**fields, **mask}, tensors.names, str(source))
-            if mask_id is not None:
-                config = dataclasses.replace(config, mask_id=mask_id)
+            if block_causal and not config.block_causal:
+                pad = fields.get("pad_token_id")
+                if pad is None and tokenizer is not None:
+                    pad = tokenizer.core.token_to_id(tokenizer.special.get("pad_token", ""))
+                config = dataclasses.replace(config, **_block_causal(family, model_type, source), pad_id=pad)
+            if right_shift_logits:
+                config = dataclasses.replace(config, shift_logits=True)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
         wanted = _targets(config, resolve_dtype(dtype), mesh)
@@ -143,17 +152,31 @@ def load_model(
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
 
 
+def _block_causal(family: Any, model_type: Any, source: Path) -> Mapping[str, Any]:
+    """How a family is decoded where it was trained with block-causal attention.
+
+    Raises:
+        BicacheError: it never is.
+    """
+    settings: Mapping[str, Any] | None = getattr(family, "BLOCK_CAUSAL", None)
+    if settings is None:
+        raise BicacheError(f"{source}: models of type {model_type!r} have full attention: leave block-causal out")
+    return settings
+
+
 def _mask_token(
     fields: Mapping[str, Any], family: Any, tokenizer: Tokenizer | None, given: int | None, source: Path
 ) -> dict[str, int]:
-    """The mask token as a field, where a family's files name it in their tokenizer only.
+    """The mask token as a field, where it is given, or where a family's files name it in their tokenizer only.
 
     Raises:
         BicacheError: nothing names it.
     """
+    if given is not None:
+        return {"mask_token_id": given}
     if family.PUBLISHED_MASK_ID is not None or fields.get("mask_token_id") is not None:
         return {}
-    if given is None and tokenizer is not None:
+    if tokenizer is not None:
         given = tokenizer.core.token_to_id(tokenizer.special.get("mask_token", ""))
     if given is None:
         raise BicacheError(f"{source}: nothing here names the mask token: give its id (--mask-id, mask_id)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ class AttentionCase:
         dtype: of all arrays.
         layers: layers of a stacked cache; 0: the prefix of one layer is given alone.
         own: every row has its own prefix and no index is given.
+        block: tokens of a block of the suffix, under block-causal attention; 0: full attention.
     """
 
     rows: int
@@ -54,18 +56,22 @@ class AttentionCase:
     dtype: str = "float32"
     layers: int = 0
     own: bool = False
+    block: int = 0
 
     def __str__(self) -> str:
         """A line that a report can hold."""
         parts = f"B={self.rows} G={self.prefixes} N={self.heads} K={self.kv} H={self.head_dim}"
         parts += f" P={self.prefix} T={self.queries} S={self.suffix} {self.dtype}"
-        return parts + (f" layers={self.layers}" if self.layers else "") + (" own" if self.own else "")
+        more = {"layers": self.layers, "block": self.block}
+        parts += "".join(f" {name}={value}" for name, value in more.items() if value)
+        return parts + (" own" if self.own else "")
 
     def arrays(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Random inputs in float64: prefixes shuffled and ragged, one of several empty; holes in the suffixes.
 
         Returns:
-            Queries, prefix keys and values, suffix keys and values; and `index` [B], `lengths` [G] and `valid` [B, S].
+            Queries, prefix keys and values, suffix keys and values; and `index` [B], `lengths` [G] and `valid` [B, S],
+            under block-causal attention also `own` [B, T] and `blocks` [B, S], those of the queries and the suffixes.
             The first row's suffix has nothing valid; with several prefixes its own is empty, and its result zero.
         """
         rng = np.random.default_rng(seed)
@@ -80,7 +86,14 @@ class AttentionCase:
             lengths[index[0]] = 0
         valid = rng.random((self.rows, self.suffix)) < 0.7
         valid[0] = False
-        return tensors, {"index": index.astype(np.int32), "lengths": lengths.astype(np.int32), "valid": valid}
+        named = {"index": index.astype(np.int32), "lengths": lengths.astype(np.int32), "valid": valid}
+        if self.block:
+            first = rng.integers(-3, 1, (self.rows, 1))  # blocks may be counted from anywhere
+            named["blocks"] = (first + np.arange(self.suffix) // self.block).astype(np.int32)
+            named["own"] = (first + rng.integers(-1, self.suffix // self.block + 1, (self.rows, self.queries))).astype(
+                np.int32
+            )
+        return tensors, named
 
 
 SMALL_CASES = (
@@ -92,6 +105,8 @@ SMALL_CASES = (
     AttentionCase(2, 2, 7, 1, 128, 130, 6, 7, "bfloat16", own=True),
     AttentionCase(3, 1, 2, 2, 16, 40, 33, 0),
     AttentionCase(2, 1, 2, 1, 16, 0, 9, 140),
+    AttentionCase(3, 2, 4, 2, 32, 40, 24, 150, block=8),
+    AttentionCase(2, 1, 2, 2, 16, 0, 40, 270, "bfloat16", block=32),
 )
 """Cases that an interpreter gets through."""
 
@@ -107,12 +122,19 @@ DEVICE_CASES = (
     AttentionCase(3, 2, 8, 8, 128, 1024, 130, 512, "float16", layers=2),
     AttentionCase(2, 2, 4, 2, 256, 300, 40, 60, "bfloat16"),
     AttentionCase(2, 2, 4, 2, 256, 300, 40, 60, "float32"),
+    # SDAR's and LLaDA2's heads: a finished block and the next one, a prompt
+    AttentionCase(8, 2, 32, 8, 128, 1024, 8, 512, "bfloat16", layers=2, block=4),
+    AttentionCase(2, 1, 16, 4, 128, 512, 384, 512, "bfloat16", layers=2, block=32),
 )
 """Cases for a device that computes them natively."""
 
 
 def reference_attention(
-    arrays: Sequence[np.ndarray], index: np.ndarray, prefix_len: np.ndarray, valid: np.ndarray
+    arrays: Sequence[np.ndarray],
+    index: np.ndarray,
+    prefix_len: np.ndarray,
+    valid: np.ndarray,
+    block_ids: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Prefix attention in float64, on prefix and suffix joined: what every implementation is held to.
 
@@ -121,6 +143,7 @@ def reference_attention(
         index: the prefix of each row [B].
         prefix_len: valid tokens of each prefix [G].
         valid: which suffix tokens may be attended to [B, S].
+        block_ids: blocks of the queries [B, T] and of the suffix tokens [B, S], under block-causal attention.
 
     Returns:
         Attended values [B, N, T, H]; zeros in rows without a valid key.
@@ -129,23 +152,31 @@ def reference_attention(
     k, v = (np.concatenate([p[index], s], axis=2) for p, s in ((k_prefix, k_suffix), (v_prefix, v_suffix)))
     repeat = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
-    seen = np.concatenate([np.arange(k_prefix.shape[2]) < prefix_len[index][:, None], valid], axis=1)
-    scores = np.where(seen[:, None, None], q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, -np.inf)
+    prefix = np.broadcast_to(
+        np.arange(k_prefix.shape[2]) < prefix_len[index][:, None, None], (*q.shape[:1], q.shape[2], k_prefix.shape[2])
+    )
+    suffix = np.broadcast_to(valid[:, None], (*q.shape[:1], q.shape[2], valid.shape[1]))
+    if block_ids is not None:
+        suffix = suffix & (block_ids[1][:, None] <= block_ids[0][..., None])
+    seen = np.concatenate([prefix, suffix], axis=2)
+    scores = np.where(seen[:, None], q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, -np.inf)
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out = weights @ v / weights.sum(-1, keepdims=True)
     return np.nan_to_num(out)
 
 
-def operands(case: AttentionCase, seed: int = 0) -> tuple[list[jax.Array], dict[str, jax.Array | None]]:
+def operands(case: AttentionCase, seed: int = 0) -> tuple[list[jax.Array], dict[str, Any]]:
     """A case's arrays in its dtype, and the arguments of `prefix_attention` by name: the last layer of a stack."""
     tensors, named = case.arrays(seed)
     arrays = [jnp.asarray(tensor, case.dtype) for tensor in tensors]
-    settings: dict[str, jax.Array | None] = {
+    settings: dict[str, Any] = {
         "prefix_index": None if case.own else jnp.asarray(named["index"]),
         "prefix_len": jnp.asarray(named["lengths"]),
         "suffix_valid": jnp.asarray(named["valid"]),
     }
+    if case.block:
+        settings["block_ids"] = jnp.asarray(named["own"]), jnp.asarray(named["blocks"])
     if case.layers:
         settings["layer"] = jnp.asarray(case.layers - 1)
     return arrays, settings
@@ -170,7 +201,8 @@ def exact(case: AttentionCase, seed: int = 0) -> np.ndarray:
     rounded = [np.asarray(jnp.asarray(tensor, case.dtype), np.float64) for tensor in tensors]
     if case.layers:
         rounded[1:3] = [rounded[1][-1], rounded[2][-1]]
-    return reference_attention(rounded, named["index"], named["lengths"], named["valid"])
+    block_ids = (named["own"], named["blocks"]) if case.block else None
+    return reference_attention(rounded, named["index"], named["lengths"], named["valid"], block_ids)
 
 
 def error_over_bound(out: np.ndarray, wanted: np.ndarray, dtype: str) -> float:

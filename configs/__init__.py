@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from bicache_jax.core.boundary import BoundaryTable, table_from_json
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import Experts, ModelConfig
 from bicache_jax.core.device import Copies
 from bicache_jax.core.types import BicacheError
 
@@ -33,7 +33,10 @@ def model_shape(name: str) -> ModelConfig:
     if name not in names("models"):
         raise BicacheError(f"no model shape {name!r}; there are {', '.join(names('models'))}")
     fields = _read("models", name)
-    return ModelConfig(**fields | {"eos_ids": tuple(fields["eos_ids"])})
+    experts = fields.get("experts")
+    if experts is not None:
+        experts = Experts(**experts | {"dense_layers": tuple(experts.get("dense_layers", ()))})
+    return ModelConfig(**fields | {"eos_ids": tuple(fields["eos_ids"]), "experts": experts})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ def prefix_attention(
     prefix_index: Int[Array, " B"] | None = None,
     prefix_len: Int[Array, " G"],
     suffix_valid: Bool[Array, "B S"],
+    block_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     scale: float | None = None,
     layer: Int[Array, ""] | int | None = None,
     implementation: str = "auto",
@@ -64,6 +65,8 @@ def prefix_attention(
         prefix_index: which prefix each row uses; None: each row has its own (G = B).
         prefix_len: valid tokens of each prefix, 0 allowed.
         suffix_valid: which suffix tokens may be attended to.
+        block_ids: under block-causal attention, the block of each query and of each suffix token: a query sees those of
+            its own block and of lower ones. None: all.
         scale: factor of the scores; None: `H ** -0.5`.
         layer: layer of a stacked prefix cache; may be traced.
         implementation: `auto`: the kernel of the platform the computation is for, or plain JAX if that kernel cannot
@@ -81,9 +84,22 @@ def prefix_attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     arrays = (q, k_prefix, v_prefix, k_suffix, v_suffix)
-    check(*arrays, prefix_index=prefix_index, prefix_len=prefix_len, suffix_valid=suffix_valid, layer=layer)
+    check(
+        *arrays,
+        prefix_index=prefix_index,
+        prefix_len=prefix_len,
+        suffix_valid=suffix_valid,
+        block_ids=block_ids,
+        layer=layer,
+    )
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
-    named = {"prefix_index": prefix_index, "prefix_len": prefix_len, "suffix_valid": suffix_valid, "layer": layer}
+    named = {
+        "prefix_index": prefix_index,
+        "prefix_len": prefix_len,
+        "suffix_valid": suffix_valid,
+        "block_ids": block_ids,
+        "layer": layer,
+    }
     plain: Call = functools.partial(attention.prefix_attention, scale=scale)
     if implementation == "xla":
         return plain(*arrays, **named)

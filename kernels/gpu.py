@@ -102,8 +102,7 @@ def _kernel(
     prefix_len_ref: Any,
     suffix_len_ref: Any,
     valid_ref: Any,
-    out_ref: Any,
-    *,
+    *refs: Any,
     form: Form,
     width: int,
     scale: float,
@@ -111,11 +110,16 @@ def _kernel(
     """One block of queries of a row and KV head; `width` is H, rounded up to a power of two."""
     block, head, row = (pl.program_id(axis) for axis in range(3))
     num_queries, head_dim = q_ref.shape[-2:]
+    *own_ids, out_ref = refs  # blocks of the queries, under block-causal attention
     high = precision(q_ref.dtype)
     in_head = jnp.arange(width) < head_dim
     queries = pl.ds(block * form.queries, form.queries)
     in_q = (block * form.queries + jnp.arange(form.queries) < num_queries)[:, None] & in_head
     q = plgpu.load(q_ref.at[row, head, queries, pl.ds(0, width)], mask=in_q, other=0.0)
+    own = None
+    if own_ids:
+        there_q = block * form.queries + jnp.arange(form.queries) < num_queries
+        own = plgpu.load(own_ids[0].at[row, queries], mask=there_q, other=0)[:, None]
     layer, prefix = plgpu.load(layer_ref.at[row]), plgpu.load(index_ref.at[row])
 
     def walk(k_ref: Any, v_ref: Any, where: tuple[Any, ...], length: Array, mask_ref: Any, carry: Any) -> Any:
@@ -129,11 +133,15 @@ def _kernel(
             k = plgpu.load(k_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
             if mask_ref is None:
                 seen = there
-            else:
+            elif own is None:
                 seen = there & (plgpu.load(mask_ref.at[row, keys], mask=there, other=0) != 0)
+            else:
+                seen = there & (plgpu.load(mask_ref.at[row, keys], mask=there, other=0) <= own)
             scores = jnp.where(seen, plgpu.dot(q, k.T, precision=high) * (scale * math.log2(math.e)), UNSEEN)
             higher = jnp.maximum(peak, jnp.max(scores, axis=-1))
             shrink, weights = jnp.exp2(peak - higher), jnp.exp2(scores - higher[:, None])
+            if mask_ref is not None and own is not None:  # a query may see none of these keys
+                weights = jnp.where(seen, weights, 0)
             v = plgpu.load(v_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
             out = shrink[:, None] * out + plgpu.dot(weights.astype(v.dtype), v, precision=high)
             return higher, shrink * total + jnp.sum(weights, axis=-1), out
@@ -161,6 +169,7 @@ def _triton(
     index: Array,
     prefix_len: Array,
     suffix_valid: Array,
+    block_ids: tuple[Array, Array] | None,
     layer: Array,
     scale: float,
     form: Form,
@@ -179,6 +188,10 @@ def _triton(
         jnp.max(seen, axis=1, initial=0),
         suffix_valid,
     )
+    own_ids = []
+    if block_ids is not None and num_suffix:
+        own_ids = [jnp.tile(block_ids[0], (1, num_heads // num_kv_heads)).astype(jnp.int32)]
+        scalars = (*scalars[:-1], jnp.where(suffix_valid, block_ids[1], jnp.iinfo(jnp.int32).max))
 
     def at_least_one(array: Array) -> Array:
         """A non-empty array to point to; it is not read if there are no keys."""
@@ -191,6 +204,7 @@ def _triton(
             *kv,
             *(scalar.astype(jnp.int32) for scalar in scalars[:-1]),
             (scalars[-1] if num_suffix else jnp.zeros((num_rows, 1))).astype(jnp.int32),
+            *own_ids,
         ]
     )
     out = pl.pallas_call(
@@ -207,13 +221,17 @@ def _triton(
 def _part(
     q: Array, k: Array, v: Array, mask: Array, scale: float, library: Literal["xla", "cudnn"]
 ) -> tuple[Array, Array]:
-    """Attention `[B, N, T, H]` over one part of the keys, and its log-sum-exp; -inf where no key is valid."""
+    """Attention `[B, N, T, H]` over one part of the keys, and its log-sum-exp; -inf where no key is valid.
+
+    The mask is [B, S], or [B, T, S] where queries see different keys.
+    """
+    mask = mask if mask.ndim == 3 else mask[:, None]
     q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         out, lse = jax.nn.dot_product_attention(
-            q, k, v, mask=mask[:, None, None], scale=scale, implementation=library, return_residual=True
+            q, k, v, mask=mask[:, None], scale=scale, implementation=library, return_residual=True
         )
-    lse = jnp.where(jnp.any(mask, axis=-1)[:, None, None], lse.swapaxes(1, 2).astype(jnp.float32), -jnp.inf)
+    lse = jnp.where(jnp.any(mask, axis=-1)[:, None], lse.swapaxes(1, 2).astype(jnp.float32), -jnp.inf)
     return out.swapaxes(1, 2).astype(jnp.float32), lse
 
 
@@ -226,6 +244,7 @@ def _library(
     index: Array | None,
     prefix_len: Array,
     suffix_valid: Array,
+    block_ids: tuple[Array, Array] | None,
     layer: Array,
     scale: float,
     form: Form,
@@ -247,7 +266,10 @@ def _library(
             lse = lse.reshape(num_heads, num_rows, num_queries).swapaxes(0, 1)
         parts.append((out, lse))
     if k_suffix.shape[2]:
-        parts.append(_part(q, k_suffix, v_suffix, suffix_valid, scale, form.library))
+        seen = suffix_valid
+        if block_ids is not None:
+            seen = seen[:, None] & (block_ids[1][:, None] <= block_ids[0][..., None])
+        parts.append(_part(q, k_suffix, v_suffix, seen, scale, form.library))
     peak = jnp.maximum(functools.reduce(jnp.maximum, (lse for _, lse in parts)), UNSEEN)
     shares = [jnp.exp(lse - peak) for _, lse in parts]
     total = functools.reduce(jnp.add, shares)
@@ -265,6 +287,7 @@ def prefix_attention(
     prefix_index: Int[Array, " B"] | None = None,
     prefix_len: Int[Array, " G"],
     suffix_valid: Bool[Array, "B S"],
+    block_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     scale: float | None = None,
     layer: Int[Array, ""] | int | None = None,
     form: Form | None = None,
@@ -281,6 +304,7 @@ def prefix_attention(
         prefix_index: prefix of each row.
         prefix_len: valid tokens of each prefix.
         suffix_valid: which suffix tokens may be attended to.
+        block_ids: blocks of the queries and of the suffix tokens, under block-causal attention.
         scale: factor of the scores.
         layer: layer of the stack.
         form: how to compute the call; None: looked up in the table.
@@ -303,6 +327,6 @@ def prefix_attention(
     with jax.named_scope("prefix_attention"):
         arrays = (q, k_prefix, v_prefix, k_suffix, v_suffix)
         if form.form == "library":
-            return _library(*arrays, index, prefix_len, suffix_valid, layer, scale, form)
+            return _library(*arrays, index, prefix_len, suffix_valid, block_ids, layer, scale, form)
         index = jnp.arange(q.shape[0]) if index is None else index
-        return _triton(*arrays, index, prefix_len, suffix_valid, layer, scale, form, bool(interpret))
+        return _triton(*arrays, index, prefix_len, suffix_valid, block_ids, layer, scale, form, bool(interpret))

@@ -22,6 +22,7 @@ def check(
     prefix_len: Any,
     suffix_valid: Any,
     layer: Any,
+    block_ids: Any = None,
 ) -> None:
     """Checks that shapes match.
 
@@ -55,6 +56,10 @@ def check(
         raise ValueError(f"prefix_len must be [G] = ({prefixes},), got {prefix_len.shape}")
     if suffix_valid.shape != (rows, k_suffix.shape[2]):
         raise ValueError(f"suffix_valid must be [B, S] = {(rows, k_suffix.shape[2])}, got {suffix_valid.shape}")
+    if block_ids is not None:
+        wanted_shapes, found = ((rows, q.shape[2]), suffix_valid.shape), tuple(part.shape for part in block_ids)
+        if found != wanted_shapes:
+            raise ValueError(f"block_ids must be [B, T] and [B, S] = {wanted_shapes}, got {found}")
 
 
 def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:

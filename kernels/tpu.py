@@ -142,12 +142,20 @@ class Tiling:
 
 
 def _kernel(
-    layer_ref: Any, index_ref: Any, prefix_len_ref: Any, suffix_len_ref: Any, *refs: Any, tiling: Tiling, scale: float
+    layer_ref: Any,
+    index_ref: Any,
+    prefix_len_ref: Any,
+    suffix_len_ref: Any,
+    *refs: Any,
+    tiling: Tiling,
+    scale: float,
+    causal: bool,
 ) -> None:
     """One grid step: head, row, block of queries, stretch of the keys."""
     del layer_ref, index_ref  # the index maps read them
     refs_left = list(refs)
     q_ref = refs_left.pop(0)
+    own_ref = refs_left.pop(0) if causal else None
     k_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
     v_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
     suffix_refs = [refs_left.pop(0) for _ in range(3 if tiling.size_s else 0)]
@@ -173,6 +181,8 @@ def _kernel(
         before = peak_ref[...]
         peak = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
         shrink, weights = jnp.exp(before - peak), jnp.exp(scores - peak)
+        if causal:  # a query may see none of these keys, and its peak is then none of theirs
+            weights = jnp.where(valid, weights, 0)
         peak_ref[...] = peak
         total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=-1, keepdims=True)
         sum_ref[...] = shrink * sum_ref[...] + jax.lax.dot_general(
@@ -193,7 +203,7 @@ def _kernel(
 
         @pl.when(left > 0)
         def _() -> None:
-            valid = valid_ref[...] != 0
+            valid = valid_ref[...] != 0 if own_ref is None else valid_ref[...] <= own_ref[...]
             if tiling.num_s % tiling.size_s:
                 valid &= jax.lax.broadcasted_iota(jnp.int32, valid.shape, 1) < left
             attend(k_ref, v_ref, valid, left if tiling.num_s % tiling.size_s else None)
@@ -209,7 +219,7 @@ def _blocks(length: Any, size: int) -> Any:
     return jax.lax.div(length + (size - 1), size)
 
 
-def block_specs(tiling: Tiling, head_dim: int) -> tuple[list[Any], Any]:
+def block_specs(tiling: Tiling, head_dim: int, *, causal: bool = False) -> tuple[list[Any], Any]:
     """Block specs of the operands and the result. Grid: head, row, block of queries, stretch of the keys."""
 
     def queries(k: Any, b: Any, m: Any, j: Any, *_: Any) -> tuple[Any, ...]:
@@ -237,7 +247,8 @@ def block_specs(tiling: Tiling, head_dim: int) -> tuple[list[Any], Any]:
 
     result = pl.BlockSpec((None, None, tiling.size_q, head_dim), queries)
     chunks = [pl.BlockSpec((None, None, None, tiling.size_p, head_dim), chunk(i)) for i in range(tiling.chunks)]
-    specs = [result, *chunks, *chunks]
+    own_ids = [pl.BlockSpec((None, tiling.size_q, 1), lambda k, b, m, j, *_: (b, m, 0))] * causal
+    specs = [result, *own_ids, *chunks, *chunks]
     if tiling.size_s:
         own = pl.BlockSpec((None, None, tiling.size_s, head_dim), suffix)
         specs += [own, own, pl.BlockSpec((None, 1, tiling.size_s), mask)]
@@ -265,6 +276,7 @@ def prefix_attention(
     prefix_index: Int[Array, " B"] | None = None,
     prefix_len: Int[Array, " G"],
     suffix_valid: Bool[Array, "B S"],
+    block_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     scale: float | None = None,
     layer: Int[Array, ""] | int | None = None,
     blocks: Blocks | None = None,
@@ -281,6 +293,7 @@ def prefix_attention(
         prefix_index: prefix of each row.
         prefix_len: valid tokens of each prefix.
         suffix_valid: which suffix tokens may be attended to.
+        block_ids: blocks of the queries and of the suffix tokens, under block-causal attention.
         scale: factor of the scores.
         layer: layer of the stack.
         blocks: block sizes; None: looked up in the table.
@@ -311,20 +324,26 @@ def prefix_attention(
     if not interpret:
         # The compiler would bring the whole stack into vector memory, in every layer, where it fits beside the weights.
         k_prefix, v_prefix = _in_hbm(k_prefix), _in_hbm(v_prefix)
+    own_ids, seen_ids = [], suffix_valid.astype(jnp.int32)
+    causal = block_ids is not None and bool(num_suffix)
+    if causal and block_ids is not None:
+        own_ids = [jnp.tile(block_ids[0], (1, num_heads // num_kv_heads)).astype(jnp.int32)[..., None]]
+        seen_ids = jnp.where(suffix_valid, block_ids[1], jnp.iinfo(jnp.int32).max).astype(jnp.int32)
     operands = [
         q.reshape(num_rows, num_kv_heads, folded, head_dim),
+        *own_ids,
         *[k_prefix] * tiling.chunks,
         *[v_prefix] * tiling.chunks,
     ]
     if tiling.size_s:
-        operands += [k_suffix, v_suffix, suffix_valid.astype(jnp.int32)[:, None]]
+        operands += [k_suffix, v_suffix, seen_ids[:, None]]
     operands = [*(scalar.astype(jnp.int32) for scalar in scalars), *operands]
     operands, axes = spread(operands)
-    in_specs, out_spec = block_specs(tiling, head_dim)
+    in_specs, out_spec = block_specs(tiling, head_dim, causal=causal)
     keys = num_prefix + num_suffix
     with jax.named_scope("prefix_attention"):
         out = pl.pallas_call(
-            functools.partial(_kernel, tiling=tiling, scale=head_dim**-0.5 if scale is None else scale),
+            functools.partial(_kernel, tiling=tiling, scale=head_dim**-0.5 if scale is None else scale, causal=causal),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(num_kv_heads, num_rows, tiling.count_q, tiling.steps),

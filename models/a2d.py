@@ -25,6 +25,9 @@ LOOP: Mapping[str, Any] = {
     "tempered_confidence": False,
 }
 
+# The same of its BD3LM sampler, for checkpoints that were trained with block-causal attention.
+BLOCK_CAUSAL: Mapping[str, Any] = {"attention": "block_causal", "block_length": 32, "padded_prompt": True}
+
 # Fields of the published configs that do not change any result.
 _HARMLESS = (
     # the published code attends to everything in every layer
@@ -44,7 +47,6 @@ def config_from_hf(fields: Mapping[str, Any], names: frozenset[str], source: str
         family="a2d",
         **block_from_hf(file, names, max_length=32768),
         mask_id=file.read("mask_token_id", int, least=0),
-        qk_norm="model.layers.0.self_attn.q_norm.weight" in names,
         **LOOP,
     )
     file.check_rest(_HARMLESS)

@@ -8,13 +8,14 @@ from bicache_jax.checkpoints.fields import Fields, TensorMap
 from bicache_jax.core.config import ModelConfig
 
 
-def block_from_hf(file: Fields, names: frozenset[str], *, max_length: int) -> dict[str, Any]:
+def block_from_hf(file: Fields, names: frozenset[str], *, max_length: int, d_mlp: int | None = None) -> dict[str, Any]:
     """The fields of `ModelConfig` that such a `config.json` gives.
 
     Args:
         file: its fields.
         names: tensor names of the checkpoint; they show which biases exist.
         max_length: longest sequence where the file does not say.
+        d_mlp: width of the MLP, where another field gives it.
 
     Raises:
         BicacheError: a field is missing, has the wrong type, or selects a variant that is not supported.
@@ -29,12 +30,13 @@ def block_from_hf(file: Fields, names: frozenset[str], *, max_length: int) -> di
         "num_heads": num_heads,
         "num_kv_heads": file.read("num_key_value_heads", int, default=num_heads),
         "head_dim": file.read("head_dim", int, default=d_model // num_heads),
-        "d_mlp": file.read("intermediate_size", int),
+        "d_mlp": file.read("intermediate_size", int) if d_mlp is None else d_mlp,
         "rope_theta": file.rope_theta(10000.0),
         "norm_eps": float(file.read("rms_norm_eps", float, default=1e-6)),
         "max_length": file.read("max_position_embeddings", int, default=max_length),
         "eos_ids": file.ids("eos_token_id"),
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "qk_norm": "model.layers.0.self_attn.q_norm.weight" in names,
         "tied": file.read("tie_word_embeddings", bool, default=False),
     }
 
@@ -55,10 +57,27 @@ def block_names(config: ModelConfig) -> TensorMap:
             names["layers", name, "bias"] = f"{block}self_attn.{name}_proj.bias"
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
         names["layers", name, "scale"] = f"{block}self_attn.{name}.weight"
-    for name in ("gate", "up", "down"):
-        names["layers", name, "kernel"] = f"{block}mlp.{name}_proj.weight"
     if not config.tied:
         names["head",] = "lm_head.weight"
-    return TensorMap(
-        names, ignored=("rotary_emb.inv_freq", "lm_head.weight") if config.tied else ("rotary_emb.inv_freq",)
-    )
+    mlps, layers = mlp_names(config)
+    ignored = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tied)
+    return TensorMap({**names, **mlps}, ignored=ignored, layers=layers)
+
+
+def mlp_names(config: ModelConfig) -> tuple[dict[tuple[str, ...], str], dict[str, tuple[int, ...]]]:
+    """Checkpoint names of the MLPs and mixtures of experts, and the layers of each stack of them."""
+    mlp, experts, parts = "model.layers.{layer}.mlp.", config.experts, ("gate", "up", "down")
+    dense = {name: f"{mlp}{name}_proj.weight" for name in parts}
+    if experts is None:
+        return {("layers", name, "kernel"): stored for name, stored in dense.items()}, {}
+    names: dict[tuple[str, ...], str] = {("mixture", "router", "weight"): f"{mlp}gate.weight"}
+    if experts.bias:
+        names["mixture", "router", "bias"] = f"{mlp}gate.expert_bias"
+    for name in parts:
+        names["mixture", name, "kernel"] = f"{mlp}experts.{{expert}}.{name}_proj.weight"
+        if experts.d_shared:
+            names["mixture", f"shared_{name}", "kernel"] = f"{mlp}shared_experts.{name}_proj.weight"
+        if experts.dense_layers:
+            names["dense", name, "kernel"] = dense[name]
+    mixed = tuple(layer for layer in range(config.num_layers) if layer not in experts.dense_layers)
+    return names, {"mixture": mixed, "dense": experts.dense_layers}

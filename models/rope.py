@@ -7,11 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def rotate(x_bnth: Float[Array, "B n T H"], positions_bt: Int[Array, "B T"], theta: float) -> Float[Array, "B n T H"]:
-    """Rotates queries or keys to their positions.
+def rotate(
+    x_bnth: Float[Array, "B n T H"], positions_bt: Int[Array, "B T"], theta: float, rotary_dim: int = 0
+) -> Float[Array, "B n T H"]:
+    """Rotates queries or keys to their positions; only the first `rotary_dim` dimensions of each head, if it is given.
 
     Angles and products are float32 for every dtype of `x_bnth`: bfloat16 would round position 257 to 256.
     """
+    if 0 < rotary_dim < x_bnth.shape[-1]:
+        turned, rest = jnp.split(x_bnth, [rotary_dim], axis=-1)
+        return jnp.concatenate([rotate(turned, positions_bt, theta), rest], axis=-1)
     half = x_bnth.shape[-1] // 2
     frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_b1th = positions_bt[:, None, :, None].astype(jnp.float32) * frequency_h

@@ -2,7 +2,8 @@
 
 `Block` defines and initialises one layer. Its parameters are stacked with a leading `L` and split from the static graph
 once. After that they are a plain pytree: `{"embed": [V, D], "layers": {... [L, ...]}, "norm": {...}, "head": [V, D]}`
-(no `head` if it is tied to the embedding; a `head_bias` if the checkpoint has one).
+(no `head` if it is tied to the embedding; a `head_bias` if the checkpoint has one). With a mixture of experts the MLPs
+are stacks of their own, `mixture` over the layers that have one and `dense` over the others.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.core.attention import Attention
-from bicache_jax.core.backbone import LayerParams, Params
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.backbone import STACKS, LayerParams, Params
+from bicache_jax.core.config import Experts, ModelConfig
 from bicache_jax.core.numerics import precision, psum
+from bicache_jax.models.mixture import Mixture, mix
 from bicache_jax.models.rope import rotate
 
 
@@ -62,43 +65,51 @@ class HeadLinear(nnx.Module):
         return out if self.bias is None else out + self.bias[...]
 
 
+def _linear(
+    config: ModelConfig, features_in: int, features_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=config.bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        precision=precision(dtype),
+        kernel_init=nnx.initializers.normal(config.d_model**-0.5),
+        rngs=rngs,
+    )
+
+
+class Mlp(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Initialises the parameters in `dtype`."""
+        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        self.gate, self.up = linear(config.d_model, config.d_mlp), linear(config.d_model, config.d_mlp)
+        self.down = linear(config.d_mlp, config.d_model)
+
+
 class Block(nnx.Module):
-    """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP.
+    """One pre-norm transformer layer: attention with rotary embedding, then a SwiGLU MLP, which may be elsewhere.
 
     Queries and keys may be normalised per head before they are rotated (QK-norm, as in Qwen3).
     """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Initialises the layer's parameters in `dtype`."""
-
-        def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=dtype,
-                precision=precision(dtype),
-                kernel_init=nnx.initializers.normal(config.d_model**-0.5),
-                rngs=rngs,
-            )
-
+        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.attention_norm = Norm(config, dtype=dtype)
         heads = functools.partial(HeadLinear, config.d_model, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v = heads(query_size), heads(kv_size), heads(kv_size)
         if config.qk_norm:
             self.q_norm, self.k_norm = (Norm(config, dtype=dtype, size=config.head_dim) for _ in range(2))
-        self.o = linear(query_size, config.d_model, config.bias)
+        self.o = linear(query_size, config.d_model)
         self.mlp_norm = Norm(config, dtype=dtype)
-        self.gate = linear(config.d_model, config.d_mlp, config.bias)
-        self.up = linear(config.d_model, config.d_mlp, config.bias)
-        self.down = linear(config.d_mlp, config.d_model, config.bias)
-
-    def gated(self, x_btd: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """SwiGLU of the normalised residual stream, before the down projection."""
-        normed = self.mlp_norm(x_btd)
-        return jax.nn.silu(self.gate(normed)) * self.up(normed)
+        if config.experts is None:
+            self.gate, self.up = linear(config.d_model, config.d_mlp), linear(config.d_model, config.d_mlp)
+            self.down = linear(config.d_mlp, config.d_model)
 
 
 AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
@@ -118,15 +129,22 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
         for part in ("weight", "bias")
     },
     **{
-        ("layers", name, part): ("layer", "width", "mlp") if part == "kernel" else ("layer", "mlp")
+        (stack, name, part): ("layer", "width", "mlp") if part == "kernel" else ("layer", "mlp")
+        for stack in ("layers", "dense")
         for name in ("gate", "up")
         for part in ("kernel", "bias")
     },
     **{
-        ("layers", name, part): ("layer", axis, "width") if part == "kernel" else ("layer", "width")
-        for name, axis in {"o": "heads", "down": "mlp"}.items()
+        (stack, name, part): ("layer", axis, "width") if part == "kernel" else ("layer", "width")
+        for stack, name, axis in (("layers", "o", "heads"), ("layers", "down", "mlp"), ("dense", "down", "mlp"))
         for part in ("kernel", "bias")
     },
+    ("mixture", "router", "weight"): ("layer", "expert", "width"),
+    ("mixture", "router", "bias"): ("layer", "expert"),
+    **{("mixture", name, "kernel"): ("layer", "expert", "width", "expert_mlp") for name in ("gate", "up")},
+    ("mixture", "down", "kernel"): ("layer", "expert", "expert_mlp", "width"),
+    **{("mixture", f"shared_{name}", "kernel"): ("layer", "width", "shared_mlp") for name in ("gate", "up")},
+    ("mixture", "shared_down", "kernel"): ("layer", "shared_mlp", "width"),
 }
 """Logical axes of every parameter of all families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
 
@@ -136,6 +154,17 @@ def _graphs(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[Block],
     """The static halves of a block and of the final norm."""
     block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.split(block)[0], nnx.split(nnx.eval_shape(lambda: Norm(config, dtype=dtype)))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _mlp_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef[Mlp]:
+    return nnx.split(nnx.eval_shape(lambda: Mlp(config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+
+
+def mixture_layers(config: ModelConfig) -> tuple[int, ...]:
+    """Layers that have a mixture of experts."""
+    experts = config.experts
+    return () if experts is None else tuple(i for i in range(config.num_layers) if i not in experts.dense_layers)
 
 
 def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -148,14 +177,23 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
             config.d_model**-0.5, dtype
         )
 
-    def block(key: Array) -> LayerParams:
-        return nnx.to_pure_dict(nnx.state(Block(config, dtype=dtype, rngs=nnx.Rngs(key))))
+    def stack(module: type[nnx.Module], key: Array, count: int) -> LayerParams:
+        def one(key: Array) -> LayerParams:
+            made: nnx.Module = module(config, dtype=dtype, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
+            return nnx.to_pure_dict(nnx.state(made))
+
+        return jax.vmap(one)(jax.random.split(key, count))
 
     params = {
         "embed": table(embed_key),
-        "layers": jax.vmap(block)(jax.random.split(layer_key, config.num_layers)),
+        "layers": stack(Block, layer_key, config.num_layers),
         "norm": nnx.to_pure_dict(nnx.state(Norm(config, dtype=dtype))),
     }
+    if config.experts is not None:
+        mixtures = len(mixture_layers(config))
+        params["mixture"] = stack(Mixture, jax.random.fold_in(layer_key, 1), mixtures)
+        if mixtures < config.num_layers:
+            params["dense"] = stack(Mlp, jax.random.fold_in(layer_key, 2), config.num_layers - mixtures)
     if not config.tied:
         params["head"] = table(head_key)
     if config.head_bias:
@@ -189,7 +227,8 @@ class Transformer:
 
     def _block(self, layer: LayerParams) -> Block:
         dtype = layer["q"]["weight"].dtype
-        return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(layer))
+        own = {name: value for name, value in layer.items() if name not in (*STACKS, "layer")}
+        return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(own))
 
     def _sum(self, linear: nnx.Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """A projection whose inputs are split over shards; its bias is added once."""
@@ -220,7 +259,7 @@ class Transformer:
             q = self._heads(block.q(block.attention_norm(x_btd)), self.config.num_heads)
             if self.config.qk_norm:
                 q = block.q_norm(q)
-            return rotate(q, positions_bt, self.config.rope_theta)
+            return rotate(q, positions_bt, self.config.rope_theta, self.config.rotary_dim)
 
     def key_value(
         self, layer: LayerParams, x_btd: Float[Array, "B T D"], positions_bt: Int[Array, "B T"]
@@ -232,7 +271,7 @@ class Transformer:
             k, v = (self._heads(project(normed), self.config.num_kv_heads) for project in (block.k, block.v))
             if self.config.qk_norm:
                 k = block.k_norm(k)
-            return rotate(k, positions_bt, self.config.rope_theta), v
+            return rotate(k, positions_bt, self.config.rope_theta, self.config.rotary_dim), v
 
     def finish(
         self, layer: LayerParams, x_btd: Float[Array, "B T D"], attended_bnth: Float[Array, "B N T H"]
@@ -243,7 +282,34 @@ class Transformer:
             width = self.config.num_heads * self.config.head_dim
             merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], width)
             x_btd = x_btd + self._sum(block.o, merged)
-            return x_btd + self._sum(block.down, block.gated(x_btd))
+            normed = block.mlp_norm(x_btd)
+            if self.config.experts is None:
+                return x_btd + self._mlp(block, normed)
+            return x_btd + self._mixed(self.config.experts, layer, normed)
+
+    def _mlp(self, mlp: Any, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """SwiGLU of the normalised residual stream."""
+        return self._sum(mlp.down, jax.nn.silu(mlp.gate(normed)) * mlp.up(normed))
+
+    def _mixed(self, experts: Experts, layer: LayerParams, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The mixture of experts of a layer, or its MLP where it has one."""
+        mixtures = np.asarray(mixture_layers(self.config))
+        index = layer["layer"]
+
+        def mixed() -> Array:
+            slot = jnp.searchsorted(jnp.asarray(mixtures), index).astype(jnp.int32)
+            flat = normed.reshape(-1, normed.shape[-1])
+            return psum(mix(experts, layer["mixture"], slot, flat).reshape(normed.shape), self.axis)
+
+        def dense() -> Array:
+            slot = jnp.searchsorted(jnp.asarray(experts.dense_layers), index).astype(jnp.int32)
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), layer["dense"])
+            mlp = nnx.merge(_mlp_graph(self.config, own["gate"]["kernel"].dtype), nnx.State(own))
+            return self._mlp(mlp, normed)
+
+        if not experts.dense_layers:
+            return mixed()
+        return jax.lax.cond(jnp.any(index == jnp.asarray(experts.dense_layers)), dense, mixed)
 
     def final_norm(self, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """The norm before the head."""

@@ -23,12 +23,15 @@ from bicache_jax.core.config import BlockCache
 from bicache_jax.sharding.topologies import slice_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-KERNEL_SHAPES = [
-    # model, query heads, KV heads, queries, dtype; rows 8, prefixes 2, P 1024, S 384, H 128
+KERNEL_SHAPES: list[Any] = [
+    # model, query heads, KV heads, queries, dtype, block (0: full attention); rows 8, prefixes 2, P 1024, S 384, H 128
     *[(f"{model} T={t}", n, k, t, "bfloat16") for model, n, k in (("LLaDA-8B", 32, 32), ("Dream-7B", 28, 4))
       for t in (384, 32)],
     ("LLaDA-8B refresh T=1408", 32, 32, 1408, "bfloat16"),
     ("LLaDA-8B T=384", 32, 32, 384, "float32"),
+    # a finished block and the next one, and a prompt, under a block-causal mask
+    ("LLaDA2-mini T=64", 16, 4, 64, "bfloat16", 32),
+    ("SDAR-8B T=384", 32, 8, 384, "bfloat16", 4),
 ]  # fmt: skip
 
 
@@ -37,7 +40,7 @@ def device(topology: str) -> Any:
     return slice_devices(TOPOLOGIES.get(topology, topology))[0]
 
 
-def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str) -> dict[str, Any]:
+def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str, block: int = 0) -> dict[str, Any]:
     """Compiles the TPU kernel for a layer of a stacked cache.
 
     Returns:
@@ -59,12 +62,24 @@ def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str) -
     own = array(rows, kv_heads, suffix, head_dim)
     attend = functools.partial(tpu.prefix_attention, blocks=blocks)
     call = jax.jit(
-        lambda q, k_prefix, v_prefix, k, v, index, length, valid, layer: attend(
-            q, k_prefix, v_prefix, k, v, prefix_index=index, prefix_len=length, suffix_valid=valid, layer=layer
+        lambda q, k_prefix, v_prefix, k, v, index, length, valid, layer, block_ids: attend(
+            q,
+            k_prefix,
+            v_prefix,
+            k,
+            v,
+            prefix_index=index,
+            prefix_len=length,
+            suffix_valid=valid,
+            block_ids=block_ids,
+            layer=layer,
         )
     )
+    ids = (array(rows, queries, dtype="int32"), array(rows, suffix, dtype="int32")) if block else None
     scalars = (array(rows, dtype="int32"), array(prefixes, dtype="int32"), array(rows, suffix, dtype="bool"))
-    lowered = call.lower(array(rows, heads, queries, head_dim), cache, cache, own, own, *scalars, array(dtype="int32"))
+    lowered = call.lower(
+        array(rows, heads, queries, head_dim), cache, cache, own, own, *scalars, array(dtype="int32"), ids
+    )
     started = time.perf_counter()
     compiled: Any = lowered.compile()
     seconds = time.perf_counter() - started
@@ -123,10 +138,8 @@ def lower_program(
 def rows(topologies: list[str]) -> Iterator[dict[str, Any]]:
     """Compiles every kernel shape for every topology."""
     for topology in topologies:
-        for name, heads, kv_heads, queries, dtype in KERNEL_SHAPES:
-            yield {"topology": topology, "shape": name, "dtype": dtype} | kernel(
-                topology, heads, kv_heads, queries, dtype
-            )
+        for name, *sizes in KERNEL_SHAPES:
+            yield {"topology": topology, "shape": name, "dtype": sizes[3]} | kernel(topology, *sizes)
 
 
 def main() -> None:

@@ -236,7 +236,13 @@ def filtered(logits: np.ndarray, sampling: SamplingConfig, sharpness: float) -> 
 
 
 def scores_of(
-    logits: np.ndarray, token_noise: np.ndarray, order_noise: float, config: ModelConfig, sampling: SamplingConfig
+    logits: np.ndarray,
+    token_noise: np.ndarray,
+    order_noise: float,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    *,
+    place: int = 0,
 ) -> tuple[int, float, float, float, float]:
     """Token at a position, its log-odds, the rule's score, the rule's confidence, and how clear the choice was."""
     dream, t = config.family == "dream", sampling.temperature
@@ -271,6 +277,7 @@ def scores_of(
         "topk_margin": (margin, margin),
         "entropy": (-entropy, -entropy),
         "random": (order_noise, 0.0),
+        "sequential": (-place, -place),
     }[{"maskgit_plus": "low_confidence", "origin": "random"}.get(rule, rule)]
     if deferred and rule in ("topk_margin", "entropy"):
         score = confidence = -1.0 if rule == "topk_margin" else -1e30

@@ -52,8 +52,13 @@ class Fields:
         source: file name for messages.
     """
 
-    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], source: str, *, supported: Collection[str] = ()) -> None:
         """Checks for unsupported fields.
+
+        Args:
+            fields: the fields.
+            source: file name for messages.
+            supported: those of `UNSUPPORTED` that the family reads.
 
         Raises:
             BicacheError: a field selects a computation that no family here supports (`UNSUPPORTED`).
@@ -63,7 +68,7 @@ class Fields:
         self._read = {"model_type"}
         faults: dict[str, list[str]] = {}
         for name, value in fields.items():
-            if name in UNSUPPORTED and not is_off(name, value):
+            if name in UNSUPPORTED and name not in supported and not is_off(name, value):
                 faults.setdefault(UNSUPPORTED[name], []).append(f"{name!r} is {_short(value)}")
         if faults:
             listed = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in faults.items())
@@ -175,10 +180,29 @@ class TensorMap:
     """Where each parameter is in a checkpoint.
 
     Attributes:
-        names: path in the parameter tree -> tensor name; `{layer}` is the layer number of a stacked parameter.
-            A parameter called `kernel` is stored transposed, `[out, in]`.
+        names: path in the parameter tree -> tensor name; `{layer}` is the layer number of a stacked parameter, and
+            `{expert}` the number of an expert in a second axis. A parameter called `kernel` is stored transposed,
+            `[out, in]`.
         ignored: suffixes of tensor names that hold no parameter.
+        layers: layers of the stacks that only some layers have, by the first key of their paths.
+        rows: paths of parameters that are some rows of their tensor, with the first of these and the tensor's number.
     """
 
     names: Mapping[tuple[str, ...], str]
     ignored: tuple[str, ...] = ()
+    layers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    rows: Mapping[tuple[str, ...], tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def stack_axes(self, path: tuple[str, ...]) -> int:
+        """Leading axes of a parameter along which it is made of tensors."""
+        name = self.names[path]
+        return ("{layer}" in name) + ("{expert}" in name)
+
+    def stored(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+        """Names of the tensors that a parameter of this shape is made of, in the order of its leading axes."""
+        name, axes = self.names[path], self.stack_axes(path)
+        if not axes:
+            return [name]
+        layers = self.layers.get(path[0], tuple(range(shape[0])))
+        experts = range(shape[1]) if axes > 1 else (0,)
+        return [name.format(layer=layer, expert=expert) for layer in layers for expert in experts]

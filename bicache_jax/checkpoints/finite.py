@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class WeightCheck:
 
         Args:
             array: the parameter, on one device or many.
-            names: the tensors that it is made of, one per layer if it is stacked.
+            names: the tensors that it is made of, one for each place along its leading axes if it is stacked.
 
         Returns:
             The parameter itself.
@@ -42,8 +43,9 @@ class WeightCheck:
         if self._wanted:
             here = array.sharding
             everywhere = NamedSharding(here.mesh, PartitionSpec()) if isinstance(here, NamedSharding) else None
-            flags = jax.jit(_finite, static_argnames="stacked", out_shardings=everywhere)(array, stacked=len(names) > 1)
-            found = np.atleast_1d(np.asarray(flags))
+            axes = next(n for n in range(array.ndim + 1) if math.prod(array.shape[:n]) == len(names))
+            flags = jax.jit(_finite, static_argnames="axes", out_shardings=everywhere)(array, axes=axes)
+            found = np.asarray(flags).reshape(-1)
             self._found += [name for name, finite in zip(names, found, strict=True) if not finite]
         return array
 
@@ -61,6 +63,6 @@ class WeightCheck:
             )
 
 
-def _finite(x: Array, stacked: bool) -> Bool[Array, "..."]:
-    """Whether a parameter is finite, per layer if it is stacked."""
-    return jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))
+def _finite(x: Array, axes: int) -> Bool[Array, "..."]:
+    """Whether a parameter is finite, for each place along so many leading axes."""
+    return jnp.all(jnp.isfinite(x), axis=tuple(range(axes, x.ndim)))

@@ -20,7 +20,7 @@ from jaxtyping import Array, UInt32
 from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.finite import WeightCheck
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import paths, stored_names, tree_of
+from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.core.types import BicacheError
 
 FORMAT = 1
@@ -186,7 +186,7 @@ class OrbaxFolder:
 
         def load(path: tuple[str, ...], array: jax.Array) -> jax.Array:
             leaf = leaves[path]
-            return weights.look(leaf.expand(array.astype(leaf.dtype)), stored_names(mapping, path, leaf))
+            return weights.look(leaf.expand(array.astype(leaf.dtype)), mapping.stored(path, leaf.shape))
 
         params = tree_of((path, load(path, array)) for path, array in self._read(leaves))
         weights.finish()

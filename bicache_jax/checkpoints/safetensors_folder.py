@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bicache_jax.checkpoints.fingerprint import fingerprint
 from bicache_jax.checkpoints.finite import WeightCheck
 from bicache_jax.checkpoints.other_formats import no_weights, not_safetensors, refuse_quantised
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import is_stacked, paths, stored_names, tree_of
+from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.core.types import BicacheError
 
 # Weights of other types are quantised and cannot be used without their scales.
@@ -132,15 +132,17 @@ def load_params(
             them.
     """
     leaves = dict(paths(wanted))
-    layers = max((leaf.shape[0] for path, leaf in leaves.items() if path[0] == "layers"), default=0)
+    layers = max((leaf.shape[0] for path, leaf in leaves.items() if mapping.stack_axes(path)), default=0)
     if layers > len(tensors.names):  # report the wrong number, not a list of missing tensors
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
     refuse_quantised(tensors.folder, tensors.names)
-    plan = {path: stored_names(mapping, path, leaf) for path, leaf in leaves.items()}
+    plan = {path: mapping.stored(path, leaf.shape) for path, leaf in leaves.items()}
     faults: list[str] = []
     for path, leaf in leaves.items():
-        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        shape = leaf.shape[mapping.stack_axes(path) :]
         expected = shape[::-1] if path[-1] == "kernel" else shape
+        if path in mapping.rows:
+            expected = (mapping.rows[path][1], *expected[1:])
         for name in plan[path]:
             if name not in tensors.names:
                 faults.append(f"missing {name}")
@@ -157,7 +159,7 @@ def load_params(
     weights = WeightCheck(tensors.folder, wanted=check)
 
     def load(path: tuple[str, ...], leaf: Target) -> jax.Array:
-        read = functools.partial(read_part, tensors, plan[path], path, leaf.dtype)
+        read = functools.partial(read_part, tensors, mapping, path, leaf.shape, leaf.dtype)
         return weights.look(leaf.place(read), plan[path])
 
     params = tree_of((path, load(path, leaf)) for path, leaf in leaves.items())
@@ -166,21 +168,31 @@ def load_params(
 
 
 def read_part(
-    tensors: SafetensorsFolder, names: Sequence[str], path: tuple[str, ...], dtype: Any, index: tuple[slice, ...]
+    tensors: SafetensorsFolder,
+    mapping: TensorMap,
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
     """Reads a part of a parameter, from the same part of each of its tensors.
 
     Args:
         tensors: the folder.
-        names: the parameter's tensors, from `stored_names`.
+        mapping: checkpoint names of the parameters.
         path: the parameter.
+        shape: its shape in the checkpoint.
         dtype: dtype of the result.
         index: one slice per axis, with start and stop.
     """
-    stacked, transposed = is_stacked(path), path[-1] == "kernel"
+    axes, transposed = mapping.stack_axes(path), path[-1] == "kernel"
     array = np.empty([part.stop - part.start for part in index], dtype)
-    inner = index[1:] if stacked else index
-    for slot, name in enumerate(names[index[0]] if stacked else names):
-        part = tensors.read(name, inner[::-1] if transposed else inner)
-        (array[slot] if stacked else array)[...] = part.T if transposed else part
+    inner = index[axes:][::-1] if transposed else index[axes:]
+    first = mapping.rows.get(path, (0, 0))[0]
+    if first:
+        inner = (slice(inner[0].start + first, inner[0].stop + first), *inner[1:])
+    names = np.asarray(mapping.stored(path, shape), object).reshape(shape[:axes])[index[:axes]]
+    for place, name in np.ndenumerate(names):
+        part = tensors.read(name, inner)
+        array[place] = part.T if transposed else part
     return array

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from bicache_jax.cli.options import FlagGroup, flag_named, warn
+from bicache_jax.cli.options import FlagGroup, flag_named, flags_named, warn
 from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
 
@@ -43,6 +43,9 @@ def open_session(
     model = load(args, mesh)
     if table is not None:
         cache = with_table(args, cache, table, model)
+    with flags_named("gen_length", "steps", "block_length", "block_cache", "boundary", "policy"):
+        cache = cache.for_model(model.config)
+        cache.with_blocks(sampling, model.config)  # what does not go together is refused here
     if args.early_stop is None:  # a text ends there; token ids without one are taken whole
         sampling = dataclasses.replace(sampling, early_stop=model.tokenizer is not None)
     with flag_named("prefix_cache_dir", "--prefix-cache"):
@@ -81,7 +84,15 @@ def load(args: argparse.Namespace, mesh: Any = None) -> Model:
     from bicache_jax.loading import load_model
 
     start_compilation_cache(args)
-    return load_model(args.model, dtype=args.dtype, mask_id=args.mask_id, mesh=mesh, check_weights=args.check_weights)
+    return load_model(
+        args.model,
+        dtype=args.dtype,
+        mask_id=args.mask_id,
+        block_causal=args.block_causal,
+        right_shift_logits=args.right_shift_logits,
+        mesh=mesh,
+        check_weights=args.check_weights,
+    )
 
 
 def random(args: argparse.Namespace) -> Model:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import (
-    add_weights_flag,
+    add_checkpoint_flags,
     auto_or_integer,
     boundary,
     flag_named,
@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
     model.add_argument("--random", metavar="SHAPE", help="random: llada_8b, dream_7b, qwen3_0_6b, small")
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
-    what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
-    add_weights_flag(what)
+    add_checkpoint_flags(what)
 
     grid = parser.add_argument_group("settings")
     grid.add_argument(
@@ -192,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
 
         flags = ["--model", args.model, "--dtype", args.dtype]
         flags += [] if args.mask_id is None else ["--mask-id", f"{args.mask_id}"]
+        flags += ["--block-causal"] * args.block_causal + ["--right-shift-logits"] * args.right_shift_logits
         for case, result in zip(cases, results, strict=True):
             if case.policy not in args.baseline:
                 result.update(measure_restart(model.config, case, flags))

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bicache_jax.cli.options import fraction, from_flags, integer
+from bicache_jax.cli.options import FlagGroup, fraction, from_flags, integer, integers
 from bicache_jax.core.config import REMASKING, SamplingConfig
+
+
+def add_step_flags(group: FlagGroup) -> None:
+    """Adds the flags that say how many steps there are, of which one rules out the other."""
+    steps = group.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
+    steps.add_argument(
+        "--steps-per-block", type=integer(1), metavar="K", help="denoising steps of each block (default: from --steps)"
+    )
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +25,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--remasking",
         choices=REMASKING,
         help="which tokens are unmasked first: the most probable (low_confidence, also called maskgit_plus), those that"
-        " lead the runner-up most, those of lowest entropy, or any; origin: each with its own probability (default: the"
-        " family's, low_confidence for LLaDA, entropy for Dream)",
+        " lead the runner-up most, those of lowest entropy, or any; origin: each with its own probability; sequential:"
+        " from left to right (default: the family's, entropy for Dream, else low_confidence)",
     )
     order.add_argument(
         "--alg-temperature",
@@ -31,7 +40,9 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=fraction,
         metavar="P",
-        help="unmask every token of at least this probability at once, and steps mean nothing (default: by schedule)",
+        help="unmask every token of at least this probability at once, and steps mean nothing; where attention is"
+        " block-causal, every token above it if they are as many as the schedule says, else that many (default: by"
+        " schedule)",
     )
     parallel.add_argument(
         "--factor",
@@ -39,6 +50,14 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="likewise, the n most probable tokens for the largest n with (n + 1) * (1 - p_n) <= F (default: by"
         " schedule)",
+    )
+
+    order.add_argument(
+        "--editing-threshold",
+        type=fraction,
+        metavar="P",
+        help="replace a token of the current block where the model now prefers another one with a probability above P,"
+        " until a pass replaces none: LLaDA2.1 (default: what is placed stays)",
     )
 
     tokens = parser.add_argument_group("tokens", "what is written")
@@ -67,6 +86,12 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         " then costs two, and the masks are cached as the prefix is; 0: no guidance (default: %(default)s)",
     )
     tokens.add_argument(
+        "--suppress-tokens",
+        type=integers(0),
+        metavar="ID,ID",
+        help="tokens that are never written (default: none)",
+    )
+    tokens.add_argument(
         "--logits-eos-inf", action="store_true", help="never write an end of text (LLaDA's option; default: off)"
     )
     tokens.add_argument(
@@ -92,6 +117,7 @@ def sampling_from_flags(args: argparse.Namespace, *, gen_length: int, seed: int,
         SamplingConfig,
         gen_length=gen_length,
         steps=args.steps,
+        steps_per_block=args.steps_per_block,
         block_length=args.block_length,
         remasking=args.remasking,
         alg_temperature=args.alg_temperature,
@@ -101,6 +127,8 @@ def sampling_from_flags(args: argparse.Namespace, *, gen_length: int, seed: int,
         top_p=args.top_p,
         top_k=args.top_k,
         cfg_scale=args.cfg_scale,
+        suppress_tokens=args.suppress_tokens or (),
+        editing_threshold=args.editing_threshold,
         logits_eos_inf=args.logits_eos_inf,
         confidence_eos_eot_inf=args.confidence_eos_eot_inf,
         seed=seed,

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from bicache_jax.cli import backend
-from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
-from bicache_jax.cli.options import add_weights_flag, auto_or_integer, boundary, from_flags, integer, warn
+from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
+from bicache_jax.cli.options import add_checkpoint_flags, auto_or_integer, boundary, from_flags, integer, warn
 from bicache_jax.core.config import DTYPES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.serving.inputs import read_requests
@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exact, numeric, choice, or module:function taking (text, answers) (default: %(default)s)",
     )
     what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    what.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
-    add_weights_flag(what)
+    add_checkpoint_flags(what)
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
 
     cache = parser.add_argument_group("cache and decoding")
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: 16, for policies with a block cache a block's steps (default: %(default)s)",
     )
     cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
-    cache.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
+    add_step_flags(cache)
     cache.add_argument(
         "--block-length",
         type=integer(1),

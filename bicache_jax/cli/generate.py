@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from bicache_jax.bulk.manifest import Entry
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
-from bicache_jax.cli.decoding import add_decoding_flags, sampling_from_flags
+from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import Parser, add_weights_flag, auto_or_integer, boundary, from_flags, integer
+from bicache_jax.cli.options import Parser, add_checkpoint_flags, auto_or_integer, boundary, from_flags, integer
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
@@ -31,9 +31,9 @@ A request is a JSON object on one line, with one of
 where content is a text or a list of {"type": "text", "text": ...}, and optionally
   "id": a name (default: the number of the line)   "prefix_len": tokens of the prefix   "n": samples
   "stop": a string or a list of strings that end the text
-  decoding settings in place of the flags: "gen_length", "steps", "block_length", "early_stop", "seed", "temperature",
-  "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor", "logits_eos_inf",
-  "confidence_eos_eot_inf"
+  decoding settings in place of the flags: "gen_length", "steps", "steps_per_block", "block_length", "early_stop",
+  "seed", "temperature", "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor",
+  "editing_threshold", "suppress_tokens", "logits_eos_inf", "confidence_eos_eot_inf"
   notes, which change no result: "answer" (a string or a list of strings that are right), "kind", "metadata"
 Any other key is an error. Alone or among these, lines of OpenAI's batch format work, such as
   {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": {...}}
@@ -100,8 +100,7 @@ def add_running_arguments(parser: Parser) -> None:
     model.add_argument(
         "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
     )
-    model.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
-    add_weights_flag(model)
+    add_checkpoint_flags(model)
     model.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
     )
@@ -109,10 +108,12 @@ def add_running_arguments(parser: Parser) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument(
         "--policy",
-        choices=POLICIES,
-        default="bicache",
+        choices=("auto", *POLICIES),
+        default="auto",
         help="none: no prefix cache; naive: reuse the prefix in all layers, as a causal model would; bicache: in"
-        " shallow layers, refreshed in deep ones (default: %(default)s)",
+        " shallow layers, refreshed in deep ones; exact: keep all that is finished, where attention is block-causal and"
+        " nothing later changes it; auto: bicache, or exact where the model's attention is block-causal (default:"
+        " %(default)s)",
     )
     cache.add_argument(
         "--boundary",
@@ -164,7 +165,7 @@ def add_running_arguments(parser: Parser) -> None:
     decoding.add_argument(
         "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
     )
-    decoding.add_argument("--steps", type=integer(1), metavar="N", help="denoising steps (default: gen-length)")
+    add_step_flags(decoding)
     decoding.add_argument(
         "--block-length",
         type=integer(1),
@@ -299,8 +300,6 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         seed=args.seed,
         early_stop=bool(args.early_stop),
     )
-    lengths = {"gen_length": args.gen_length, "steps": args.steps, "block_length": args.block_length}
-    from_flags(lambda **_: cache.with_blocks(sampling), **lengths)  # what does not go together is refused here
     return cache, sampling
 
 

@@ -133,6 +133,25 @@ def boundary(text: str) -> int | str:
     return auto_or_integer(0)(text)
 
 
+def add_checkpoint_flags(group: FlagGroup) -> None:
+    """Adds the flags that say what a checkpoint's files do not: its mask token, and how it was trained."""
+    group.add_argument(
+        "--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's or its tokenizer's)"
+    )
+    group.add_argument(
+        "--block-causal",
+        action="store_true",
+        help="the checkpoint was trained with block-causal attention though its config does not say so: A2D models"
+        " trained as BD3LM (default: what its family says)",
+    )
+    group.add_argument(
+        "--right-shift-logits",
+        action="store_true",
+        help="position j is read from the logits of j - 1: A2D models trained so (default: what its family says)",
+    )
+    add_weights_flag(group)
+
+
 def add_weights_flag(group: FlagGroup) -> None:
     """Adds the flag that has weights looked at while they are loaded."""
     group.add_argument(
@@ -153,11 +172,22 @@ def from_flags(make: Callable[..., C], **fields: Any) -> C:
     Raises:
         BicacheError: the values do not go together; fields are named as flags.
     """
-    try:
+    with flags_named(*fields):
         return make(**fields)
+
+
+@contextmanager
+def flags_named(*names: str) -> Iterator[None]:
+    """Says complaints that name fields in the words of the command line.
+
+    Raises:
+        BicacheError: a ValueError was raised inside, fields named as flags.
+    """
+    try:
+        yield
     except ValueError as error:
         message = str(error)
-        for name in fields:
+        for name in names:
             # Only a leading "steps" is the flag; further on it is a word.
             pattern = rf"\b{name}\b" if "_" in name else rf"^{name}\b"
             message = re.sub(pattern, "--" + name.replace("_", "-"), message)

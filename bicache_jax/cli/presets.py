@@ -20,7 +20,7 @@ def presets() -> dict[str, dict[str, Any]]:
     return {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-EXCLUSIVE = (("threshold", "factor"),)
+EXCLUSIVE = (("threshold", "factor"), ("steps", "steps_per_block"))
 """Flags of which the command line takes one: that one given rules out a preset's other."""
 
 

@@ -33,6 +33,7 @@ class Attention(Protocol):
         prefix_index: Array | None = None,
         prefix_len: Array,
         suffix_valid: Array,
+        block_ids: tuple[Array, Array] | None = None,
         scale: float | None = None,
         layer: Array | int | None = None,
     ) -> Array:
@@ -50,6 +51,7 @@ def prefix_attention(
     prefix_index: Int[Array, " B"] | None = None,
     prefix_len: Int[Array, " G"],
     suffix_valid: Bool[Array, "B S"],
+    block_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     scale: float | None = None,
     layer: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "B N T H"]:
@@ -67,6 +69,8 @@ def prefix_attention(
         prefix_index: which prefix each row uses; None: each row has its own (G = B).
         prefix_len: valid tokens of each prefix, 0 allowed.
         suffix_valid: which suffix tokens may be attended to.
+        block_ids: under block-causal attention, the block of each query and of each suffix token: a query sees the
+            prefix, and the suffix tokens of its own block and of lower ones. None: full attention, it sees all.
         scale: factor of the scores; None: `H ** -0.5`.
         layer: layer of a stacked prefix cache; may be traced.
 
@@ -85,6 +89,7 @@ def prefix_attention(
     q_bkmh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads * num_queries, head_dim)
     heads, tile = _tiles(num_kv_heads, q_bkmh.shape[2], num_keys)
     prefix_valid = jnp.arange(num_prefix) < prefix_len[:, None]
+    block_bm = None if block_ids is None else jnp.tile(block_ids[0], (1, num_heads // num_kv_heads))
 
     def keys(prefix: Array, suffix: Array, g: Array, b: Array, k: Array) -> Float[Array, "n S H"]:
         """The heads' keys or values, prefix and suffix joined; small compared with their scores."""
@@ -105,7 +110,12 @@ def prefix_attention(
             start = (b, k, jnp.minimum(index * tile, q_bkmh.shape[2] - tile), 0)
             q_nmh = jax.lax.dynamic_slice(q_bkmh, start, (1, heads, tile, head_dim))[0]
             s_nms = jnp.einsum("nmh,nsh->nms", q_nmh, k_nsh, precision=high, preferred_element_type=jnp.float32)
-            s_nms = jnp.where(valid_s, s_nms * scale, -jnp.inf)
+            seen_s = valid_s
+            if block_ids is not None and block_bm is not None:
+                own_m1 = jax.lax.dynamic_slice(block_bm, (b, start[2]), (1, tile)).reshape(tile, 1)
+                earlier_ms = block_ids[1][b] <= own_m1
+                seen_s &= jnp.concatenate([jnp.ones((tile, num_prefix), bool), earlier_ms], axis=1)
+            s_nms = jnp.where(seen_s, s_nms * scale, -jnp.inf)
             p_nms = jnp.exp(s_nms - jnp.max(s_nms, axis=-1, keepdims=True, initial=lowest))
             total = jnp.sum(p_nms, axis=-1, keepdims=True)
             out_nmh = jnp.einsum(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.core.attention import Attention
@@ -78,6 +79,16 @@ class Backbone(Protocol):
         ...
 
 
+STACKS = ("dense", "mixture")
+"""Parameters that only some layers have, stacked over these."""
+
+
 def layer_params(params: Params, layer: Int[Array, ""] | int) -> LayerParams:
-    """Parameters of one layer; `layer` may be traced."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), params["layers"])
+    """Parameters of one layer; `layer` may be traced.
+
+    Where layers differ there are further stacks (`STACKS`). They are passed on whole with the number of the layer, and
+    read where it has them: no branch that is not taken copies weights.
+    """
+    found = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), params["layers"])
+    stacks = {name: params[name] for name in STACKS if name in params}
+    return {**found, **stacks, "layer": jnp.asarray(layer)} if stacks else found

@@ -73,7 +73,8 @@ class Rows:
 
     The suffix layout of a row is `[response | rest of the prompt | padding]` (families that shift logits:
     `[last prompt token | response | rest | padding]`). Attention only uses positions, so the order does not matter, and
-    the response starts at the same index in every row.
+    the response starts at the same index in every row. Under block-causal attention it is the reading order, so that
+    what a pass runs is one piece: `[rest of the prompt | response | padding]`.
 
     Under classifier-free guidance the second half of the rows are *twins* of the first: the same response after a
     prompt of masks, and after a prefix of as many masks as the row's own prefix has tokens, cached like any other.
@@ -82,12 +83,16 @@ class Rows:
         tokens: suffix tokens in that order.
         positions: position of each suffix token in the whole sequence.
         valid: False for padding.
+        front: where the first block begins in the suffix.
+        given: tokens of the prompt with which it begins.
+        end: tokens from there to the end of the last block; those behind the given ones are the response.
         prefix_index: the prefix (of the batch's G) that the row uses.
         key: noise key of the request.
         step: denoising steps made since the row began; the refresh counter.
-        block: current block; `num_blocks` if the row is complete, less if it stopped early.
+        block: current block; the number of blocks if the row is complete, less if it stopped early.
         block_step: denoising steps made in the current block.
         interval_step: step of the row's refresh interval; at 0 it waits for a refresh.
+        edits: passes made in the current block since it has no masks, where placed tokens may be replaced.
         done: the response is complete, or the row is padding.
         forward_passes: forward passes made for the row.
         failed: the row had logits that are not finite, and was stopped.
@@ -96,12 +101,16 @@ class Rows:
     tokens: Int[Array, "B U"]
     positions: Int[Array, "B U"]
     valid: Bool[Array, "B U"]
+    front: Int[Array, " B"]
+    given: Int[Array, " B"]
+    end: Int[Array, " B"]
     prefix_index: Int[Array, " B"]
     key: Key[Array, " B"]
     step: Int[Array, " B"]
     block: Int[Array, " B"]
     block_step: Int[Array, " B"]
     interval_step: Int[Array, " B"]
+    edits: Int[Array, " B"]
     done: Bool[Array, " B"]
     forward_passes: Int[Array, " B"]
     failed: Bool[Array, " B"]
@@ -138,6 +147,7 @@ class Draw:
         top_p: probability mass of the tokens that are kept; 1 keeps all.
         top_k: number of tokens that are kept; V or more keeps all.
         guidance: factor w + 1 of the difference that the prompt makes; 1 without guidance.
+        suppressed: tokens that count for nothing.
         ban_eos: whether end-of-text tokens are never drawn.
         defer_eos: whether end-of-text and end-of-turn tokens get no confidence.
     """
@@ -147,6 +157,7 @@ class Draw:
     top_p: Float[Array, ""]
     top_k: Int[Array, ""]
     guidance: Float[Array, ""]
+    suppressed: Int[Array, " X"]
     ban_eos: Bool[Array, ""]
     defer_eos: Bool[Array, ""]
 
@@ -159,9 +170,9 @@ class Decoding:
     Attributes:
         boundary: b.
         refresh_interval: N.
-        num_blocks: blocks in the response.
         block_length: tokens per block.
-        counts: tokens that each step of a block unmasks, padded at the end.
+        counts: tokens that each step of a block unmasks, padded at the end; then those of the last block.
+        quota: whether these are the least that a step unmasks under a threshold; if not, one is.
         bars: noise that a token must exceed in each step if chance alone unmasks it; otherwise infinite.
         draw: how tokens are drawn.
         remasking: index into `bicache_jax.decoding.rules.RULES`.
@@ -169,6 +180,7 @@ class Decoding:
         threshold: probability from which a token is unmasked at once; infinite if the schedule decides.
         factor: n + 1 times how far the n-th most probable token may be below the threshold; 0 except for the factor
             rule.
+        editing: probability above which a placed token of the block is replaced; infinite where none ever is.
         early_stop: whether a row ends with the first block that contains an end-of-text token.
         anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
         dual: whether a block cache also freezes the tokens after the block.
@@ -176,15 +188,16 @@ class Decoding:
 
     boundary: Int[Array, ""]
     refresh_interval: Int[Array, ""]
-    num_blocks: Int[Array, ""]
     block_length: Int[Array, ""]
-    counts: Int[Array, " steps"]
+    counts: Int[Array, "2 steps"]
+    quota: Bool[Array, ""]
     bars: Float[Array, " steps"]
     draw: Draw
     remasking: Int[Array, ""]
     alg_temperature: Float[Array, ""]
     threshold: Float[Array, ""]
     factor: Float[Array, ""]
+    editing: Float[Array, ""]
     early_stop: Bool[Array, ""]
     anchor: Bool[Array, ""]
     dual: Bool[Array, ""]

@@ -10,23 +10,26 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Policy = Literal["none", "naive", "bicache"]
+Policy = Literal["auto", "none", "naive", "bicache", "exact"]
 BlockCache = Literal["off", "prefix", "dual"]
-Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"]
+Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin", "sequential"]
 Schedule = Literal["even", "time", "linear"]
+AttentionKind = Literal["full", "block_causal"]
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 DTYPES = ("auto", "float32", "bfloat16")
 """Of parameters and caches; `auto` is float32 on CPUs and bfloat16 elsewhere."""
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
-POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache")
+POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache", "exact")
 PrefixDetection = Literal["auto", "messages", "off"]
 PREFIX_DETECTIONS: tuple[PrefixDetection, ...] = ("auto", "messages", "off")
 CACHED_BLOCK = 32
 """Block length under a block cache where none is given (Fast-dLLM, arXiv 2505.22618)."""
+MOST_EDITS = 16
+"""Passes that may edit a block without masks, at most (LLaDA2.1's `max_post_steps`)."""
 REFRESH_INTERVAL = 16
 """Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
-REMASKING: tuple[Remasking, ...] = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+REMASKING: tuple[Remasking, ...] = typing.get_args(Remasking)
 SCHEDULES: tuple[Schedule, ...] = ("even", "time", "linear")
 
 
@@ -73,6 +76,43 @@ def _check_types(config: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP.
+
+    Attributes:
+        num: E, experts of a layer.
+        per_token: k, those that each token runs through.
+        d_expert: width of each.
+        d_shared: width of what every token runs through in addition; 0: nothing.
+        dense_layers: layers that have an MLP of width `d_mlp` instead.
+        score: what the router's logits become: `softmax` over the experts, or `sigmoid` of each.
+        renormalise: whether the weights of a token's experts are divided by their sum.
+        scale: factor of these weights.
+        bias: whether a bias is added where experts are picked; their weights are without it.
+        groups: groups of experts of which a token's come from `top_groups`, those whose two best are best together.
+        top_groups: see there.
+    """
+
+    num: int
+    per_token: int
+    d_expert: int
+    d_shared: int = 0
+    dense_layers: tuple[int, ...] = ()
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.num:
+            raise ValueError(f"experts per token must be from 1 to {self.num}, got {self.per_token}")
+        if self.num % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(f"{self.num} experts cannot be picked from {self.top_groups} of {self.groups} groups")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A diffusion LM, whatever its family: its architecture, and what its published loop does unless it is told.
 
@@ -98,6 +138,8 @@ class ModelConfig:
         norm_bias: whether the norms have a bias.
         head_bias: whether the head has a bias.
         qk_norm: whether queries and keys are normalised per head (Qwen3).
+        rotary_dim: dimensions of each head that are rotated, the first ones; 0: all.
+        experts: the mixture of experts in place of the MLP; None: every layer has an MLP.
         tied: whether the head is the embedding.
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
         anchor_blocks: whether, with a block cache, the pass at a block's start fixes the block's first token whatever
@@ -107,6 +149,12 @@ class ModelConfig:
             `time` a share of those left that follows from the step's time (Dream), `linear` the nearest whole number to
             the same share of those left (A2D).
         time_eps: time of the last step, for `schedule="time"` and the rule `origin`.
+        attention: `full`: every token sees every other; `block_causal`: those of its own block and of earlier ones.
+        block_length: tokens of a block where a request names none, under block-causal attention.
+        padded_prompt: whether blocks are counted from the start of the response, so that the prompt's first one may be
+            shorter (BD3LM, which pads it on its left); if not, from the start of the prompt, whose last block the
+            response then completes (SDAR, LLaDA2).
+        pad_id: a token that nothing sees and no position counts, once its block is done (BD3LM's padding); None: none.
         tempered_confidence: whether a temperature divides the logits, so that confidence is the probability at it
             (Dream). If not, it scales the noise, and confidence is the probability at temperature 1 (LLaDA).
     """
@@ -130,13 +178,45 @@ class ModelConfig:
     norm_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    rotary_dim: int = 0
+    experts: Experts | None = None
     tied: bool = False
     shift_logits: bool = False
     anchor_blocks: bool = False
     remasking: Remasking = "low_confidence"
     schedule: Schedule = "even"
     time_eps: float = 0.0
+    attention: AttentionKind = "full"
+    block_length: int = CACHED_BLOCK
+    padded_prompt: bool = False
+    pad_id: int | None = None
     tempered_confidence: bool = False
+
+    @property
+    def block_causal(self) -> bool:
+        """Whether a token sees nothing behind its block, so that caches are exact."""
+        return self.attention == "block_causal"
+
+    @property
+    def mlp_columns(self) -> float:
+        """Columns of the MLP, or of the experts, that a token runs through; the mean over the layers."""
+        if self.experts is None:
+            return self.d_mlp
+        dense = len(self.experts.dense_layers) * self.d_mlp
+        mixed = (self.num_layers - len(self.experts.dense_layers)) * self._mixed_columns(self.experts.per_token)
+        return (dense + mixed) / self.num_layers
+
+    @property
+    def mlp_weights(self) -> float:
+        """Columns of the MLP, or of all experts, that there are in a layer; the mean over the layers."""
+        if self.experts is None:
+            return self.d_mlp
+        dense = len(self.experts.dense_layers) * self.d_mlp
+        mixed = (self.num_layers - len(self.experts.dense_layers)) * self._mixed_columns(self.experts.num)
+        return (dense + mixed) / self.num_layers
+
+    def _mixed_columns(self, experts: int) -> int:
+        return 0 if self.experts is None else experts * self.experts.d_expert + self.experts.d_shared
 
     @property
     def shifted(self) -> int:
@@ -146,8 +226,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads=} and {self.num_heads=}")
-        if self.head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head size, got {self.head_dim=}")
+        if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary embedding needs even sizes, got {self.head_dim=} and {self.rotary_dim=}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id must be a token of the vocabulary, got {self.mask_id=} and {self.vocab_size=}")
         if self.remasking not in REMASKING:
@@ -156,6 +236,10 @@ class ModelConfig:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if not 0.0 <= self.time_eps < 1.0:
             raise ValueError(f"time_eps must lie in [0, 1), got {self.time_eps}")
+        if self.attention not in typing.get_args(AttentionKind):
+            raise ValueError(f"attention must be 'full' or 'block_causal', got {self.attention!r}")
+        if self.block_length < 1:
+            raise ValueError(f"block_length must be >= 1, got {self.block_length}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +247,9 @@ class CacheConfig:
     """How the KV of a shared prefix are reused.
 
     Attributes:
-        policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`.
+        policy: `none` (no prefix cache), `naive` (b = L, as an LLM would) or `bicache`; under block-causal attention
+            `exact` (what is finished is kept, and never changes) or `none`. `auto`: `bicache` or `exact`, whichever the
+            model's attention allows.
         boundary: b, layers `0..b-1` reuse the prefix-alone KV; `auto` takes b from the boundary table.
         table: boundary table `{r: b}` with r in percent; used when `boundary` is `auto`. None: the model's own.
         refresh_interval: N, denoising steps from one recomputation of the deep prefix KV to the next; `auto` depends on
@@ -178,7 +264,7 @@ class CacheConfig:
             with `messages` and `off` it gets the same ones alone and in any call.
     """
 
-    policy: Policy = "bicache"
+    policy: Policy = "auto"
     boundary: int | Literal["auto"] = "auto"
     table: Mapping[int, int] | None = dataclasses.field(default=None, hash=False)
     refresh_interval: int | Literal["auto"] = "auto"
@@ -189,12 +275,13 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.policy not in ("auto", *POLICIES):
+            raise ValueError(f"policy must be one of auto, {', '.join(POLICIES)}, got {self.policy!r}")
         if self.boundary != "auto" and (isinstance(self.boundary, str) or self.boundary < 0):
             raise ValueError(f"boundary must be 'auto' or an integer >= 0, got {self.boundary!r}")
-        if self.policy == "none" and self.boundary != "auto":
-            raise ValueError("policy 'none' keeps no prefix cache, so it takes no boundary")
+        if self.policy in ("none", "exact") and self.boundary != "auto":
+            why = "keeps no prefix cache" if self.policy == "none" else "reuses a prefix in all layers"
+            raise ValueError(f"policy {self.policy!r} {why}, so it takes no boundary")
         interval = self.refresh_interval
         if interval != "auto" and (isinstance(interval, str) or interval < 1):
             raise ValueError(f"refresh_interval must be 'auto' or an integer >= 1, got {interval!r}")
@@ -212,19 +299,54 @@ class CacheConfig:
                 f"prefix_detection must be one of {', '.join(PREFIX_DETECTIONS)}, got {self.prefix_detection!r}"
             )
 
-    def default_block(self, gen_length: int) -> int:
-        """Tokens of a block where none are named: the response, at most `CACHED_BLOCK` of it with a block cache."""
+    def for_model(self, config: ModelConfig) -> CacheConfig:
+        """The settings with the policy that a model's attention asks for where they name none.
+
+        Raises:
+            ValueError: the policy is not one for such attention.
+        """
+        if not config.block_causal:
+            if self.policy == "exact":
+                raise ValueError("policy 'exact' is for block-causal attention: this model's is full (bicache, none)")
+            return dataclasses.replace(self, policy="bicache") if self.policy == "auto" else self
+        if self.policy in ("naive", "bicache") or self.boundary != "auto" or self.table is not None:
+            raise ValueError(
+                "this model's attention is block-causal: its caches are exact and take no boundary (policy exact, none)"
+            )
+        if self.policy != "exact" and self.block_cache != "off":
+            raise ValueError(
+                "this model's attention is block-causal: policy exact keeps its blocks, without block_cache"
+            )
+        return self if self.policy == "none" else dataclasses.replace(self, policy="exact", block_cache="dual")
+
+    def default_block(self, gen_length: int, config: ModelConfig | None = None) -> int:
+        """Tokens of a block where none are named: the response, at most `CACHED_BLOCK` of it with a block cache.
+
+        Under block-causal attention they are the model's own.
+        """
+        if config is not None and config.block_causal:
+            return config.block_length
         return gen_length if self.block_cache == "off" else min(CACHED_BLOCK, gen_length)
 
-    def with_blocks(self, sampling: SamplingConfig) -> SamplingConfig:
-        """The settings with the block length that a block cache implies where they name none.
+    def with_blocks(self, sampling: SamplingConfig, config: ModelConfig | None = None) -> SamplingConfig:
+        """The settings with the block length that the cache or the model implies where they name none.
+
+        Args:
+            sampling: the settings.
+            config: the model; None: one of full attention.
 
         Raises:
             ValueError: lengths and steps do not go together.
         """
-        if self.block_cache == "off" or sampling.block_length is not None:
-            return sampling
-        return dataclasses.replace(sampling, block_length=self.default_block(sampling.gen_length))
+        causal = config is not None and config.block_causal
+        if sampling.block_length is None and (causal or self.block_cache != "off"):
+            block = self.default_block(sampling.gen_length, config)
+            sampling = dataclasses.replace(sampling, block_length=block)
+        if config is None or not (causal or config.schedule == "linear"):
+            sampling.check_even()
+        if sampling.editing_threshold is not None and not causal:
+            raise ValueError("editing_threshold is for block-causal attention: this model's is full")
+        return sampling
 
     def interval(self, sampling: SamplingConfig) -> int:
         """N of rows with these decoding settings.
@@ -238,7 +360,7 @@ class CacheConfig:
             return REFRESH_INTERVAL
         if sampling.by_confidence:  # as many as there are tokens, and the counter restarts at each block
             return sampling.block_size
-        return sampling.num_steps // sampling.num_blocks
+        return sampling.block_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +378,9 @@ class SamplingConfig:
             (`ModelConfig.remasking`), `low_confidence` for LLaDA and `entropy` for Dream.
         seed: seed of the noise; a request's own seed replaces it.
         threshold: softmax probability from which a token is unmasked at once (Fast-dLLM, arXiv 2505.22618); a step
-            unmasks at least the most probable one, and `steps` then means nothing. None: by schedule.
+            unmasks at least the most probable one, and `steps` then means nothing. None: by schedule. Under
+            block-causal attention (SDAR, LLaDA2) a step unmasks at least as many as the schedule says, and the
+            probability must be above the threshold.
         factor: f, in place of a threshold: the n most probable tokens are unmasked for the largest n with
             `(n + 1) * (1 - p_n) <= f` (Fast-dLLM, section 3.3); at least one is, and `steps` mean nothing.
         alg_temperature: 0 unmasks by rank; above, positions are drawn without replacement with odds
@@ -270,6 +394,10 @@ class SamplingConfig:
         confidence_eos_eot_inf: unmask end-of-text and end-of-turn tokens after all others (LLaDA, appendix B.4).
         early_stop: a row ends with the first finished block that holds an end-of-text token, and the rest is filled
             with that token. What comes before it is the same either way.
+        steps_per_block: denoising steps of a block, in place of `steps`.
+        suppress_tokens: tokens that are never chosen, and count for no confidence.
+        editing_threshold: probability above which a token of the current block is replaced by the one that the model
+            now prefers; a block then ends with a pass that changes nothing (LLaDA2.1). None: what is placed stays.
     """
 
     gen_length: int = 128
@@ -287,6 +415,9 @@ class SamplingConfig:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     early_stop: bool = False
+    steps_per_block: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    editing_threshold: float | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -296,15 +427,14 @@ class SamplingConfig:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"block_length must be >= 1, got {self.block_length}")
-        if self.gen_length % self.block_size:
-            raise ValueError(
-                f"gen_length must be a multiple of block_length, got {self.gen_length} and {self.block_length}"
-            )
-        if self.num_steps % self.num_blocks:
-            raise ValueError(
-                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for "
-                f"{self.num_blocks} blocks of {self.block_size} tokens"
-            )
+        if self.steps_per_block is not None and self.steps_per_block < 1:
+            raise ValueError(f"steps_per_block must be >= 1, got {self.steps_per_block}")
+        if self.steps_per_block is not None and self.steps is not None:
+            raise ValueError("steps_per_block and steps say the same thing: give one of them")
+        if self.editing_threshold is not None and not 0.0 < self.editing_threshold <= 1.0:
+            raise ValueError(f"editing_threshold must lie in (0, 1], got {self.editing_threshold}")
+        if not all(isinstance(token, numbers.Integral) for token in self.suppress_tokens):
+            raise TypeError(f"suppress_tokens must be token ids, got {self.suppress_tokens!r:.80}")
         for name in ("temperature", "alg_temperature", "cfg_scale"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
@@ -328,8 +458,31 @@ class SamplingConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the response."""
-        return self.gen_length // self.block_size
+        """Blocks of the response; the last one may be shorter."""
+        return -(-self.gen_length // self.block_size)
+
+    @property
+    def block_steps(self) -> int:
+        """Denoising steps of a block."""
+        if self.steps_per_block is not None:
+            return min(self.steps_per_block, self.block_size)
+        return self.block_size if self.steps is None else -(-self.steps // self.num_blocks)
+
+    def check_even(self) -> None:
+        """Refuses what loops with blocks of one length, and as many steps in each, do not have.
+
+        Raises:
+            ValueError: the last block would be shorter, or blocks would have different steps.
+        """
+        if self.gen_length % self.block_size:
+            raise ValueError(
+                f"gen_length must be a multiple of block_length, got {self.gen_length} and {self.block_length}"
+            )
+        if self.num_steps % self.num_blocks:
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks, got {self.num_steps} steps for "
+                f"{self.num_blocks} blocks of {self.block_size} tokens"
+            )
 
     @property
     def by_confidence(self) -> bool:
@@ -344,4 +497,6 @@ class SamplingConfig:
     @property
     def num_steps(self) -> int:
         """Denoising steps over the whole response."""
+        if self.steps_per_block is not None:
+            return self.block_steps * self.num_blocks
         return self.gen_length if self.steps is None else self.steps

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.cache import PrefixCache
-from bicache_jax.sharding import PER_SHARD, PREFIX, on_shards, param_specs
+from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, on_shards, param_specs
 
 
 @functools.partial(jax.jit, static_argnames=("backbone", "num_layers", "mesh"))
@@ -22,14 +22,17 @@ def encode(
     prefix_ids: Int[Array, "G P"],
     prefix_len: Int[Array, " G"],
     boundaries: Int[Array, " J"],
+    block_length: Int[Array, ""] | None = None,
     *,
     num_layers: int,
     mesh: Mesh | None = None,
 ) -> PrefixCache:
     """`encode_alone` as a program: on one device, or on a mesh where each data shard has its own prefixes."""
     run = functools.partial(encode_alone, backbone, num_layers=num_layers)
-    specs = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD)
-    return on_shards(run, mesh, specs, PREFIX)(params, prefix_ids, prefix_len, boundaries)
+    specs = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD, REPLICATED)
+    if block_length is None:
+        block_length = jnp.asarray(backbone.config.block_length, jnp.int32)
+    return on_shards(run, mesh, specs, PREFIX)(params, prefix_ids, prefix_len, boundaries, block_length)
 
 
 def encode_alone(
@@ -38,6 +41,7 @@ def encode_alone(
     prefix_ids: Int[Array, "G P"],
     prefix_len: Int[Array, " G"],
     boundaries: Int[Array, " J"],
+    block_length: Int[Array, ""] | None = None,
     *,
     num_layers: int,
 ) -> PrefixCache:
@@ -52,6 +56,8 @@ def encode_alone(
         prefix_ids: prefix tokens, padded to P.
         prefix_len: tokens in each prefix.
         boundaries: boundaries in use; entries of L or more are unused slots.
+        block_length: tokens of a block, under block-causal attention; blocks are counted from the prefix's end, where
+            one ends. None: the model's own.
         num_layers: layers of KV to allocate (static); larger than every boundary in use, at most L.
 
     Returns:
@@ -61,6 +67,11 @@ def encode_alone(
     num_prefixes, length = prefix_ids.shape
     positions = jnp.broadcast_to(jnp.arange(length), (num_prefixes, length))
     valid = positions < prefix_len[:, None]
+    block_ids = None
+    if config.block_causal:
+        size = config.block_length if block_length is None else block_length
+        blocks = jnp.floor_divide(positions - prefix_len[:, None], size)
+        block_ids = (blocks, blocks)
     last = jnp.max(jnp.where(boundaries < config.num_layers, boundaries, 0))
     x = backbone.embed(params, prefix_ids)
     no_prefix = jnp.zeros((num_prefixes, config.num_kv_heads, 0, config.head_dim), x.dtype)
@@ -97,6 +108,7 @@ def encode_alone(
             v,
             prefix_len=jnp.zeros((num_prefixes,), jnp.int32),
             suffix_valid=valid,
+            block_ids=block_ids,
         )
         return backbone.finish(layer, x, attended), cache
 

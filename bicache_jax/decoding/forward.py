@@ -43,6 +43,8 @@ class SuffixForward:
         start: suffix index at which each row's span begins.
         update: which KV of the span replace those in a suffix cache; the others were frozen earlier.
         renew: rows whose deep prefix KV a refresh replaces; the others are inside an interval, and keep theirs.
+        valid: suffix tokens that may be attended to.
+        block_ids: under block-causal attention the block of each query and of each suffix token; None: all see all.
     """
 
     backbone: Backbone
@@ -53,6 +55,8 @@ class SuffixForward:
     start: Int[Array, " B"]
     update: Bool[Array, "B T"]
     renew: Bool[Array, " B"]
+    valid: Bool[Array, "B U"]
+    block_ids: tuple[Int[Array, "B T"], Int[Array, "B U"]] | None = None
 
     @property
     def _last(self) -> int:
@@ -100,8 +104,9 @@ class SuffixForward:
             v,
             prefix_index=index if shared else None,
             prefix_len=self.cache.length if shared else self.cache.length[index],
-            suffix_valid=self.rows.valid,
+            suffix_valid=self.valid,
             layer=slot,
+            block_ids=self.block_ids,
         )
 
     def _layer(self, index: Array, carry: Carry, kv: PrefixCache | DeepCache, slot: Array, *, shared: bool) -> Carry:

@@ -214,7 +214,8 @@ def choose(
         return logits * draw.scale
 
     def may_be_chosen(ids: Int[Array, " T"]) -> Bool[Array, " T"]:
-        return (ids != mask_id) & (ids < vocab_size) & ~(draw.ban_eos & _among(ids, ends))
+        allowed = (ids != mask_id) & (ids < vocab_size) & ~(draw.ban_eos & _among(ids, ends))
+        return allowed & ~jnp.any(ids[:, None] == draw.suppressed, axis=-1)
 
     def floors_of(x_cd: Float[Array, "C D"]) -> Float[Array, " C"]:
         logits = scaled_logits(x_cd, jnp.asarray(0), num_rows)

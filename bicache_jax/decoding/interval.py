@@ -80,46 +80,55 @@ class NextPass(NamedTuple):
     Attributes:
         active: rows that make a step in it.
         renew: rows that it refreshes.
-        starts: whether a row starts a block, which with a block cache takes a pass over the whole suffix.
+        size: which of the sizes of a pass it has.
         waited: passes lost to waiting since the last dear pass, this one included.
     """
 
     active: Bool[Array, " B"]
     renew: Bool[Array, " B"]
-    starts: Bool[Array, ""]
+    size: Int[Array, ""]
     waited: Float[Array, " S"]
 
 
 def _next_pass(
-    rows: Rows, waited: Float[Array, " S"], boundary: Int[Array, ""], *, num_layers: int, prefix_len: int, span: int
+    rows: Rows,
+    need: Int[Array, " B"],
+    waited: Float[Array, " S"],
+    boundary: Int[Array, ""],
+    *,
+    num_layers: int,
+    prefix_len: int,
+    sizes: tuple[int, ...],
 ) -> NextPass:
     """Decides between a dear pass, in which all rows make a step, and a cheap one, in which some wait.
 
-    A dear pass refreshes, or with a block cache runs whole suffixes. It is made when all rows wait for it, or when
-    waiting has cost as much as it costs more than a cheap pass: the rule for renting or buying, at most twice the cost
-    of knowing what is to come (Karlin, Manasse, Rudolph and Sleator 1988). Costs are tokens run, by layers.
+    A dear pass refreshes, or runs more of the suffixes. It is made when all rows wait for it, or when waiting has cost
+    as much as it costs more than a cheap pass: the rule for renting or buying, at most twice the cost of knowing what
+    is to come (Karlin, Manasse, Rudolph and Sleator 1988). Costs are tokens run, by layers.
 
     Args:
         rows: the rows.
+        need: tokens that each row's next step runs.
         waited: passes lost since the last dear pass.
         boundary: b, at most L - 1.
         num_layers: L.
         prefix_len: P where there are deep layers; 0: nothing is ever refreshed.
-        span: T; 0 without a block cache.
+        sizes: tokens that a pass may run, smallest first.
     """
-    alive, length = ~rows.done, rows.tokens.shape[1]
+    alive = ~rows.done
     deep = prefix_len * (num_layers - 1 - boundary)
     renew = alive & (rows.interval_step == 0) & (deep > 0)
-    starts = alive & (rows.block_step == 0) & (span > 0)
-    waits = renew | starts
-    dear = jnp.where(jnp.any(renew), deep / num_layers, 0) + jnp.where(jnp.any(starts), length, span or length)
-    patience = dear / (span or length) - 1
+    waits = renew | (alive & (need > sizes[0]))
+    most = jnp.max(jnp.where(waits, need, 0))
+    size = jnp.sum(most > jnp.asarray(sizes[:-1], jnp.int32)).astype(jnp.int32)
+    dear = jnp.where(jnp.any(renew), deep / num_layers, 0) + jnp.asarray(sizes)[size]
+    patience = dear / sizes[0] - 1
     lost = waited + jnp.sum(waits) / jnp.maximum(jnp.sum(alive), 1)
     now = jnp.any(waits) & (jnp.all(waits == alive) | (lost[0] > patience))
     return NextPass(
         active=alive & (now | ~waits),
         renew=renew & now,
-        starts=jnp.any(starts) & now,
+        size=jnp.where(now, size, 0),
         waited=jnp.where(now, 0.0, lost).astype(waited.dtype),
     )
 
@@ -135,7 +144,7 @@ def denoise_steps(
     stop_done: Int[Array, ""],
     *,
     block_width: int,
-    span: int = 0,
+    sizes: tuple[int, ...],
     guided: bool = False,
 ) -> DecodeState:
     """Makes up to `num_steps` passes, fewer when all rows are complete.
@@ -150,8 +159,7 @@ def denoise_steps(
         stop_block: return where every row has reached this block.
         stop_done: return where so many rows are complete, padding included.
         block_width: W, positions that the head looks at; at least `decoding.block_length` (static).
-        span: T, tokens that steps inside a block run: a block's, or with a prefix block cache all from the earliest
-            row's block on; 0 without a block cache (static).
+        sizes: T, tokens that a pass may run, smallest first (`bicache_jax.decoding.schedule.pass_sizes`; static).
         guided: whether the second half of the rows are twins, under classifier-free guidance (static).
 
     Returns:
@@ -159,27 +167,56 @@ def denoise_steps(
     """
     config = backbone.config
     num_rows, length = state.rows.tokens.shape
-    front = config.shifted
+    kept = bool(state.suffix.k.shape[0])
     refreshable, prefix_len = bool(state.deep.k.shape[0]), state.deep.k.shape[-2]
     unseen = vary_like(jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype), state)
     boundary = clamp_boundary(decoding.boundary if refreshable else config.num_layers, config.num_layers)
 
+    def fresh(rows: Rows) -> tuple[Array, Array]:
+        """The part of each suffix whose KV its next step writes: slots from here, to there."""
+        first, starts = rows.front + rows.block * decoding.block_length, rows.block_step == 0
+        end = rows.front + rows.end
+        behind = jnp.where(decoding.dual, jnp.minimum(first + decoding.block_length, end), end)
+        if config.block_causal:  # the prompt, then each block once more when it is done: nothing later changes it
+            before = jnp.where(rows.block > 0, first - decoding.block_length, 0)
+            return jnp.where(starts, before, first), behind
+        return jnp.where(starts, 0, first), jnp.where(starts, length, behind)
+
+    def lead(rows: Rows) -> Array:
+        """Slots in front of these that a step runs too, for the logits of the block's first position."""
+        return jnp.where(rows.block_step > 0, config.shifted if config.block_causal else 0, 0)
+
+    def needed(rows: Rows) -> Int[Array, " B"]:
+        """Tokens that each row's next step runs."""
+        begin, behind = fresh(rows)
+        inside = jnp.where(rows.block_step > 0, sizes[0], length)
+        return jnp.minimum(behind - begin + lead(rows) if config.block_causal and kept else inside, length)
+
     def suffix_forward(rows: Rows, size: int, this: NextPass) -> SuffixForward:
         """A pass over all of the suffix, or over the span of a block cache."""
-        first = front + rows.block * decoding.block_length
-        response_end = front + decoding.num_blocks * decoding.block_length
-        behind = jnp.where(decoding.dual, first + decoding.block_length, response_end)
-        start = jnp.zeros_like(first) if size == length else jnp.clip(first, 0, length - size)
+        begin, behind = fresh(rows)
+        if size == length:
+            start = jnp.zeros_like(begin)
+        elif config.block_causal:
+            start = jnp.clip(begin - lead(rows), 0, length - size)
+        else:
+            start = jnp.clip(rows.front + rows.block * decoding.block_length, 0, length - size)
         position = start[:, None] + jnp.arange(size)
-        update = (position >= first[:, None]) & (position < behind[:, None])
-        if size == length:  # where a block starts everything is written, also for rows that start theirs later
-            update |= (rows.block_step == 0)[:, None]
-        update &= this.active[:, None]
-        return SuffixForward(backbone, params, cache, rows, jnp.asarray(boundary), start, update, this.renew)
+        update = (position >= begin[:, None]) & (position < behind[:, None]) & this.active[:, None]
+        valid, block_ids = rows.valid, None
+        if config.block_causal:
+            own = jnp.floor_divide(jnp.arange(length) - rows.front[:, None], decoding.block_length)
+            valid &= own <= rows.block[:, None]
+            if not (kept and size == block_width):  # not only the tokens of one block
+                block_ids = jnp.take_along_axis(own, position, axis=1), own
+        return SuffixForward(
+            backbone, params, cache, rows, jnp.asarray(boundary), start, update, this.renew, valid, block_ids
+        )
 
     def block_hidden(rows: Rows, x: Float[Array, "B T D"], start: Array) -> Float[Array, "B W D"]:
-        # Families that shift logits put the token before the response in front of it, so hidden states line up.
-        position = rows.block[:, None] * decoding.block_length + jnp.arange(block_width) - start[:, None]
+        # Families that shift logits read a position from the one before it.
+        first = rows.front + rows.block * decoding.block_length - config.shifted
+        position = first[:, None] + jnp.arange(block_width) - start[:, None]
         return jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
 
     def forward(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, this: NextPass, *, refresh: bool) -> Pass:
@@ -194,8 +231,8 @@ def denoise_steps(
         """The kinds of pass that there are: tokens that it runs, whether it refreshes, whether it is this one."""
         refreshes = jnp.any(this.renew)
         modes = ((True, refreshes), (False, ~refreshes)) if refreshable else ((False, jnp.asarray(True)),)
-        sizes = ((length, this.starts), (span, ~this.starts)) if span else ((length, jnp.asarray(True)),)
-        return [(size, refresh, ours & theirs) for refresh, ours in modes for size, theirs in sizes]
+        dearest_first = [(size, this.size == place) for place, size in enumerate(sizes)][::-1]
+        return [(size, refresh, ours & theirs) for refresh, ours in modes for size, theirs in dearest_first]
 
     def predict(this: NextPass, rows: Rows, deep: DeepCache, suffix: SuffixCache) -> Pass:
         """A pass. Each kind is a loop of one turn or none, whose carry is updated in place."""
@@ -216,11 +253,12 @@ def denoise_steps(
         count, state = carry
         this = _next_pass(
             state.rows,
+            needed(state.rows),
             state.waited,
             jnp.asarray(boundary),
             num_layers=config.num_layers,
             prefix_len=prefix_len if refreshable else 0,
-            span=span,
+            sizes=sizes,
         )
         hidden, deep, suffix = predict(this, state.rows, state.deep, state.suffix)
         rows = unmask(backbone, params, hidden, state.rows, decoding, this.active, guided=guided)
@@ -236,7 +274,7 @@ def denoise_steps(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("backbone", "block_width", "span", "guided", "mesh"), donate_argnames=("state",)
+    jax.jit, static_argnames=("backbone", "block_width", "sizes", "guided", "mesh"), donate_argnames=("state",)
 )
 def decode(
     backbone: Backbone,

@@ -61,6 +61,15 @@ def entropy(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
     return Score(-choice.entropy, -choice.entropy)
 
 
+def sequential(choice: Choice, noise_bw: Float[Array, "B W"]) -> Score:
+    """From left to right (SDAR)."""
+    del noise_bw
+    order = vary_like(
+        jnp.broadcast_to(-jnp.arange(choice.log_odds.shape[1], dtype=jnp.float32), choice.log_odds.shape), choice
+    )
+    return Score(order, order)
+
+
 _RULES: dict[str, Rule] = {
     "low_confidence": low_confidence,
     "random": random,
@@ -68,6 +77,7 @@ _RULES: dict[str, Rule] = {
     "topk_margin": topk_margin,
     "entropy": entropy,
     "origin": random,
+    "sequential": sequential,
 }
 RULES: tuple[Rule, ...] = tuple(_RULES[name] for name in REMASKING)
 
@@ -97,16 +107,22 @@ def ranks(score_bw: Float[Array, "B W"], candidate_bw: Bool[Array, "B W"]) -> In
 
 
 def by_confidence(
-    choice: Choice, candidate_bw: Bool[Array, "B W"], threshold: Float[Array, ""], factor: Float[Array, ""]
+    choice: Choice,
+    candidate_bw: Bool[Array, "B W"],
+    least: Int[Array, " B"],
+    threshold: Float[Array, ""],
+    factor: Float[Array, ""],
 ) -> Bool[Array, "B W"]:
-    """Candidates unmasked by confidence alone: the most probable one, and those of Fast-dLLM (arXiv 2505.22618).
+    """Candidates unmasked by confidence: of Fast-dLLM (arXiv 2505.22618), at least the most probable one.
 
-    Threshold (`factor` 0): all candidates that reach it. Factor rule (`threshold` 1): the n-th most probable candidate
+    Threshold (`factor` 0): all candidates that reach it, if these are `least` or more; else the `least` most probable
+    ones (SDAR, LLaDA2). Factor rule (`threshold` 1): the n-th most probable candidate
     if its probability is at least `1 - factor / (n + 1)`. If only one candidate would be left, it is unmasked too, as
     in the published loop.
     """
     rank = ranks(choice.log_odds, candidate_bw)
     sure = jax.nn.sigmoid(choice.log_odds) >= threshold - factor / (rank + 2)
-    chosen = candidate_bw & (sure | (rank == 0))
+    enough = jnp.sum(candidate_bw & sure, axis=-1) >= least
+    chosen = candidate_bw & jnp.where(enough[:, None], sure, rank < least[:, None])
     left = jnp.sum(candidate_bw & ~chosen, axis=-1, keepdims=True)
     return chosen | (candidate_bw & (factor > 0) & (left == 1))

@@ -11,6 +11,9 @@ import numpy as np
 from bicache_jax.core.cache import Decoding, Draw
 from bicache_jax.core.config import REMASKING, BlockCache, ModelConfig, SamplingConfig
 
+TO_THE_END = 2**30
+"""A block, or a number of steps, that no run reaches."""
+
 
 def even_counts(masks: int, steps: int) -> np.ndarray:
     """LLaDA's schedule (`get_num_transfer_tokens`): `masks // steps` a step, one more in the first `masks % steps`."""
@@ -40,7 +43,10 @@ def time_counts(masks: int, steps: int, *, anchored: bool, eps: float) -> np.nda
 
 
 def linear_counts(masks: int, steps: int) -> np.ndarray:
-    """A2D's schedule (its MDLM sampler): with n steps to go, the n-th part of what is left, to the nearest even.
+    """A2D's schedule (its samplers): with n steps to go, the n-th part of what is left, to the nearest number.
+
+    The share is `1 - (1 - a(s)) / (1 - a(t))` with `a(t) = 1 - t` in float32, as published: halves round as they do
+    there.
 
     Args:
         masks: masked tokens in the block.
@@ -49,9 +55,10 @@ def linear_counts(masks: int, steps: int) -> np.ndarray:
     Returns:
         Tokens that each step unmasks, at most `steps` numbers, none of them 0.
     """
-    counts = []
+    counts, one = [], np.float32(1)
     for left in range(steps, 0, -1):
-        counts.append(min(masks, round(masks / left)))
+        s, t = (one - (one - np.float32(step / steps)) for step in (left - 1, left))
+        counts.append(min(masks, round(masks * (1 - float(s / t)))))
         masks -= counts[-1]
     return np.asarray([count for count in counts if count], np.int32)
 
@@ -82,6 +89,13 @@ def span_size(sampling: SamplingConfig, block_cache: BlockCache, block: int) -> 
     return sampling.block_size if block_cache == "dual" else sampling.gen_length - block * sampling.block_size
 
 
+def last_block(config: ModelConfig, sampling: SamplingConfig) -> int:
+    """Masks of the last block; where the prompt is part of the first one (`ModelConfig.padded_prompt`), it is whole."""
+    if config.block_causal and not config.padded_prompt:
+        return sampling.block_size
+    return sampling.gen_length - (sampling.num_blocks - 1) * sampling.block_size
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """Steps of a run that share one program. Only a block cache of the prefix kind has more than one stage.
@@ -95,8 +109,32 @@ class Stage:
     stop_block: int
 
 
+def pass_sizes(config: ModelConfig, sampling: SamplingConfig, span: int, length: int) -> tuple[int, ...]:
+    """Tokens of a suffix that a pass may run, smallest first.
+
+    Without a block cache that is all of it. With one, steps inside a block run its span, and those at its start
+    everything. Under block-causal attention they run the block; at its start the one before it too, whose KV are
+    written when it is done; and at the first block's start what is left of the prompt.
+
+    Args:
+        config: the architecture.
+        sampling: decoding settings.
+        span: of a `Stage`, perhaps rounded up.
+        length: U.
+    """
+    if not span:
+        return (length,)
+    sizes = {span, length}
+    if config.block_causal:
+        block = sampling.block_size
+        sizes = {block + config.shifted, 2 * block, length - min(sampling.gen_length, length) + block}
+    return tuple(sorted({min(size, length) for size in sizes}))
+
+
 def stages(sampling: SamplingConfig, block_cache: BlockCache) -> list[Stage]:
     """The stages of a run, in order."""
+    if block_cache != "prefix":
+        return [Stage(span_size(sampling, block_cache, 0), TO_THE_END)]
     spans = [span_size(sampling, block_cache, block) for block in range(sampling.num_blocks)]
     ends = {span: block + 1 for block, span in enumerate(spans)}
     return [Stage(span, end) for span, end in ends.items()]
@@ -124,19 +162,19 @@ def make_decoding(
     Returns:
         The settings that the rows share.
     """
-    block_steps = sampling.num_steps // sampling.num_blocks
+    block_steps = sampling.block_steps
     anchored = config.anchor_blocks and block_cache != "off"
     rule = sampling.remasking or config.remasking
-    counts, bars = np.zeros(block_steps, np.int32), np.full(block_steps, np.inf)
+    counts, bars = np.zeros((2, block_steps), np.int32), np.full(block_steps, np.inf)
     if rule == "origin":
         bars = chance_bars(block_steps, eps=config.time_eps)
-    elif config.schedule == "time":
-        counts = time_counts(sampling.block_size, block_steps, anchored=anchored, eps=config.time_eps)
-    elif config.schedule == "linear":
-        made = linear_counts(sampling.block_size, block_steps)
-        counts = np.pad(made, (0, block_steps - len(made)))
     else:
-        counts = even_counts(sampling.block_size, block_steps)
+        for place, masks in enumerate((sampling.block_size, last_block(config, sampling))):
+            if config.schedule == "time":
+                made = time_counts(masks, block_steps, anchored=anchored, eps=config.time_eps)
+            else:
+                made = {"linear": linear_counts, "even": even_counts}[config.schedule](masks, block_steps)
+            counts[place, : len(made)] = made
     padding = (0, max(0, num_counts - block_steps))
     tempered = config.tempered_confidence and sampling.temperature > 0
     draw = Draw(
@@ -145,22 +183,26 @@ def make_decoding(
         top_p=jnp.asarray(sampling.top_p or 1.0, jnp.float32),
         top_k=jnp.asarray(min(sampling.top_k or config.vocab_size, config.vocab_size), jnp.int32),
         guidance=jnp.asarray(1.0 + sampling.cfg_scale, jnp.float32),
+        suppressed=jnp.asarray(sampling.suppress_tokens, jnp.int32),
         ban_eos=jnp.asarray(sampling.logits_eos_inf),
         defer_eos=jnp.asarray(sampling.confidence_eos_eot_inf),
     )
     threshold = 1.0 if sampling.factor is not None else jnp.inf if sampling.threshold is None else sampling.threshold
+    if config.block_causal:  # these loops ask for more than the threshold, the others for no less
+        threshold = np.nextafter(np.float32(threshold), np.float32(jnp.inf))
     return Decoding(
         boundary=jnp.asarray(boundary, jnp.int32),
         refresh_interval=jnp.asarray(refresh_interval, jnp.int32),
-        num_blocks=jnp.asarray(sampling.num_blocks, jnp.int32),
         block_length=jnp.asarray(sampling.block_size, jnp.int32),
-        counts=jnp.asarray(np.pad(counts, padding), jnp.int32),
+        counts=jnp.asarray(np.pad(counts, ((0, 0), padding)), jnp.int32),
+        quota=jnp.asarray(config.block_causal),
         bars=jnp.asarray(np.pad(bars, padding), jnp.float32),
         draw=draw,
         remasking=jnp.asarray(REMASKING.index(rule), jnp.int32),
         alg_temperature=jnp.asarray(sampling.alg_temperature, jnp.float32),
         threshold=jnp.asarray(threshold, jnp.float32),
         factor=jnp.asarray(sampling.factor or 0.0, jnp.float32),
+        editing=jnp.asarray(jnp.inf if sampling.editing_threshold is None else sampling.editing_threshold, jnp.float32),
         early_stop=jnp.asarray(sampling.early_stop),
         anchor=jnp.asarray(anchored),
         dual=jnp.asarray(block_cache == "dual"),
@@ -175,4 +217,4 @@ def passes_saved(sampling: SamplingConfig, blocks: int) -> int:
         blocks: number of blocks that it finished.
     """
     skipped = sampling.num_blocks - blocks
-    return skipped * (1 if sampling.by_confidence else sampling.num_steps // sampling.num_blocks)
+    return skipped * (1 if sampling.by_confidence else sampling.block_steps)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.cache import Decoding, Rows
+from bicache_jax.core.config import MOST_EDITS
 from bicache_jax.core.layout import in_response
 from bicache_jax.decoding.head import choose, guide
 from bicache_jax.decoding.rules import by_confidence, order, ranks
@@ -49,11 +50,9 @@ def unmask(
     rows = jax.tree.map(lambda leaf: leaf[:half], rows)
     guided_x = guide(x[:half], x[half:], decoding.draw.guidance)
     rows = _unmask(backbone, params, guided_x, rows, decoding, active[:half])
-    slots, gen_length = jnp.arange(rows.tokens.shape[1]), decoding.num_blocks * decoding.block_length
-    response = in_response(slots, backbone.config, gen_length)
     twins = dataclasses.replace(
         rows,
-        tokens=jnp.where(response, rows.tokens, twins.tokens),
+        tokens=jnp.where(in_response(rows), rows.tokens, twins.tokens),
         positions=twins.positions,
         valid=twins.valid,
         prefix_index=twins.prefix_index,
@@ -72,12 +71,13 @@ def _unmask(
     """`unmask` for rows without twins, from normalised hidden states."""
     config = backbone.config
     (num_rows, length), width = rows.tokens.shape, x_bwd.shape[1]
-    front = config.shifted
     offset = rows.block[:, None] * decoding.block_length + jnp.arange(width)
-    slot = jnp.minimum(offset + front, length - 1)
+    slot = jnp.minimum(offset + rows.front[:, None], length - 1)
     tokens = jnp.take_along_axis(rows.tokens, slot, axis=1)
     in_block = (jnp.arange(width) < decoding.block_length) & active[:, None]
+    in_block &= (offset >= rows.given[:, None]) & (offset < rows.end[:, None])
     candidate = (tokens == config.mask_id) & in_block
+    last = rows.block == (rows.end - 1) // decoding.block_length
 
     token_keys, order_keys = _keys(rows, offset)
     choice = choose(
@@ -90,32 +90,46 @@ def _unmask(
     )
     with jax.named_scope("unmask"):
         noise = jax.vmap(jax.vmap(jax.random.gumbel))(order_keys)
-        step = jnp.minimum(rows.block_step, decoding.counts.shape[0] - 1)
+        step = jnp.minimum(rows.block_step, decoding.counts.shape[1] - 1)
+        count = decoding.counts[last.astype(jnp.int32), step]
         by_chance = jnp.sum(candidate & (noise > decoding.bars[step][:, None]), axis=1)
         rank = ranks(order(decoding.remasking, choice, noise, decoding.alg_temperature), candidate)
-        scheduled = candidate & (rank < (decoding.counts[step] + by_chance)[:, None])
-        sure = by_confidence(choice, candidate, decoding.threshold, decoding.factor)
+        scheduled = candidate & (rank < (count + by_chance)[:, None])
+        least = jnp.where(decoding.quota, count, 1)
+        sure = by_confidence(choice, candidate, least, decoding.threshold, decoding.factor)
         chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
         anchor = candidate & (jnp.arange(width) == 0)
         chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)
-        updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(chosen, slot, length)].set(
+        edited = in_block & ~candidate & (choice.token != tokens)
+        edited &= jax.nn.sigmoid(choice.log_odds) > decoding.editing
+        changed = chosen | edited
+        updated = rows.tokens.at[jnp.arange(num_rows)[:, None], jnp.where(changed, slot, length)].set(
             choice.token, mode="drop"
         )
 
         failed = jnp.any(candidate & jnp.isnan(choice.log_odds), axis=1)
         updated = jnp.where(failed[:, None], rows.tokens, updated)
         over = active & ~failed & ~jnp.any(candidate & ~chosen, axis=1)
-        complete = over & (rows.block == decoding.num_blocks - 1)
+        # Where tokens are edited, a block ends with a pass that found no mask and changed nothing.
+        full = active & ~jnp.any(candidate, axis=1) & jnp.isfinite(decoding.editing)
+        settled = full & (~jnp.any(edited, axis=1) | (rows.edits + 1 >= MOST_EDITS))
+        over &= settled | ~jnp.isfinite(decoding.editing)
+        complete = over & last
         ended = over & decoding.early_stop & ~complete
         if config.eos_ids:
-            now = jnp.where(chosen, choice.token, tokens)
+            now = jnp.where(changed, choice.token, tokens)
             is_end = in_block & jnp.isin(now, jnp.asarray(config.eos_ids))
             ended &= jnp.any(is_end, axis=1)
             end = jnp.take_along_axis(now, jnp.argmax(is_end, axis=1)[:, None], axis=1)
-            unused = in_response(jnp.arange(length), config, decoding.num_blocks * decoding.block_length)
-            updated = jnp.where(ended[:, None] & unused & (updated == config.mask_id), end, updated)
+            updated = jnp.where(ended[:, None] & in_response(rows) & (updated == config.mask_id), end, updated)
         else:
             ended &= False
+        seen = {}
+        if config.pad_id is not None:
+            inside = (jnp.arange(length) - rows.front[:, None]) // decoding.block_length == rows.block[:, None]
+            gone = over[:, None] & inside & in_response(rows) & (updated == config.pad_id)
+            behind = jnp.cumsum(gone, axis=1) - gone
+            seen = {"valid": rows.valid & ~gone, "positions": rows.positions - behind}
         # Under a threshold blocks take as many steps as they need, so the interval begins anew with each.
         next_step = jnp.where(over & jnp.isfinite(decoding.threshold), 0, rows.interval_step + active)
         return dataclasses.replace(
@@ -125,9 +139,11 @@ def _unmask(
             block=rows.block + over,
             block_step=jnp.where(over, 0, rows.block_step + active),
             interval_step=jnp.where(next_step >= decoding.refresh_interval, 0, next_step),
+            edits=jnp.where(over, 0, rows.edits + full),
             done=rows.done | complete | ended | failed,
             forward_passes=rows.forward_passes + active,
             failed=rows.failed | failed,
+            **seen,
         )
 
 

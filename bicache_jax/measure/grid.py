@@ -94,4 +94,6 @@ class Grid:
         blocks = max(1, gen_length // block)
         longest = max(REFRESH_INTERVAL if interval == "auto" else interval for interval in self.refresh_intervals)
         steps = self.steps or min(gen_length, -(-longest // blocks) * blocks)
-        return SamplingConfig(gen_length=gen_length, steps=steps, block_length=block)
+        sampling = SamplingConfig(gen_length=gen_length, steps=steps, block_length=block)
+        sampling.check_even()
+        return sampling

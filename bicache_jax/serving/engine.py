@@ -101,7 +101,7 @@ class Engine:
                 raise BicacheError(f"{name} must be >= 0, got {nbytes}")
         start_compilation_cache()
         self.model = model
-        self.cache = cache or CacheConfig()
+        self.cache = cache_for(model, cache or CacheConfig())
         self.sampling = sampling or SamplingConfig()
         self.batch_size = batch_size
         placement = Placement(model.config, None if mesh is None else check_mesh(mesh))
@@ -344,6 +344,18 @@ class Engine:
                     yield places[id(seen.row.request)], seen.row.sample, result
         finally:
             prefixes.close()
+
+
+def cache_for(model: Model, cache: CacheConfig) -> CacheConfig:
+    """The cache of a model, its policy settled.
+
+    Raises:
+        BicacheError: the policy is not one for the model's attention.
+    """
+    try:
+        return cache.for_model(model.config)
+    except ValueError as error:
+        raise BicacheError(str(error)) from None
 
 
 def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContextManager[Any]:

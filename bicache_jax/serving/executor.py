@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.core.backbone import Backbone
@@ -53,6 +54,7 @@ class Executor:
             placement.put(ids),
             placement.put(lengths),
             placement.put(slots),
+            jnp.asarray(call.block_length, jnp.int32),
             mesh=placement.mesh,
             **call.sizes,
         )
@@ -62,7 +64,7 @@ class Executor:
         if counts["failed"]:
             return self._failure(row, counts["step"]) if counts["done"] else None
         config, tokenizer, finished = self.model.config, self.model.tokenizer, bool(counts["done"])
-        ids = tuple(map(int, tokens[response_slots(config, row.request.sampling.gen_length)]))
+        ids = tuple(map(int, tokens[response_slots(row.request, row.prefix_len, config)]))
         read = read_text(ids, row.request, config, tokenizer)
         return Result(
             id=row.request.id,

@@ -41,8 +41,13 @@ _ALIASES = {
     "input_ids": "prompt_ids",
     "stop_strings": "stop",
 }
-# Two rules for the number of tokens per step. A request that names one of them overrides the run's other one.
-_ALTERNATIVES = {"threshold": "factor", "factor": "threshold"}
+# Two rules for the same thing. A request that names one of them overrides the run's other one.
+_ALTERNATIVES = {
+    "threshold": "factor",
+    "factor": "threshold",
+    "steps": "steps_per_block",
+    "steps_per_block": "steps",
+}
 
 SEED_LIMIT = 2**63
 MOST_SAMPLES = 2**16
@@ -129,6 +134,15 @@ def _number(record: Mapping[str, Any], field: str) -> float | None:
     return number
 
 
+def _tokens(record: Mapping[str, Any], field: str) -> tuple[int, ...] | None:
+    value = record.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(is_int, value)):
+        raise BadRequest(f"{field!r} must be a list of token ids, got {shown(value)}")
+    return tuple(map(int, value))
+
+
 def _flag(record: Mapping[str, Any], field: str) -> bool | None:
     value = record.get(field)
     if value is not None and not isinstance(value, bool):
@@ -143,13 +157,18 @@ def _choice(record: Mapping[str, Any], field: str, choices: Iterable[Any]) -> An
     return value
 
 
+def _words(member: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(member)
+    return typing.get_args(member) if origin is typing.Literal else (origin or member,)
+
+
 @functools.cache
 def _kinds() -> dict[str, tuple[Any, ...]]:
     """The types that each decoding setting may have in addition to None; for a choice, its values."""
     kinds = {}
     for name, members in field_kinds(SamplingConfig).items():
         given = (member for member in members if member is not type(None))
-        kinds[name] = tuple(word for member in given for word in typing.get_args(member) or (member,))
+        kinds[name] = tuple(word for member in given for word in _words(member))
     return kinds
 
 
@@ -173,6 +192,8 @@ def given_sampling(record: Mapping[str, Any], config: ModelConfig | None = None)
             value = integer(record, name, *limits.get(name, (1, length)))
         elif float in kinds:
             value = _number(record, name)
+        elif tuple in kinds:
+            value = _tokens(record, name)
         else:
             value = _choice(record, name, kinds)
         if value is not None:

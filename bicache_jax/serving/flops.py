@@ -94,8 +94,10 @@ def attention_flops(config: ModelConfig, queries: int, keys: int) -> int:
 
 
 def finish_flops(config: ModelConfig, tokens: int) -> int:
-    """Output projection and MLP of one layer."""
-    return 2 * tokens * config.d_model * (config.num_heads * config.head_dim + 3 * config.d_mlp)
+    """Output projection and MLP of one layer, or the experts that a token runs through and their router."""
+    router = 0 if config.experts is None else config.experts.num
+    columns = config.num_heads * config.head_dim + 3 * config.mlp_columns + router
+    return round(2 * tokens * config.d_model * columns)
 
 
 def layer_flops(config: ModelConfig, tokens: int, keys: int) -> int:
@@ -164,10 +166,10 @@ def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> floa
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the parameters that a step reads: all layers and the head."""
+    """Bytes of the parameters that a step reads: all layers, with all of their experts, and the head."""
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    layer = config.d_model * (heads + 3 * config.d_mlp)
-    return itemsize * (config.num_layers * layer + config.vocab_size * config.d_model)
+    layer = config.d_model * (heads + 3 * config.mlp_weights)
+    return round(itemsize * (config.num_layers * layer + config.vocab_size * config.d_model))
 
 
 def summed_bytes(config: ModelConfig, job: Job, span: int, *, refresh: bool, itemsize: int) -> int:

@@ -39,6 +39,7 @@ class Row:
         boundary: the row's b: its own, or that of the batch it is merged into.
         priority: rows of higher priority join first.
         namespace: its prefix is only shared with rows of the same.
+        filled: masks behind the response that complete its last block.
     """
 
     request: Request
@@ -48,6 +49,7 @@ class Row:
     boundary: int
     priority: int = 0
     namespace: str = ""
+    filled: int = 0
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -66,7 +68,7 @@ class Row:
     @property
     def suffix_len(self) -> int:
         """U."""
-        return suffix_length(self.request, self.prefix_len)
+        return suffix_length(self.request, self.prefix_len) + self.filled
 
     @functools.cached_property
     def settings(self) -> tuple[object, ...]:

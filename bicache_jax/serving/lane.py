@@ -262,7 +262,9 @@ class Lane:
                 for shard, prefix in enumerate(prefixes)
             ]
             tokens = [None if prefix is None else prefix[1] for prefix in prefixes]
-            pieces = executor.placement.split(executor.encode(EncodeCall(self._plan, tokens, used, self._length)))
+            pieces = executor.placement.split(
+                executor.encode(EncodeCall(self._plan, tokens, used, self._length, self._call.sampling.block_size))
+            )
             for shard, prefix in enumerate(prefixes):
                 if prefix is not None:
                     self._known.put(shard, prefix, pieces[shard], used[shard])

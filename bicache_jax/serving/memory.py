@@ -198,13 +198,15 @@ class Footprint:
         tokens = rows * (suffix + (prefix if deep else 0))
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         attention = 2 * config.d_model + 2 * (heads + 2 * kv_heads) + heads
-        mlp = 2 * config.d_model + self.copies.mlp * config.d_mlp
+        # A mixture sorts its tokens: each is there once for every expert that it runs through, in front and behind.
+        routed = 0 if config.experts is None else 2 * config.experts.per_token * config.d_model
+        mlp = 2 * config.d_model + self.copies.mlp * max(config.d_mlp, config.mlp_columns) + routed
         return Memory(
             params=self.params * (1 + self.copies.weights),
             prefixes=groups * prefix_bytes(config, itemsize, length=prefix, layers=self.buffers.shallow),
             deep=deep * rows * prefix * kv,
             suffixes=config.num_layers * rows * suffix * kv if self.block_cache else 0,
-            activations=tokens * max(attention, mlp) * itemsize,
+            activations=round(tokens * max(attention, mlp) * itemsize),
         )
 
     def most_rows(self, limit: float, *, prefix: int, suffix: int, per_prefix: int = 1) -> int:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import Record
 from bicache_jax.serving.fields import SAMPLING, BadRequest, check_keys, integer, is_int, shown
 
@@ -46,7 +46,7 @@ def is_openai(record: Mapping[str, Any]) -> bool:
 
 
 def from_openai(
-    record: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig, longest: int
+    record: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig, config: ModelConfig
 ) -> tuple[dict[str, Any], int | None]:
     """A line of a batch file as a request of ours.
 
@@ -58,7 +58,7 @@ def from_openai(
         record: the line.
         sampling: settings of a request that names none.
         cache: how prefixes are reused; a block cache implies a block length.
-        longest: tokens of the longest sequence that the model takes.
+        config: the model: its longest sequence, and its blocks.
 
     Returns:
         The request, and the most tokens of its text (None: as many as the canvas has).
@@ -83,12 +83,12 @@ def from_openai(
     native |= {key: body[key] for key in _PASSED if body.get(key) is not None}
     if native.get("top_k") == -1:  # vLLM's word for all
         del native["top_k"]
-    lengths = {key: found for key in _LENGTHS if (found := integer(body, key, 1, longest + 1)) is not None}
+    lengths = {key: found for key in _LENGTHS if (found := integer(body, key, 1, config.max_length + 1)) is not None}
     if len(set(lengths.values())) > 1:
         raise BadRequest("'max_tokens' and 'max_completion_tokens' differ: give one of them")
     max_tokens = next(iter(lengths.values()), None)
     if max_tokens is not None and "gen_length" not in native:
-        native |= _canvas(max_tokens, native, sampling, cache)
+        native |= _canvas(max_tokens, native, sampling, cache, config)
     return native, max_tokens
 
 
@@ -111,9 +111,12 @@ def _prompt(record: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any
     return {"prompt_ids": value}
 
 
-def _canvas(max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig) -> dict[str, int]:
+def _canvas(
+    max_tokens: int, native: Mapping[str, Any], sampling: SamplingConfig, cache: CacheConfig, config: ModelConfig
+) -> dict[str, int]:
     """Canvas and steps for so many tokens of text."""
-    block = integer(native, "block_length", 1, 2**31) or sampling.block_length or cache.default_block(max_tokens)
+    block = integer(native, "block_length", 1, 2**31) or sampling.block_length
+    block = block or cache.default_block(max_tokens, config)
     blocks = -(-max_tokens // block)
     found = {"gen_length": blocks * block}
     if sampling.steps is not None and "steps" not in native:

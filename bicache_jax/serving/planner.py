@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.config import CacheConfig
 from bicache_jax.core.device import DeviceMemory
+from bicache_jax.core.layout import decoded_tokens, given_tokens, whole_blocks
 from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.serving.grouping import Row, default_rows, detect_prefixes, prefix_ratio
 from bicache_jax.serving.memory import Buffers
@@ -35,7 +36,7 @@ def boundary_rule(model: Model, cache: CacheConfig) -> Callable[[int], int]:
         if boundary > num_layers:
             raise BicacheError(f"boundary: {boundary} is deeper than the model's {num_layers} layers")
         return lambda ratio: boundary
-    if cache.policy == "naive":
+    if cache.policy in ("naive", "exact"):
         return lambda ratio: num_layers
     table = cache.table if cache.table is not None else model.boundaries
     if table is None:
@@ -88,12 +89,18 @@ class Planner:
                 detection=self.cache.prefix_detection,
                 added=added,
             )
-        rows = []
-        for request, prefix_len in zip(requests, lengths, strict=True):
+        rows, config = [], self.placement.config
+        for request, found in zip(requests, lengths, strict=True):
+            sampling, prompt_len = request.sampling, len(request.prompt_ids)
+            prefix_len = whole_blocks(found, prompt_len, sampling.block_size, config)
+            given = given_tokens(prompt_len, sampling.block_size, config)
+            filled = decoded_tokens(given, sampling, config) - given - sampling.gen_length
             ratio = prefix_ratio(prefix_len, len(request.prompt_ids) + request.sampling.gen_length)
-            boundary = self.boundary_of(ratio) if prefix_len else 0
+            boundary = self.boundary_of(ratio) if prefix_len or self.cache.policy == "exact" else 0
             facts = (prefix_len, ratio, boundary)
-            rows += [Row(request, sample, *facts, namespace=namespace) for sample in range(request.n)]
+            # An encoding under a block-causal mask belongs to one length of blocks.
+            scope = f"{namespace}\n{sampling.block_size}" if config.block_causal else namespace
+            rows += [Row(request, sample, *facts, namespace=scope, filled=filled) for sample in range(request.n)]
         return rows
 
     def plan(self, rows: Sequence[Row], store: PrefixStore) -> Plan:

@@ -19,12 +19,12 @@ from jax.sharding import PartitionSpec as P
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.buckets import length_bucket, width_bucket
 from bicache_jax.core.cache import Decoding
-from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.config import CACHED_BLOCK, SamplingConfig
 from bicache_jax.core.layout import lay_out, put_rows
 from bicache_jax.decoding.encode import encode
 from bicache_jax.decoding.interval import NO_LIMIT, decode, initial_state
 from bicache_jax.decoding.places import no_prefixes
-from bicache_jax.decoding.schedule import Stage, make_decoding, stages
+from bicache_jax.decoding.schedule import Stage, make_decoding, pass_sizes, stages
 from bicache_jax.serving.grouping import Batch, Row
 from bicache_jax.serving.plan import Plan
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE
@@ -39,12 +39,14 @@ class EncodeCall:
         prefixes: the prefix of each data shard; None where a shard has nothing to encode.
         boundaries: boundaries in use of each of them.
         length: P, to which all are padded.
+        block_length: tokens of a block, under block-causal attention.
     """
 
     plan: Plan
     prefixes: Sequence[tuple[int, ...] | None]
     boundaries: Sequence[Sequence[int]]
     length: int
+    block_length: int = CACHED_BLOCK
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -90,10 +92,12 @@ class DecodeCall:
     def sizes(self, stage: Stage) -> dict[str, Any]:
         """Static arguments of a dispatch."""
         *_, length = self.shape
+        config, sampling = self.plan.config, self.sampling
+        exact = config.block_causal and stage.span > 0  # its blocks are small, and no other length shares the program
         return {
-            "block_width": width_bucket(self.sampling.block_size),
-            "span": min(stage.span and width_bucket(stage.span), length),
-            "guided": self.sampling.guided,
+            "block_width": sampling.block_size if exact else width_bucket(sampling.block_size),
+            "sizes": pass_sizes(config, sampling, stage.span and width_bucket(stage.span), length),
+            "guided": sampling.guided,
         }
 
     @property
@@ -122,7 +126,7 @@ class DecodeCall:
             0 if row is None else row.boundary,
             self.plan.cache.interval(sampling),
             block_cache=self.plan.cache.block_cache,
-            num_counts=length_bucket(sampling.num_steps // sampling.num_blocks),
+            num_counts=length_bucket(sampling.block_steps),
         )
 
     @property
@@ -171,7 +175,8 @@ def lower_encode(
     _, length, _, _ = plan.shape(*batches)
     call = EncodeCall(plan, [()], [()], length)
     args = _everywhere(jax.eval_shape(lambda: tuple(map(jnp.asarray, call.shard(0)))), (PER_SHARD,) * 3, mesh)
-    return encode.lower(backbone, _shapes(params), *args, mesh=mesh, **call.sizes)
+    block = jax.ShapeDtypeStruct((), jnp.int32)
+    return encode.lower(backbone, _shapes(params), *args, block, mesh=mesh, **call.sizes)
 
 
 def lower_decode(

@@ -57,7 +57,7 @@ class Parser:
         """
         max_tokens = None
         if is_openai(record):
-            record, max_tokens = from_openai(record, self.sampling, self.cache, self.config.max_length)
+            record, max_tokens = from_openai(record, self.sampling, self.cache, self.config)
         check_keys(record, KEYS, "a request")
         config = self.config
         given = [field for field in PROMPTS if record.get(field) is not None]
@@ -111,10 +111,13 @@ class Parser:
             )
         integer({"prefix_len": request.prefix_len}, "prefix_len", 0, len(ids) + 1)
         integer({"n": request.n}, "n", 1, MOST_SAMPLES)
+        for token in request.sampling.suppress_tokens:
+            if not 0 <= token < config.vocab_size:
+                raise BadRequest(f"suppress_tokens: {token} is outside the model's vocabulary of {config.vocab_size}")
         if request.stop:
             stops({"stop": request.stop}, self.tokenizer)
         try:
-            sampling = self.cache.with_blocks(request.sampling)
+            sampling = self.cache.with_blocks(request.sampling, config)
         except ValueError as error:
             raise BadRequest(str(error)) from None
         return request if sampling is request.sampling else dataclasses.replace(request, sampling=sampling)

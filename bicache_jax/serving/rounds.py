@@ -128,7 +128,8 @@ def program_key(row: Row, cache: CacheConfig) -> tuple[object, ...]:
         length_bucket(row.prefix_len),
         length_bucket(row.suffix_len),
         width_bucket(sampling.block_size),
-        length_bucket(sampling.num_steps // sampling.num_blocks),
+        length_bucket(sampling.block_steps),
+        len(sampling.suppress_tokens),
         sampling.guided,
     )
-    return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.num_blocks)
+    return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.gen_length)

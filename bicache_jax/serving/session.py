@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
 from bicache_jax.core.version import version
-from bicache_jax.serving.engine import Engine
+from bicache_jax.serving.engine import Engine, cache_for
 from bicache_jax.serving.frames import SECONDS
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.inputs import Requests, remaining
@@ -44,6 +44,7 @@ class Session:
         prefix_cache_dir: str | None = None,
     ) -> None:
         """Makes an engine; arguments and errors as `bicache_jax.Engine`."""
+        cache = cache_for(model, cache)
         if cache.policy == "bicache" and cache.boundary == "auto" and cache.table is None:
             cache = dataclasses.replace(cache, table=model.boundaries)  # a journal names what was used
         self._engine = Engine(
@@ -111,7 +112,7 @@ class Session:
             "dtype": str(engine.model.params["embed"].dtype),
             "mask_id": engine.model.config.mask_id,
             **cache,
-            **dataclasses.asdict(engine.cache.with_blocks(engine.sampling)),
+            **dataclasses.asdict(engine.cache.with_blocks(engine.sampling, engine.model.config)),
             "input": requests.digest,
             "tokens": tokens.hexdigest(),  # the input through tokenizer and chat template
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bicache_jax.core.backbone import Table
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import Experts, ModelConfig
 from bicache_jax.sharding.meshes import MODEL
 
 MESH_AXES: Mapping[str | None, str | None] = {
     "heads": MODEL,
     "kv_heads": MODEL,
     "mlp": MODEL,
+    "expert_mlp": MODEL,
+    "shared_mlp": MODEL,
+    "expert": None,
     "vocab": MODEL,
     "layer": None,
     "width": None,
@@ -72,7 +75,15 @@ class Partition:
             num_kv_heads=heads * copies,
             d_mlp=_up(self.logical.d_mlp, self.shards),
             vocab_size=_up(self.logical.vocab_size, self.shards),
+            experts=self._experts(lambda size: _up(size, self.shards)),
         )
+
+    def _experts(self, resize: Callable[[int], int]) -> Experts | None:
+        """The mixture of experts with other widths: each expert is cut, so that every shard works for every token."""
+        experts = self.logical.experts
+        if experts is None:
+            return None
+        return dataclasses.replace(experts, d_expert=resize(experts.d_expert), d_shared=resize(experts.d_shared))
 
     @property
     def local(self) -> ModelConfig:
@@ -84,6 +95,7 @@ class Partition:
             num_kv_heads=whole.num_kv_heads // self.shards,
             d_mlp=whole.d_mlp // self.shards,
             vocab_size=self.logical.vocab_size,
+            experts=self._experts(lambda size: _up(size, self.shards) // self.shards),
         )
 
     def source(self, axis: str) -> np.ndarray | None:
@@ -110,10 +122,11 @@ class Partition:
                 return None
             dims = np.arange(logical.head_dim)
             return np.where(found[:, None] < 0, -1, found[:, None] * logical.head_dim + dims).ravel()
-        size, padded = {
-            "mlp": (logical.d_mlp, whole.d_mlp),
-            "vocab": (logical.vocab_size, whole.vocab_size),
-        }.get(axis, (0, 0))
+        sizes = {"mlp": (logical.d_mlp, whole.d_mlp), "vocab": (logical.vocab_size, whole.vocab_size)}
+        if logical.experts is not None and whole.experts is not None:
+            sizes["expert_mlp"] = logical.experts.d_expert, whole.experts.d_expert
+            sizes["shared_mlp"] = logical.experts.d_shared, whole.experts.d_shared
+        size, padded = sizes.get(axis, (0, 0))
         return None if size == padded else np.where(np.arange(padded) < size, np.arange(padded), -1)
 
     def expand(self, leaf: Any, axes: Sequence[str]) -> Any:

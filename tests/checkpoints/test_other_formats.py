@@ -93,8 +93,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"model\.safetensors: a pointer of Git LFS.*git lfs pull",
     ),
     "empty": (_files(), r"no config\.json in it; name the folder"),
-    "Qwen": (lambda folder: _config_only(folder, model_type="qwen2"), "'qwen2', a causal language model.*llada, dream"),
-    "BERT": (lambda folder: _config_only(folder, model_type="bert"), "model_type is 'bert', supported: llada, dream"),
+    "Qwen": (
+        lambda folder: _config_only(folder, model_type="qwen2"),
+        "'qwen2', a causal language model.*llada, llada_moe, dream",
+    ),
+    "BERT": (
+        lambda folder: _config_only(folder, model_type="bert"),
+        "model_type is 'bert', supported: llada, llada_moe, dream",
+    ),
     "no family": (lambda folder: _config_only(folder, model_type=None), "'model_type' is missing, supported"),
 }
 

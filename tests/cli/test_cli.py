@@ -174,8 +174,6 @@ def test_progress_bar_is_for_terminals_only(tmp_path):
         (["--policy", "none", "--boundary-table", "t"], "--policy none keeps no prefix cache"),
         (["--policy", "naive", "--boundary", "3"], "--policy naive has its boundary at the last layer"),
         (["--boundary", "3", "--boundary-table", "t"], "--boundary 3 leaves --boundary-table without use"),
-        (["--gen-length", "10", "--block-length", "4"], "--gen-length must be a multiple of --block-length, got 10"),
-        (["--block-length", "32", "--steps", "6"], "--steps must be a multiple of the number of blocks, got 6 steps"),
         (["--temperature", "-1"], "--temperature must be finite and >= 0, got -1.0"),
         (["--temperature", "nan"], "--temperature must be finite and >= 0, got nan"),
         (["--input", "nowhere.jsonl"], "cannot read --input nowhere.jsonl: No such file or directory"),

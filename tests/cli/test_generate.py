@@ -120,6 +120,22 @@ def test_faults_of_model_and_table_are_one_line(whole, tmp_path, capsys, flags, 
     assert not output.exists() and not journal_path(output).exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gen-length", "10", "--block-length", "4"], "--gen-length must be a multiple of --block-length, got 10"),
+        (["--block-length", "4", "--steps", "3"], "--steps must be a multiple of the number of blocks, got 3 steps"),
+        (["--policy", "exact", "--boundary", "auto"], "--policy 'exact' is for block-causal attention"),
+    ],
+)
+def test_lengths_that_the_model_does_not_have_are_one_line(whole, capsys, flags, message):
+    """Which go together is the model's to say, so it is read first."""
+    files = ["--input", str(whole[0]), "--output", str(whole[0].parent / "other.jsonl")]
+    assert main(["generate", *FLAGS, *HERE, *files, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bicache: error: {message}") and error.count("\n") == 1
+
+
 def test_compilation_cache_that_cannot_be_written_is_one_line(whole, capfd):
     folder = str(FOLDER / "config.json" / "cache")
     assert main(["generate", *FLAGS, "--input", str(whole[0]), "--compilation-cache", folder]) == 2

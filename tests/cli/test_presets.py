@@ -31,7 +31,8 @@ def test_presets_are_flags_with_a_source(name):
     for flag, value in preset["flags"].items():
         assert getattr(args, flag) == value
         # What argparse would make of the same words on the command line.
-        assert parsed(f"--{flag.replace('_', '-')}", str(value))[flag] == value
+        words = [f"--{flag.replace('_', '-')}"] if value is True else [f"--{flag.replace('_', '-')}", str(value)]
+        assert parsed(*words)[flag] == value
     changed = {flag for flag, value in vars(args).items() if value != plain[flag]} - {"preset"}
     assert changed <= set(preset["flags"])
     configurations(args)
@@ -44,7 +45,7 @@ def test_any_flag_overrides_wherever_it_is():
     # Also a flag that says what would be so without the preset.
     assert parsed("--policy", "bicache", "--preset", "fast_dllm_llada")["policy"] == "bicache"
     assert parsed("--preset", "fast_dllm_llada")["policy"] == "none"
-    assert parsed()["policy"] == "bicache"
+    assert parsed()["policy"] == "auto"
 
 
 @pytest.fixture
@@ -98,8 +99,9 @@ def test_nothing_private_of_argparse_is_used():
 def test_the_flags_that_exclude_one_another_are_those_of_the_parser():
     for group in EXCLUSIVE:
         for one, other in itertools.permutations(group, 2):
-            with pytest.raises(BicacheError, match=f"--{other}: not allowed with argument --{one}"):
-                parsed(f"--{one}", "0.5", f"--{other}", "0.5")
+            flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+            with pytest.raises(BicacheError, match=f"{flags[1]}: not allowed with argument {flags[0]}"):
+                parsed(flags[0], "1", flags[1], "1")
         assert parsed("--preset", "fast_dllm_llada", "--factor", "1")["threshold"] is None
 
 

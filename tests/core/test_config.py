@@ -38,7 +38,12 @@ def make(config: Any, **fields: Any) -> Any:
         (CacheConfig(), {"boundary": -1}, ValueError, "boundary must be 'auto' or an integer >= 0, got -1"),
         (CacheConfig(), {"table": [1, 2]}, TypeError, "table must be a mapping or None"),
         (CacheConfig(), {"table": {"5": 2}}, TypeError, "table must map ratios in percent to boundaries, got '5': 2"),
-        (CacheConfig(), {"policy": None}, TypeError, "policy must be 'none' or 'naive' or 'bicache', got None"),
+        (
+            CacheConfig(),
+            {"policy": None},
+            TypeError,
+            "policy must be 'auto' or 'none' or 'naive' or 'bicache' or 'exact', got None",
+        ),
     ],
 )
 def test_fields_of_another_type(config: Any, fields: dict[str, Any], kind: type[Exception], words: str) -> None:

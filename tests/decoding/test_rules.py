@@ -66,6 +66,7 @@ def test_choices_and_scores_equal_plain_numpy(family: str) -> None:
                 float(order_noise[row, place]),
                 config,
                 SamplingConfig(8, remasking=rule, **settings),
+                place=place,
             )
             assert choice.token[row, place] == token, (settings, row, place)
             found = choice.log_odds[row, place], scores[at].order[row, place], scores[at].confidence[row, place]
@@ -191,7 +192,8 @@ def test_threshold_unmasks_all_that_reach_it_and_one_at_least(confidence: list[f
 def _by_confidence(log_odds: Any, candidate: Any, threshold: Any, factor: Any) -> jax.Array:
     some = jnp.asarray(log_odds, jnp.float32)
     choice = head.Choice(jnp.zeros(some.shape, jnp.int32), some, some, some)
-    return by_confidence(choice, jnp.asarray(candidate), jnp.float32(threshold), jnp.float32(factor))
+    least = jnp.ones(len(log_odds), jnp.int32)
+    return by_confidence(choice, jnp.asarray(candidate), least, jnp.float32(threshold), jnp.float32(factor))
 
 
 def test_guided_hidden_states_give_guided_logits() -> None:

@@ -132,7 +132,9 @@ def test_schedules_of_a_batch() -> None:
         assert even_counts(masks, steps).sum() == masks == time_counts(masks, steps, anchored=False, eps=1e-3).sum()
     assert time_counts(8, 4, anchored=True, eps=1e-3)[0] == 1
     decoding = make_decoding(CONFIG, SamplingConfig(24, 12, 8, threshold=0.9), 3, 4, block_cache="dual", num_counts=16)
-    assert decoding.counts.tolist() == [2, 2, 2, 2] + [0] * 12 and bool(decoding.dual) and not bool(decoding.anchor)
+    assert (
+        decoding.counts.tolist() == [[2, 2, 2, 2] + [0] * 12] * 2 and bool(decoding.dual) and not bool(decoding.anchor)
+    )
     sampling = SamplingConfig(24, 12, 8)
     assert [span_size(sampling, kind, block) for kind in ("off", "prefix", "dual") for block in (0, 2)] == [
         *(0, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ OTHERS = [pytest.param(name, marks=FULL) for name in compile_kernels.TOPOLOGIES 
 
 @pytest.mark.parametrize("topology", ["v5e", *OTHERS])
 @pytest.mark.parametrize("shape", compile_kernels.KERNEL_SHAPES, ids=lambda shape: f"{shape[0]} {shape[4]}")
-def test_the_kernel_fits_into_vmem(topology: str, shape: tuple[str, int, int, int, str]) -> None:
+def test_the_kernel_fits_into_vmem(topology: str, shape: Any) -> None:
     found = compile_kernels.kernel(topology, *shape[1:])
     assert 0 < found["vmem_bytes"] <= found["vmem_limit_bytes"]
     assert found["temp_bytes"] < MIB, "nothing large is re-laid in front of the kernel"

@@ -73,7 +73,8 @@ def test_a_scorer_may_be_named_by_import_path() -> None:
 
 def test_policies_by_name() -> None:
     cache = CacheConfig(boundary=3, refresh_interval=5)
-    assert parse_policy("bicache+dual", cache) == CacheConfig(boundary=3, refresh_interval=5, block_cache="dual")
+    wanted = CacheConfig(policy="bicache", boundary=3, refresh_interval=5, block_cache="dual")
+    assert parse_policy("bicache+dual", cache) == wanted
     assert parse_policy("none", cache).boundary == "auto"
     with pytest.raises(BicacheError, match="bicash"):
         parse_policy("bicash", cache)

@@ -62,9 +62,15 @@ def test_every_decoding_setting_may_be_in_a_request() -> None:
     }  # fmt: skip
     (request,) = _parse(json.dumps({"prompt_ids": [1], **settings, "kind": "x", "metadata": {"a": 1}, "answer": None}))
     assert isinstance(request, Request) and request.sampling == SamplingConfig(**settings)
-    assert settings.keys() | {"factor"} == {field.name for field in dataclasses.fields(SamplingConfig)}
+    others = {"factor": 2, "steps_per_block": 3, "suppress_tokens": [4, 5], "editing_threshold": 0.9}
+    assert settings.keys() | others == {field.name for field in dataclasses.fields(SamplingConfig)}
     (by_factor,) = _parse({"prompt_ids": [1], "factor": 2}, threshold=0.8)  # in place of the run's other rule
     assert isinstance(by_factor, Request) and by_factor.sampling == SamplingConfig(8, factor=2.0)
+    (by_block,) = _parse({"prompt_ids": [1], "steps_per_block": 3, "suppress_tokens": [4, 5]}, steps=4)
+    assert isinstance(by_block, Request)
+    assert by_block.sampling == SamplingConfig(8, steps_per_block=3, suppress_tokens=(4, 5))
+    for wrong in ("4", [4, "5"], [True], [4, 900]):
+        assert "suppress_tokens" in _fault({"prompt_ids": [1], "suppress_tokens": wrong})
     (off,) = _parse({"prompt_ids": [1], "early_stop": False, "top_p": None}, early_stop=True, top_p=0.5)
     assert isinstance(off, Request) and off.sampling == SamplingConfig(8, top_p=0.5)
 
