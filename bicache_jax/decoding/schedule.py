@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bicache_jax.core.buckets import width_bucket
 from bicache_jax.core.cache import Decoding, Draw
 from bicache_jax.core.config import REMASKING, BlockCache, ModelConfig, SamplingConfig
 
@@ -127,7 +128,8 @@ def pass_sizes(config: ModelConfig, sampling: SamplingConfig, span: int, length:
     sizes = {span, length}
     if config.block_causal:
         block = sampling.block_size
-        sizes = {block + config.shifted, 2 * block, length - min(sampling.gen_length, length) + block}
+        rest = width_bucket(length - min(sampling.gen_length, length) + block)
+        sizes = {block + config.shifted, 2 * block, rest}
     return tuple(sorted({min(size, length) for size in sizes}))
 
 
