@@ -206,7 +206,8 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
     """A model of a published shape with random weights, for measurements that no weight changes.
 
     Args:
-        shape: `llada_8b`, `dream_7b`, `qwen3_0_6b` or `small`.
+        shape: a published one, such as `llada_8b`, `dream_7b`, `qwen3_0_6b`, `sdar_4b` or `llada2_mini`; or `small` or
+            `small_blocks` (block-causal), which run on CPUs.
         dtype: as in `load_model`.
         seed: of the weights.
 
@@ -219,6 +220,8 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
     config = model_shape(shape)
     make = jax.jit(init, static_argnames=("config", "dtype"))
     params = make(config, jax.random.key(seed), dtype=resolve_dtype(dtype))
+    if config.block_causal:
+        return Model(config, params, name=f"random {shape}")
     table = published_table(config)
     if table is not None:
         return Model(config, params, name=f"random {shape}", boundaries=table.table)

@@ -27,7 +27,12 @@ EXIT_NO_FIT = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `aot`."""
     where = parser.add_argument_group("model and slice")
-    where.add_argument("--config", required=True, metavar="SHAPE", help="llada_8b, dream_7b, qwen3_0_6b or small")
+    where.add_argument(
+        "--config",
+        required=True,
+        metavar="SHAPE",
+        help="a published shape, such as llada_8b, dream_7b, qwen3_0_6b, sdar_8b, llada2_mini",
+    )
     where.add_argument(
         "--topology",
         required=True,
@@ -53,12 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--per-prefix", type=integer(1), default=16, metavar="n", help="rows that share a prefix (default: %(default)s)"
     )
-    shape.add_argument("--boundary", type=integer(0), metavar="b", help="boundary (default: the published table's)")
+    shape.add_argument(
+        "--boundary",
+        type=integer(0),
+        metavar="b",
+        help="boundary (default: the published table's, else half the layers)",
+    )
     shape.add_argument(
         "--gen-length", type=integer(1), default=256, metavar="R", help="response tokens (default: %(default)s)"
     )
     shape.add_argument(
-        "--block-length", type=integer(1), default=32, metavar="W", help="tokens of a block (default: %(default)s)"
+        "--block-length",
+        type=integer(1),
+        metavar="W",
+        help="tokens of a block (default: 32, or the model's own where its attention is block-causal)",
     )
     shape.add_argument(
         "--block-cache", choices=BLOCK_CACHES, default="off", help="as in generate (default: %(default)s)"

@@ -55,15 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("model")
     model = what.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
-    model.add_argument("--random", metavar="SHAPE", help="random: llada_8b, dream_7b, qwen3_0_6b, small")
+    model.add_argument("--random", metavar="SHAPE", help="random, such as llada_8b, sdar_4b, small or small_blocks")
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
     add_checkpoint_flags(what)
 
     grid = parser.add_argument_group("settings")
     grid.add_argument(
-        "--policies", type=listed, default=listed("none,naive,bicache"), metavar="LIST",
-        help="none, naive, bicache, each also with +prefix or +dual (default: none,naive,bicache)",
-    )  # fmt: skip
+        "--policies",
+        type=listed,
+        metavar="LIST",
+        help="none, naive, bicache, each also with +prefix or +dual; none and exact where attention is block-causal"
+        " (default: none,naive,bicache, or these two)",
+    )
     lengths = grid.add_mutually_exclusive_group()
     lengths.add_argument("--prefix", type=integers(0), metavar="LIST", help="prefix tokens (default: 768)")
     lengths.add_argument("--ratio", type=integers(0, 99), metavar="LIST", help="prefix tokens in percent of all")
@@ -148,6 +151,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.mixed and (args.requests is not None or args.threshold is not None):
         raise BicacheError("--requests and --threshold go with --mixed")
     model = backend.load(args) if args.model is not None else backend.random(args)
+    causal = model.config.block_causal
+    if args.policies is None:
+        args.policies = ("none", "exact") if causal else ("none", "naive", "bicache")
+    if causal and args.block_length is None:
+        args.block_length = model.config.block_length
     if args.mixed:
         return _run_mixed(args, model, load)
     cases = _cases(args)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
-from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
+from bicache_jax.core.config import CACHED_BLOCK, BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.hlo import Collective, collectives, compile_with_text, crossing
 from bicache_jax.serving.flops import Job, batch_seconds, jobs, row_flops
@@ -43,9 +43,10 @@ class AotCase:
         suffix: U.
         rows: B per data shard; None: as many as should fit.
         per_prefix: rows that share a prefix.
-        boundary: b; None: from the published table.
+        boundary: b; None: from the published table, or half of the layers where there is none; under block-causal
+            attention always L.
         gen_length: response tokens.
-        block_length: tokens per block.
+        block_length: tokens per block; None: the model's own under block-causal attention, else 32.
         block_cache: what is frozen inside a block.
         dtype: dtype of parameters and caches.
     """
@@ -59,7 +60,7 @@ class AotCase:
     per_prefix: int = 16
     boundary: int | None = None
     gen_length: int = 256
-    block_length: int = 32
+    block_length: int | None = None
     block_cache: BlockCache = "off"
     dtype: str = "bfloat16"
 
@@ -94,14 +95,9 @@ def _setting(case: AotCase) -> _Setting:
         shapes,
         param_shardings(backbone.axes, shapes, mesh),
     )
-    boundary = case.boundary
-    if boundary is None:
-        table = published_table(config)
-        if table is None:
-            raise BicacheError(f"config {case.config}: it has no published boundary table, so give a boundary")
-        boundary = boundary_at(table.table, prefix_ratio(case.prefix, case.prefix + case.suffix))
+    boundary, cache = _boundary(case, config), _cache(case, config)
     footprint = Footprint.of(
-        placement.partition, [boundary], dtype, block_cache=case.block_cache != "off", copies=chip.copies
+        placement.partition, [boundary], dtype, block_cache=cache.block_cache != "off", copies=chip.copies
     )
     most = footprint.most_rows(
         chip.hbm_gib * GIB,
@@ -114,6 +110,21 @@ def _setting(case: AotCase) -> _Setting:
         raise BicacheError(f"mesh {case.mesh}: not even one row should fit; cut the model over more devices")
     plan = _plan(case, placement, boundary, asked)
     return _Setting(placement, backbone, params, boundary, most, plan, footprint)
+
+
+def _boundary(case: AotCase, config: ModelConfig) -> int:
+    if config.block_causal:
+        return config.num_layers
+    if case.boundary is not None:
+        return case.boundary
+    table = published_table(config)
+    if table is None:
+        return config.num_layers // 2
+    return boundary_at(table.table, prefix_ratio(case.prefix, case.prefix + case.suffix))
+
+
+def _cache(case: AotCase, config: ModelConfig) -> CacheConfig:
+    return CacheConfig(policy="auto" if case.prefix else "none", block_cache=case.block_cache).for_model(config)
 
 
 def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], str]:
@@ -188,7 +199,7 @@ def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan
     config = placement.config
     groups = -(-rows // case.per_prefix)
     response = min(case.gen_length, case.suffix - config.shifted)  # shifted logits need a prompt token first
-    block = min(case.block_length, response)
+    block = min(case.block_length or (config.block_length if config.block_causal else CACHED_BLOCK), response)
     sampling = SamplingConfig(response - response % block, None, block)
     rest = tuple(range(case.suffix - sampling.gen_length))
     made = []
@@ -197,9 +208,8 @@ def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan
         made.append(Row(Request(str(number), prefix + rest, case.prefix, sampling), 0, case.prefix, 0, boundary))
     prefixes = tuple(dict.fromkeys(row.prefix for row in made))
     batch = Batch(tuple(made), prefixes, tuple(prefixes.index(row.prefix) for row in made), boundary)
-    cache = CacheConfig(policy="bicache" if case.prefix else "none", block_cache=case.block_cache)
     rounds = ((batch,) * placement.shards,)
-    return Plan(config, jnp.dtype(case.dtype), cache, rounds, Buffers.of(rounds, config.num_layers))
+    return Plan(config, jnp.dtype(case.dtype), _cache(case, config), rounds, Buffers.of(rounds, config.num_layers))
 
 
 def _compile(

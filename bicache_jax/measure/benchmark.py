@@ -22,7 +22,7 @@ import numpy as np
 from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.measure.policies import parse_policy
-from bicache_jax.serving.engine import Engine
+from bicache_jax.serving.engine import Engine, cache_for
 from bicache_jax.serving.flops import Job, gain_limit, jobs, row_flops
 from bicache_jax.serving.grouping import prefix_ratio
 from bicache_jax.serving.programs import lower_decode
@@ -116,7 +116,7 @@ class EngineRunner:
     def __init__(self, model: Model, case: Case, attention: str = "auto") -> None:
         cache = CacheConfig(boundary=case.boundary, refresh_interval=case.refresh_interval)  # type: ignore[arg-type]
         self._model, self._attention, self._rows = model, attention, case.rows
-        self._cache = parse_policy(case.policy, cache)
+        self._cache = cache_for(model, parse_policy(case.policy, cache))
         self._requests = synthetic_requests(model.config, case)
         self._compile_seconds = 0.0
         self._last = self._engine(self._cache)

@@ -195,7 +195,7 @@ def per_step(costs: list[StepCost], job: Job) -> dict[str, float]:
         job: the run of a row.
     """
     total: dict[str, float] = dict.fromkeys(("compute", "kernels", "links", "roofline"), 0.0)
-    for (refresh, tokens), count in job.passes().items():
+    for (refresh, tokens, _), count in job.passes().items():
         kind = "refresh" if refresh else "reuse"
         cost = next(cost for cost in costs if cost.kind == kind and cost.tokens == tokens)
         for name in ("compute", "kernels", "links"):

@@ -9,10 +9,25 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig
 from bicache_jax.serving.grouping import Row
+
+
+class Pass(NamedTuple):
+    """A kind of pass.
+
+    Attributes:
+        refresh: whether it refreshes the deep prefix KV.
+        span: suffix tokens that it runs.
+        keys: tokens that they attend to.
+    """
+
+    refresh: bool
+    span: int
+    keys: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Job:
         refresh_interval: N.
         block_cache: what is frozen inside a block.
         rows_per_prefix: number of rows that share the cost of encoding the prefix.
+        exact: whether finished blocks are kept, under block-causal attention.
     """
 
     prefix: int
@@ -40,22 +56,28 @@ class Job:
     refresh_interval: int = 1
     block_cache: BlockCache = "off"
     rows_per_prefix: float = 1.0
+    exact: bool = False
 
     def without_prefix(self) -> Job:
         """The same run with the whole prompt in the suffix and no cache."""
-        return dataclasses.replace(self, prefix=0, suffix=self.prefix + self.suffix, block_cache="off")
+        return dataclasses.replace(self, prefix=0, suffix=self.prefix + self.suffix, block_cache="off", exact=False)
 
-    def passes(self) -> Counter[tuple[bool, int]]:
-        """Number of steps of each kind: (whether it refreshes the deep prefix KV, suffix tokens that it runs)."""
-        blocks = max(1, self.response // self.block)
-        found: Counter[tuple[bool, int]] = Counter()
+    def passes(self) -> Counter[Pass]:
+        """Number of steps of each kind."""
+        blocks = max(1, -(-self.response // self.block))
+        found: Counter[Pass] = Counter()
         for step in range(self.steps):
             block, inside = divmod(step, max(1, self.steps // blocks))
-            span = self.suffix
-            if self.block_cache != "off" and inside:
+            span, keys = self.suffix, self.prefix + self.suffix
+            if self.exact:  # a block against what is finished; at its start also the last one, or the prompt's rest
+                rest = max(0, self.suffix - blocks * self.block)
+                keys = self.prefix + rest + (1 + block) * self.block
+                span = self.block if inside else 2 * self.block if block else rest + self.block
+            elif self.block_cache != "off" and inside:
                 later = 0 if self.block_cache == "dual" else max(0, blocks - 1 - block)
                 span = self.block * (1 + later)
-            found[bool(self.prefix) and step % self.refresh_interval == 0, span] += 1
+            refresh = bool(self.prefix) and not self.exact and step % self.refresh_interval == 0
+            found[Pass(refresh, span, keys)] += 1
         return found
 
 
@@ -73,6 +95,7 @@ def jobs(rows: Sequence[Row], cache: CacheConfig) -> list[Job]:
             refresh_interval=cache.interval(row.request.sampling),
             block_cache=cache.block_cache,
             rows_per_prefix=sharing[row.prefix],
+            exact=cache.policy == "exact",
         )
         for row in rows
     ]
@@ -123,15 +146,19 @@ def encode_flops(config: ModelConfig, prefix: int, boundary: int) -> int:
     return boundary * layer_flops(config, prefix, prefix) + kv_flops(config, prefix)
 
 
-def pass_flops(config: ModelConfig, job: Job, span: int, *, refresh: bool, published: bool) -> float:
+def pass_flops(
+    config: ModelConfig, job: Job, span: int, *, refresh: bool, published: bool, keys: int | None = None
+) -> float:
     """A step that runs `span` suffix tokens, plus the deep prefix KV if it refreshes them; without the head.
+
+    They attend to `keys` tokens; None: to the whole sequence.
 
     The published algorithm runs whole layers `b..L-1` over the prefix. This library skips three parts that do not
     change a token: K and V of layer b, its queries except for one row per prefix, and in layer L - 1 everything except
     K and V.
     """
     total, deep = job.prefix + job.suffix, config.num_layers - job.boundary
-    suffix = float(config.num_layers * layer_flops(config, span, total))
+    suffix = float(config.num_layers * layer_flops(config, span, total if keys is None else keys))
     if not refresh or deep <= 0 or (deep == 1 and not published):
         return suffix
     whole = suffix + deep * layer_flops(config, job.prefix, total)
@@ -159,8 +186,8 @@ def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> floa
         Floating-point operations.
     """
     steps = sum(
-        count * pass_flops(config, job, span, refresh=refresh, published=published)
-        for (refresh, span), count in job.passes().items()
+        count * pass_flops(config, job, kind.span, refresh=kind.refresh, published=published, keys=kind.keys)
+        for kind, count in job.passes().items()
     )
     return steps + job.steps * head_flops(config, job.block) + _encoding(config, job, published=published)
 
@@ -221,8 +248,8 @@ def batch_seconds(
     traffic = (weight_bytes(config, itemsize) + rows * kv) / bandwidth
     head = head_flops(config, job.block)
     seconds = rows * _encoding(config, job, published=published) / peak
-    for (refresh, span), count in job.passes().items():
-        flops = pass_flops(config, job, span, refresh=refresh, published=published) + head
+    for (refresh, span, keys), count in job.passes().items():
+        flops = pass_flops(config, job, span, refresh=refresh, published=published, keys=keys) + head
         seconds += count * max(rows * flops / peak, traffic)
         seconds += count * sums(rows * summed_bytes(config, job, span, refresh=refresh, itemsize=itemsize))
     return seconds

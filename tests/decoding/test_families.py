@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,3 +193,12 @@ def test_the_command_answers(tmp_path: Path) -> None:
     assert main(["generate", *flags, *files]) == 0
     result = json.loads((tmp_path / "out.jsonl").read_text())
     assert case.agrees(tuple(result["token_ids"])) and result["boundary"] == 3
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_token() -> None:
+    """Rows over two data shards, heads and every expert cut in two."""
+    child = Path(__file__).parents[1] / "families_child.py"
+    done = subprocess.run([sys.executable, str(child)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5

@@ -77,8 +77,19 @@ def test_work_of_a_run_by_hand() -> None:
 def test_windows_of_block_caches(block_cache, windows) -> None:
     job = Job(prefix=8, suffix=16, steps=4, block=4, response=8, refresh_interval=4, block_cache=block_cache)
     found = job.passes()
-    assert {window: sum(n for (_, w), n in found.items() if w == window) for _, window in found} == windows
-    assert sum(n for (refresh, _), n in found.items() if refresh) == 1
+    spans = {kind.span for kind in found}
+    assert {span: sum(n for kind, n in found.items() if kind.span == span) for span in spans} == windows
+    assert sum(n for kind, n in found.items() if kind.refresh) == 1
+
+
+def test_passes_that_keep_finished_blocks() -> None:
+    """The rest of the prompt with the first block, then each block with the one before it, or alone."""
+    job = Job(prefix=8, suffix=18, steps=8, block=4, response=16, exact=True)
+    assert job.passes() == {(False, 6, 14): 1, (False, 4, 14): 1} | {
+        (False, span, 8 + 2 + 4 * (block + 1)): 1 for block in (1, 2, 3) for span in (8, 4)
+    }
+    plain = job.without_prefix()
+    assert set(plain.passes()) == {(False, 26, 26)} and row_flops(SMALL, plain) > 3 * row_flops(SMALL, job)
 
 
 def test_limits() -> None:

@@ -98,7 +98,7 @@ def test_plans_count_the_passes_that_are_made(model: Model) -> None:
     # A refresh inside a block costs a pass over the prefix: with blocks of 32 steps there are half as many.
     common = {"prefix": 768, "suffix": 256, "steps": 64, "block": 32, "response": 64, "boundary": 4}
     inside, auto_ = (Job(**common, block_cache="dual", refresh_interval=n) for n in (16, 32))
-    refreshes = [sum(n for (refresh, _), n in job.passes().items() if refresh) for job in (inside, auto_)]
+    refreshes = [sum(n for kind, n in job.passes().items() if kind.refresh) for job in (inside, auto_)]
     assert refreshes == [4, 2] and row_flops(model.config, auto_) < row_flops(model.config, inside)
 
 
