@@ -20,8 +20,9 @@ from bicache_jax import CacheConfig, Engine, Model, ModelConfig, Request, Sampli
 from bicache_jax.measure.hlo import collectives, crossing
 from bicache_jax.models import init
 from bicache_jax.serving.programs import EncodeCall, lower_decode
+from bicache_jax.serving.run_prefixes import RunPrefixes
 from bicache_jax.serving.scheduler import scheduled
-from bicache_jax.serving.store import PrefixStore, RunPrefixes
+from bicache_jax.serving.store import PrefixStore
 from bicache_jax.sharding import make_mesh
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8")

@@ -6,6 +6,9 @@
 | rows, prefixes (B, G) | two to an octave: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... | a third |
 | layers | multiples of 4, at most L | 3 layers |
 | block (W) | multiples of 8 to 64, then of 32 | 31 positions |
+
+A conversation grows with each turn, so its prefix takes powers of two and its suffix multiples of 128: waiting for the
+compiler at every turn would cost more than the padding.
 """
 
 from __future__ import annotations
@@ -15,6 +18,16 @@ def length_bucket(tokens: int) -> int:
     """Smallest token bucket that holds `tokens`; 0 stays 0."""
     step = 32 if tokens <= 128 else 64 if tokens <= 256 else 1 << ((tokens - 1).bit_length() - 3)
     return -(-tokens // step) * step
+
+
+def growing_prefix(tokens: int) -> int:
+    """Smallest power of two, from 64 on, that holds `tokens`; 0 stays 0."""
+    return 0 if not tokens else max(64, 1 << (tokens - 1).bit_length())
+
+
+def growing_suffix(tokens: int) -> int:
+    """Smallest multiple of 128 that holds `tokens`."""
+    return -(-tokens // 128) * 128
 
 
 def count_bucket(count: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from bicache_jax.core.cache import PrefixCache
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, on_shards, param_specs
 
 
-@functools.partial(jax.jit, static_argnames=("backbone", "num_layers", "mesh"))
+@functools.partial(jax.jit, static_argnames=("backbone", "length", "num_layers", "mesh"))
 def encode(
     backbone: Backbone,
     params: Params,
@@ -23,16 +25,21 @@ def encode(
     prefix_len: Int[Array, " G"],
     boundaries: Int[Array, " J"],
     block_length: Int[Array, ""] | None = None,
+    before: PrefixCache | None = None,
     *,
+    length: int | None = None,
     num_layers: int,
     mesh: Mesh | None = None,
 ) -> PrefixCache:
     """`encode_alone` as a program: on one device, or on a mesh where each data shard has its own prefixes."""
-    run = functools.partial(encode_alone, backbone, num_layers=num_layers)
-    specs = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD, REPLICATED)
+    run = functools.partial(encode_alone, backbone, length=length, num_layers=num_layers)
+    specs: tuple[Any, ...] = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD, REPLICATED)
     if block_length is None:
         block_length = jnp.asarray(backbone.config.block_length, jnp.int32)
-    return on_shards(run, mesh, specs, PREFIX)(params, prefix_ids, prefix_len, boundaries, block_length)
+    args: tuple[Any, ...] = (params, prefix_ids, prefix_len, boundaries, block_length)
+    if before is not None:
+        specs, args = (*specs, PREFIX), (*args, before)
+    return on_shards(run, mesh, specs, PREFIX)(*args)
 
 
 def encode_alone(
@@ -42,7 +49,9 @@ def encode_alone(
     prefix_len: Int[Array, " G"],
     boundaries: Int[Array, " J"],
     block_length: Int[Array, ""] | None = None,
+    before: PrefixCache | None = None,
     *,
+    length: int | None = None,
     num_layers: int,
 ) -> PrefixCache:
     """Runs G prefixes alone and keeps what later steps read.
@@ -53,19 +62,23 @@ def encode_alone(
     Args:
         backbone: the model (static).
         params: its parameters.
-        prefix_ids: prefix tokens, padded to P.
-        prefix_len: tokens in each prefix.
+        prefix_ids: prefix tokens, padded to P; behind `before`, those that it lacks.
+        prefix_len: tokens in each prefix, those before included.
         boundaries: boundaries in use; entries of L or more are unused slots.
         block_length: tokens of a block, under block-causal attention; blocks are counted from the prefix's end, where
             one ends. None: the model's own.
+        before: the encodings of the prefixes' first blocks, under block-causal attention; None: nothing is there yet.
+        length: P, where that is not the tokens' padded number (static).
         num_layers: layers of KV to allocate (static); larger than every boundary in use, at most L.
 
     Returns:
         The cache of the G prefixes.
     """
     config = backbone.config
-    num_prefixes, length = prefix_ids.shape
-    positions = jnp.broadcast_to(jnp.arange(length), (num_prefixes, length))
+    num_prefixes, tokens = prefix_ids.shape
+    length = tokens if length is None else length
+    begun = jnp.zeros((num_prefixes,), jnp.int32) if before is None else before.length
+    positions = begun[:, None] + jnp.arange(tokens)
     valid = positions < prefix_len[:, None]
     block_ids = None
     if config.block_causal:
@@ -79,13 +92,28 @@ def encode_alone(
     cache = PrefixCache(
         k=jnp.zeros(kv_shape, x.dtype),
         v=jnp.zeros(kv_shape, x.dtype),
-        hidden=jnp.zeros((boundaries.shape[0], *x.shape), x.dtype),
+        hidden=jnp.zeros((boundaries.shape[0], num_prefixes, length, config.d_model), x.dtype),
         boundaries=boundaries,
         length=prefix_len,
     )
     cache = vary_like(cache, x)
 
-    def write(cache: PrefixCache, index: Array, x: Float[Array, "G P D"], k: Array, v: Array) -> PrefixCache:
+    def behind(fresh: Float[Array, "G K T H"], kept: Float[Array, "Ls G K Q H"], index: Array) -> Array:
+        """The keys or values of whole prefixes, [G, K, P, H]."""
+        kept = jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
+        kept = jnp.pad(kept, [(0, 0), (0, 0), (0, max(0, length - kept.shape[2])), (0, 0)])[:, :, :length]
+        at = jnp.arange(length) - begun[:, None]
+        moved = jnp.take_along_axis(fresh, jnp.clip(at, 0, tokens - 1)[:, None, :, None], axis=2)
+        return jnp.where((at >= 0)[:, None, :, None], moved, kept)
+
+    def write(cache: PrefixCache, index: Array, x: Float[Array, "G T D"], k: Array, v: Array) -> PrefixCache:
+        if before is not None:  # no layer's input is needed where all layers are reused
+            k, v = behind(k, before.k, index), behind(v, before.v, index)
+            return dataclasses.replace(
+                cache,
+                k=jax.lax.dynamic_update_index_in_dim(cache.k, k, index, 0),
+                v=jax.lax.dynamic_update_index_in_dim(cache.v, v, index, 0),
+            )
         slot = jnp.where(jnp.any(boundaries == index), jnp.argmax(boundaries == index), boundaries.shape[0])
         return PrefixCache(
             k=jax.lax.dynamic_update_index_in_dim(cache.k, k, index, 0),
@@ -100,16 +128,23 @@ def encode_alone(
         layer = layer_params(params, index)
         k, v = backbone.key_value(layer, x, positions)
         cache = write(cache, index, x, k, v)
-        attended = backbone.attention(
-            backbone.query(layer, x, positions),
-            no_prefix,
-            no_prefix,
-            k,
-            v,
-            prefix_len=jnp.zeros((num_prefixes,), jnp.int32),
-            suffix_valid=valid,
-            block_ids=block_ids,
-        )
+        q = backbone.query(layer, x, positions)
+        if before is None:
+            attended = backbone.attention(
+                q, no_prefix, no_prefix, k, v, prefix_len=begun, suffix_valid=valid, block_ids=block_ids
+            )
+        else:
+            attended = backbone.attention(
+                q,
+                before.k,
+                before.v,
+                k,
+                v,
+                prefix_len=begun,
+                suffix_valid=valid,
+                block_ids=block_ids,
+                layer=index,
+            )
         return backbone.finish(layer, x, attended), cache
 
     with jax.named_scope("encode_prefix"):

@@ -22,9 +22,10 @@ import numpy as np
 from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.measure.policies import parse_policy
-from bicache_jax.serving.engine import Engine, cache_for
+from bicache_jax.serving.engine import Engine
 from bicache_jax.serving.flops import Job, gain_limit, jobs, row_flops
 from bicache_jax.serving.grouping import prefix_ratio
+from bicache_jax.serving.planner import cache_for
 from bicache_jax.serving.programs import lower_decode
 from bicache_jax.wiring import backbone_for
 

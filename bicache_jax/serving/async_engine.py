@@ -23,9 +23,9 @@ from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import SECONDS, Frames
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.lane import Seen
+from bicache_jax.serving.run_prefixes import RunPrefixes
 from bicache_jax.serving.scheduler import Scheduler, result_of
 from bicache_jax.serving.shadow import Agreement, Place, Shadows
-from bicache_jax.serving.store import RunPrefixes
 
 PATIENCE = 5.0
 """Seconds after which a lane takes nobody in any more, where others wait for one."""

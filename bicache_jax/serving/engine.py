@@ -27,13 +27,14 @@ from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.memory import kept_bytes, params_bytes
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan
-from bicache_jax.serving.planner import Planner, boundary_rule
+from bicache_jax.serving.planner import Planner, boundary_rule, cache_for
 from bicache_jax.serving.prefix_files import open_files
 from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
+from bicache_jax.serving.run_prefixes import RunPrefixes
 from bicache_jax.serving.scheduler import Scheduler, result_of, scheduled
 from bicache_jax.serving.stats import Counters, Stats
-from bicache_jax.serving.store import PrefixStore, RunPrefixes
+from bicache_jax.serving.store import PrefixStore
 from bicache_jax.serving.warmup import Warmup, warm_up
 from bicache_jax.sharding import check_mesh
 from bicache_jax.wiring import backbone_here, device_memory
@@ -183,6 +184,8 @@ class Engine:
     def chat(self, messages: Asked, *, sampling: Settings = None) -> Result:
         """Answers a conversation.
 
+        Its shapes come in few sizes, so that most turns of one that grows find their programs compiled.
+
         Args:
             messages: its messages, `{"role", "content"}` each; a text is one message of the user.
             sampling: as in `generate`.
@@ -191,7 +194,9 @@ class Engine:
             TypeError: these are no messages.
             BicacheError: a message is faulty, or the model has no tokenizer or no chat template.
         """
-        return self.generate(self.conversation(messages), sampling=sampling)[0]
+        entries, rows = self.admitted(self.conversation(messages), sampling, "raise")
+        [(_, _, result)] = self._answer(entries, rows, growing=True)
+        return result
 
     def stream(
         self,
@@ -329,14 +334,19 @@ class Engine:
         return Scheduler(self._executor, plan, prefixes, places, lanes=lanes, patience=patience), prefixes
 
     def _answer(
-        self, entries: Sequence[Request | Result], rows: Sequence[Row], frames: Frames | None = None
+        self,
+        entries: Sequence[Request | Result],
+        rows: Sequence[Row],
+        frames: Frames | None = None,
+        *,
+        growing: bool = False,
     ) -> Iterator[tuple[int, int, Result]]:
         """Yields (place, sample, result)."""
         for place, entry in enumerate(entries):
             if isinstance(entry, Result):
                 yield place, entry.sample, entry
         places = {id(entry): place for place, entry in enumerate(entries)}
-        plan = self._planner.plan(rows, self._store)
+        plan = self._planner.plan(rows, self._store, growing=growing)
         executor, prefixes = self._executor, RunPrefixes(plan, self._store)  # a run keeps the weights it began with
         try:
             for seen in scheduled(executor, plan, prefixes).run(frames):
@@ -344,18 +354,6 @@ class Engine:
                     yield places[id(seen.row.request)], seen.row.sample, result
         finally:
             prefixes.close()
-
-
-def cache_for(model: Model, cache: CacheConfig) -> CacheConfig:
-    """The cache of a model, its policy settled.
-
-    Raises:
-        BicacheError: the policy is not one for the model's attention.
-    """
-    try:
-        return cache.for_model(model.config)
-    except ValueError as error:
-        raise BicacheError(str(error)) from None
 
 
 def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContextManager[Any]:

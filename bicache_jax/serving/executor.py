@@ -55,6 +55,7 @@ class Executor:
             placement.put(lengths),
             placement.put(slots),
             jnp.asarray(call.block_length, jnp.int32),
+            None if call.before is None else placement.assemble([call.before]),
             mesh=placement.mesh,
             **call.sizes,
         )

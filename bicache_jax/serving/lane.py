@@ -36,7 +36,8 @@ from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall, EncodeCall
-from bicache_jax.serving.store import Piece, RunPrefixes
+from bicache_jax.serving.run_prefixes import RunPrefixes
+from bicache_jax.serving.store import Piece
 
 EAGER = 16
 """A dispatch ends for waiting rows when a place in so many has become free, and at least one has."""
@@ -253,7 +254,8 @@ class Lane:
                 missing = [prefix for _, prefix in writes if self._known.find(number, prefix, at[number]) is None]
                 row = self._shards[number].rows[place]
                 assert row is not None
-                self._shards[number].cached[place] = 0 if (row.namespace, row.prefix) in missing else row.prefix_len
+                own = (row.namespace, row.prefix)
+                self._shards[number].cached[place] = self._beginning(own)[1] if own in missing else row.prefix_len
                 of_shard += missing
             lacking.append(of_shard)
         for prefixes in zip_longest(*lacking):
@@ -262,14 +264,23 @@ class Lane:
                 for shard, prefix in enumerate(prefixes)
             ]
             tokens = [None if prefix is None else prefix[1] for prefix in prefixes]
+            before, begun = self._beginning(prefixes[0])
             pieces = executor.placement.split(
-                executor.encode(EncodeCall(self._plan, tokens, used, self._length, self._call.sampling.block_size))
+                executor.encode(
+                    EncodeCall(self._plan, tokens, used, self._length, self._call.sampling.block_size, before, begun)
+                )
             )
             for shard, prefix in enumerate(prefixes):
                 if prefix is not None:
                     self._known.put(shard, prefix, pieces[shard], used[shard])
             made = sum(prefix is not None for prefix in prefixes)
             executor.counters.add(prefixes_encoded=made, prefix_hits=-made)
+
+    def _beginning(self, prefix: Named | None) -> tuple[Piece | None, int]:
+        """Under block-causal attention, an encoding of a prefix's first blocks, and their tokens; else nothing."""
+        if prefix is None or len(self._shards) > 1 or not self._plan.config.block_causal:
+            return None, 0
+        return self._known.beginning(0, prefix, self._call.sampling.block_size)
 
     def _put_prefixes(self, joined: Sequence[Joined]) -> None:
         """Writes prefixes into their places, one on every data shard at a time."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bicache_jax.core.buckets import growing_prefix, growing_suffix, length_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
 from bicache_jax.serving.flops import jobs, row_flops
@@ -64,6 +65,7 @@ class Plan:
         part: a device's part of the architecture; None: all of it.
         weights: bytes of the parameters on a device; 0 if unknown.
         device: memory of a device; None if unknown.
+        growing: whether its shapes are those of a conversation, which the next turn finds compiled.
     """
 
     config: ModelConfig
@@ -74,6 +76,7 @@ class Plan:
     part: ModelConfig | None = None
     weights: int = 0
     device: DeviceMemory | None = None
+    growing: bool = False
 
     @property
     def batches(self) -> list[Batch]:
@@ -96,7 +99,15 @@ class Plan:
 
     def shape(self, *batches: Batch) -> tuple[int, int, int, int]:
         """(G, P, B, U) in buckets, of a batch or of the batches of a round (`round_shape`)."""
-        return round_shape(batches)
+        return round_shape(batches, growing=self.growing)
+
+    def prefix_bucket(self, tokens: int) -> int:
+        """P for a prefix of so many tokens."""
+        return growing_prefix(tokens) if self.growing else length_bucket(tokens)
+
+    def suffix_bucket(self, tokens: int) -> int:
+        """U for a suffix of so many tokens."""
+        return growing_suffix(tokens) if self.growing else length_bucket(tokens)
 
     def cache_bytes(self, batch: Batch) -> int:
         """Bytes of a batch's KV: the shared KV of its prefixes and the deep KV of its rows."""

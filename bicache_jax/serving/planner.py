@@ -22,6 +22,18 @@ from bicache_jax.serving.store import PrefixStore
 from bicache_jax.wiring import device_memory
 
 
+def cache_for(model: Model, cache: CacheConfig) -> CacheConfig:
+    """The cache of a model, its policy settled.
+
+    Raises:
+        BicacheError: the policy is not one for the model's attention.
+    """
+    try:
+        return cache.for_model(model.config)
+    except ValueError as error:
+        raise BicacheError(str(error)) from None
+
+
 def boundary_rule(model: Model, cache: CacheConfig) -> Callable[[int], int]:
     """Boundary by prefix ratio.
 
@@ -103,8 +115,8 @@ class Planner:
             rows += [Row(request, sample, *facts, namespace=scope, filled=filled) for sample in range(request.n)]
         return rows
 
-    def plan(self, rows: Sequence[Row], store: PrefixStore) -> Plan:
-        """The plan of a run that ends with these rows."""
+    def plan(self, rows: Sequence[Row], store: PrefixStore, *, growing: bool = False) -> Plan:
+        """The plan of a run that ends with these rows; `growing` as in `Plan`."""
         placement, device = self.placement, self._device(store)
         rounds = plan_rounds(
             placement.config,
@@ -117,7 +129,7 @@ class Planner:
         buffers = Buffers.of(rounds, placement.config.num_layers)
         if any(row.prefix_len for row in rows):
             buffers = store.sized(buffers)
-        return self._plan(tuple(rounds), buffers, device)
+        return dataclasses.replace(self._plan(tuple(rounds), buffers, device), growing=growing)
 
     def endless(self, store: PrefixStore, lanes: int) -> tuple[Plan, Callable[[Row], int]]:
         """A plan for rows that are not known yet, and how many rows the batch of one may have.

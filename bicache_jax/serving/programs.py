@@ -26,6 +26,7 @@ from bicache_jax.decoding.interval import NO_LIMIT, decode, initial_state
 from bicache_jax.decoding.places import no_prefixes
 from bicache_jax.decoding.schedule import Stage, make_decoding, pass_sizes, stages
 from bicache_jax.serving.grouping import Batch, Row
+from bicache_jax.serving.placement import Piece
 from bicache_jax.serving.plan import Plan
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE
 
@@ -40,6 +41,7 @@ class EncodeCall:
         boundaries: boundaries in use of each of them.
         length: P, to which all are padded.
         block_length: tokens of a block, under block-causal attention.
+        before: an encoding of the first blocks of the prefix, and how many tokens these are; with one data shard.
     """
 
     plan: Plan
@@ -47,17 +49,20 @@ class EncodeCall:
     boundaries: Sequence[Sequence[int]]
     length: int
     block_length: int = CACHED_BLOCK
+    before: Piece | None = None
+    begun: int = 0
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int | None]:
         """Static arguments."""
-        return {"num_layers": self.plan.buffers.shallow}
+        return {"num_layers": self.plan.buffers.shallow, "length": None if self.before is None else self.length}
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Prefix ids [1, P], prefix length [1] and boundary slots [J] of a data shard."""
         prefix, used = self.prefixes[number] or (), self.boundaries[number]
-        ids = np.zeros((1, self.length), np.int32)
-        ids[0, : len(prefix)] = prefix
+        rest = prefix[self.begun :]
+        ids = np.zeros((1, self.length if self.before is None else self.plan.prefix_bucket(len(rest))), np.int32)
+        ids[0, : len(rest)] = rest
         slots = np.full(self.plan.buffers.slots, self.plan.config.num_layers, np.int32)
         slots[: len(used)] = used
         return ids, np.asarray([len(prefix)], np.int32), slots

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from bicache_jax.core.buckets import count_bucket, length_bucket, width_bucket
+from bicache_jax.core.buckets import count_bucket, growing_prefix, growing_suffix, length_bucket, width_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.serving.balance import Group, pack
 from bicache_jax.serving.flops import encode_flops, jobs, row_flops
@@ -21,14 +21,15 @@ IDLE = Batch(rows=(), prefixes=((),), prefix_index=(), boundary=0)
 """What a shard without work runs: nothing but the padding of `round_shape`."""
 
 
-def round_shape(batches: Sequence[Batch]) -> tuple[int, int, int, int]:
-    """(G, P, B, U) in buckets that hold each of the batches.
+def round_shape(batches: Sequence[Batch], *, growing: bool = False) -> tuple[int, int, int, int]:
+    """(G, P, B, U) in buckets that hold each of the batches; `growing`: those of a conversation.
 
     This is what all shards of a round are padded to: prefixes with empty ones, rows with rows that are complete from
     the start, tokens with invalid ones. Twins of guidance are rows.
     """
-    prefix = length_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
-    suffix = length_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
+    prefix_bucket, suffix_bucket = (growing_prefix, growing_suffix) if growing else (length_bucket, length_bucket)
+    prefix = prefix_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
+    suffix = suffix_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
     groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
     num_rows = max(count_bucket(len(batch.rows)) for batch in batches)
     return groups, prefix, num_rows * (1 + any(batch.guided for batch in batches)), suffix

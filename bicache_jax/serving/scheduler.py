@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import islice, takewhile
 
-from bicache_jax.core.buckets import count_bucket, length_bucket
+from bicache_jax.core.buckets import count_bucket
 from bicache_jax.core.types import Result
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import Frames
@@ -24,7 +24,7 @@ from bicache_jax.serving.lane import Lane, Seen
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall
 from bicache_jax.serving.rounds import program_key
-from bicache_jax.serving.store import RunPrefixes
+from bicache_jax.serving.run_prefixes import RunPrefixes
 
 
 def most_prefixes(rows: Sequence[Row], window: int, mask_id: int) -> int:
@@ -266,9 +266,9 @@ class Scheduler:
         groups = max(most_prefixes(of_shard, places + 1, mask_id) for of_shard in together)
         shape = (
             min(count_bucket(groups), rows),
-            length_bucket(first.prefix_len),
+            self._plan.prefix_bucket(first.prefix_len),
             rows,
-            length_bucket(first.suffix_len),
+            self._plan.suffix_bucket(first.suffix_len),
         )
         return DecodeCall(self._plan, shape, first.request.sampling)
 

@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
 from bicache_jax.core.version import version
-from bicache_jax.serving.engine import Engine, cache_for
+from bicache_jax.serving.engine import Engine
 from bicache_jax.serving.frames import SECONDS
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.inputs import Requests, remaining
 from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.planner import cache_for
 from bicache_jax.serving.rounds import divide
 from bicache_jax.serving.stats import Stats
 

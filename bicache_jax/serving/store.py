@@ -14,14 +14,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from bicache_jax.core.boundary import clamp_boundary
-from bicache_jax.core.buckets import length_bucket
-from bicache_jax.serving.flops import encode_flops
-from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.host_tier import HostTier
-from bicache_jax.serving.memory import Buffers, prefix_bytes
+from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Piece
-from bicache_jax.serving.plan import Plan
 
 Prefix = tuple[int, ...]
 Source = Literal["host", "disk"]
@@ -196,6 +191,34 @@ class PrefixStore:
         self._count(hits=1, flops_saved=entry.worth * entry.nbytes)
         return entry.piece
 
+    def beginning(self, key: Key, block: int) -> tuple[Piece, int] | None:
+        """The longest entry that is some of a prefix's first blocks, under block-causal attention, and its tokens.
+
+        Whatever follows them, blocks have the same KV: what is behind such an entry alone has to be encoded.
+
+        Args:
+            key: what the whole prefix would be found by.
+            block: tokens of a block; the last one ends with the prefix.
+        """
+        best: Key | None = None
+        for other, entry in self._entries.items():
+            size = len(other.tokens)
+            if (
+                (best is None or size > len(best.tokens))
+                and 0 < size < len(key.tokens)
+                and not (len(key.tokens) - size) % block
+                and other[2:] == key._replace(length=other.length)[2:]
+                and other.shard == key.shard
+                and entry.boundaries
+                and other.tokens == key.tokens[:size]
+            ):
+                best = other
+        if best is None:
+            return None
+        entry = self._entries[best]
+        entry.priority = self._age + entry.worth
+        return entry.piece, len(best.tokens)
+
     def load(self, key: Key, boundaries: Collection[int]) -> tuple[Piece, frozenset[int], Source] | None:
         """An encoding that serves all these boundaries, what it serves, and where it was; None if there is none."""
         if (hosted := self._host.take(key, frozenset(boundaries))) is not None:
@@ -284,106 +307,3 @@ class PrefixStore:
     def _count(self, **more: float) -> None:
         now: dict[str, Any] = {name: getattr(self._stats, name) + value for name, value in more.items()}
         self._stats = dataclasses.replace(self._stats, **now)
-
-
-class RunPrefixes:
-    """The prefixes of one run: each found or encoded when its first row begins, and in use until its last one has."""
-
-    def __init__(self, plan: Plan, store: PrefixStore) -> None:
-        """Nothing is encoded yet.
-
-        Args:
-            plan: the run, for its sizes.
-            store: where encodings are found, and kept.
-        """
-        self._plan, self._store = plan, store
-        self._pieces: dict[Key, tuple[Piece, frozenset[int]]] = {}
-        self._uses: Counter[Key] = Counter()
-        self._boundaries: dict[Named, Counter[int]] = {}
-
-    def _key(self, shard: int, prefix: Named) -> Key:
-        buffers, (namespace, tokens) = self._plan.buffers, prefix
-        return Key(shard, tokens, length_bucket(len(tokens)), buffers.shallow, buffers.slots, namespace)
-
-    def expect(self, shard: int, row: Row) -> None:
-        """A row is to run on a data shard; `release` says that it has begun, or never will."""
-        boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
-        for prefix in row.named(self._plan.config.mask_id):
-            self._uses[self._key(shard, prefix)] += 1
-            self._boundaries.setdefault(prefix, Counter())[boundary] += 1
-
-    def _wanted(self, prefix: Named, boundary: int) -> set[int]:
-        """Boundaries that the rows of the run need, if there is room for all; else the one."""
-        wanted = {boundary, *self._boundaries[prefix]}
-        return wanted if len(wanted) <= self._plan.buffers.slots else {boundary}
-
-    def boundaries(self, shard: int, prefix: Named, boundary: int) -> list[int]:
-        """Boundaries to encode a prefix for: those of this run, and those of earlier ones where there is room."""
-        used = self._wanted(prefix, boundary)
-        earlier = self._store.known(self._key(shard, prefix)) - used
-        if earlier:
-            self._store.want_slots(len(used | earlier))
-        room = self._plan.buffers.slots - len(used)
-        return sorted(used | set(sorted(earlier)[: max(0, room)]))
-
-    def find(self, shard: int, prefix: Named, boundary: int) -> Piece | None:
-        """A shard's part of an encoding, of this run or an earlier one; None if it has to be made."""
-        key = self._key(shard, prefix)
-        if key in self._pieces and boundary in self._pieces[key][1]:
-            return self._pieces[key][0]
-        wanted = self._wanted(prefix, boundary)
-        if (found := self._store.get(key, wanted)) is not None:
-            self._hold(key, found, wanted)
-        elif (stored := self._store.load(key, wanted)) is not None:
-            found, served, source = stored
-            self._put(key, found, served, source)
-        return found
-
-    def put(self, shard: int, prefix: Named, piece: Piece, boundaries: Collection[int]) -> None:
-        """Keeps a shard's part of an encoding."""
-        self._put(self._key(shard, prefix), piece, boundaries)
-
-    def _hold(self, key: Key, piece: Piece, boundaries: Collection[int]) -> None:
-        """Remembers a piece that the store counts as used; once, whatever it replaces."""
-        if key in self._pieces:
-            self._store.done(key)
-        self._pieces[key] = piece, frozenset(boundaries)
-
-    def _put(self, key: Key, piece: Piece, boundaries: Collection[int], source: Source | None = None) -> None:
-        plan = self._plan
-        nbytes = prefix_bytes(
-            plan.part or plan.config, plan.dtype.itemsize, length=key.length, layers=key.layers, slots=key.slots
-        )
-        flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
-        self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, source=source)
-        self._hold(key, piece, boundaries)
-
-    def release(self, shard: int, row: Row) -> None:
-        """Ends what `expect` began; encodings that no other row waits for are no longer in use."""
-        boundary = clamp_boundary(row.boundary, self._plan.config.num_layers)
-        for prefix in row.named(self._plan.config.mask_id):
-            key = self._key(shard, prefix)
-            self._uses[key] -= 1
-            if not self._uses[key]:
-                del self._uses[key]
-                self._end(key)
-            used = self._boundaries[prefix]
-            used[boundary] -= 1
-            if not used[boundary]:
-                del used[boundary]
-            if not used:
-                del self._boundaries[prefix]
-
-    def save(self) -> None:
-        """Writes what was encoded to disk, where that is asked for."""
-        self._store.save()
-
-    def close(self) -> None:
-        """Ends the run, given up or not; what it has encoded is written to disk, where that is asked for."""
-        for key in list(self._pieces):
-            self._end(key)
-        self.save()
-
-    def _end(self, key: Key) -> None:
-        if self._pieces.pop(key, None) is not None:
-            self._store.done(key)

@@ -7,9 +7,10 @@ import dataclasses
 from bicache_jax.serving.compilation import CompileCounter
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.plan import Plan
+from bicache_jax.serving.run_prefixes import RunPrefixes
 from bicache_jax.serving.scheduler import scheduled
 from bicache_jax.serving.stats import Counters
-from bicache_jax.serving.store import PrefixStore, RunPrefixes
+from bicache_jax.serving.store import PrefixStore
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bicache_jax import BicacheError, CacheConfig, Engine, Model, SamplingConfig, denoise, encode_prefix, forward
+from bicache_jax import (
+    BicacheError,
+    CacheConfig,
+    Engine,
+    Model,
+    Request,
+    SamplingConfig,
+    denoise,
+    encode_prefix,
+    forward,
+)
 from bicache_jax.cli import main
 
 
@@ -202,3 +212,19 @@ def test_a_mesh_changes_no_token() -> None:
     done = subprocess.run([sys.executable, str(child)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_a_longer_prompt_finds_the_blocks_of_a_shorter_one() -> None:
+    """Blocks have the same keys and values whatever follows: only what is behind what is known gets encoded."""
+    model, settings = families.load("sdar"), SamplingConfig(8, steps_per_block=2)
+    engine = Engine(model, sampling=settings)
+    text = tuple(map(int, np.random.default_rng(0).integers(1, 250, 90)))
+    asked = [Request(f"{length}", text[:length], length) for length in (40, 63, 86, 61)]
+    found = [engine.generate(request)[0] for request in asked]
+    assert [result.prefix_len for result in found] == [40, 60, 84, 60]
+    assert [result.cached_tokens for result in found] == [0, 40, 60, 60]
+    other = engine.generate(Request("61", (9, *text[1:61]), 61), namespace="other")[0]
+    assert other.cached_tokens == 0  # neither these tokens nor this namespace
+    plain = Engine(model, cache=CacheConfig(policy="none"), sampling=settings).generate(asked)
+    assert [result.token_ids for result in plain] == [result.token_ids for result in found]

@@ -18,6 +18,7 @@ from word_tokenizer import word_tokenizer
 import bicache_jax
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
 from bicache_jax.serving.admission import admit
+from bicache_jax.serving.compilation import CompileCounter
 from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.texts import read_text
 
@@ -176,6 +177,22 @@ def test_settings_that_are_none_say_so(engine: Engine, sampling: Any, kind: type
     for call in (engine.generate, engine.stream, engine.chat, engine.plan):
         with pytest.raises(kind, match=word):
             call(TEXT, sampling=sampling)
+
+
+@pytest.mark.slow
+def test_a_conversation_that_grows_finds_its_programs_compiled(model: Model) -> None:
+    """Ten turns, eleven to three hundred tokens: it waits for the compiler at four of them, whatever it says."""
+    engine = Engine(model, cache=CacheConfig(boundary=2), sampling=EIGHT)
+    messages, compiled = [{"role": "system", "content": "w5 w6"}], []
+    for turn in range(10):
+        messages.append({"role": "user", "content": " ".join(f"w{20 + turn + word}" for word in range(12))})
+        counter = CompileCounter()
+        answer = engine.chat(messages)
+        compiled.append(counter.count > 0)
+        wanted = engine.generate({"messages": messages})[0] if turn in (1, 6) else answer
+        assert answer == wanted and answer.prefix_len < answer.prompt_len
+        messages.append({"role": "assistant", "content": " ".join(f"w{50 + turn + word}" for word in range(12))})
+    assert sum(compiled) <= 4 and not any(compiled[-3:])
 
 
 @pytest.mark.parametrize("messages", [None, 5, {"role": "user", "content": "w7"}, b"w7"])
