@@ -93,6 +93,11 @@ def run(args: argparse.Namespace) -> int:
         path = journal_path(args.output)
         journal = stack.enter_context(Journal(path, resume=args.resume, overwrite=args.overwrite))
         model = backend.load(args)
+        if model.config.block_causal:
+            raise BicacheError(
+                f"--model {args.model}: its attention is block-causal, so its caches are exact and there is no boundary"
+                " to measure"
+            )
         samples = _samples(args, model, data.lines, data.source)
         settings = {name: value for name, value in vars(args).items() if name in _DETERMINING}
         shape = hashlib.sha256(json.dumps([[s.ids, s.prefix_len] for s in samples]).encode()).hexdigest()

@@ -117,7 +117,8 @@ class Engine:
         files = None
         if prefix_cache_dir is not None:
             files = open_files(prefix_cache_dir, model, placement, attention=backbone.attention, namespace=namespace)
-        self._store = PrefixStore(prefix_cache_bytes, files, prefix_host_bytes)
+        block = model.config.block_length if model.config.block_causal else 1
+        self._store = PrefixStore(prefix_cache_bytes, files, prefix_host_bytes, block)
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)
         self._planner = Planner(
             placement,

@@ -104,14 +104,16 @@ class PrefixStore:
     operations saved per byte, and by how long ago it was used (GreedyDual-Size, Cao and Irani 1997).
     """
 
-    def __init__(self, budget: int, files: Files | None = None, host_budget: int = 0) -> None:
+    def __init__(self, budget: int, files: Files | None = None, host_budget: int = 0, block: int = 1) -> None:
         """Begins empty.
 
         Args:
             budget: bytes on a device; 0 keeps nothing between runs.
             files: where encodings outlive the process, and are found by others.
             host_budget: bytes of the host's memory, for each device, for what has no room there.
+            block: tokens of a block, under block-causal attention: of a prefix, whole blocks are kept.
         """
+        self._block = block
         self._budget, self._files, self._host = budget, files, HostTier(host_budget)
         self._unsaved: dict[Key, tuple[Piece, frozenset[int]]] = {}
         self._entries: dict[Key, _Entry] = {}
@@ -124,7 +126,11 @@ class PrefixStore:
         return len(self._entries)
 
     def __contains__(self, tokens: object) -> bool:
-        return any(key.tokens == tokens for key in self._entries)
+        return any(self._is_of(key.tokens, tokens) for key in self._entries)
+
+    def _is_of(self, kept: Prefix, prefix: Any) -> bool:
+        """Whether an entry's tokens are what is kept of a prefix."""
+        return 0 <= len(prefix) - len(kept) < self._block and kept == tuple(prefix[: len(kept)])
 
     @property
     def budget(self) -> int:
@@ -161,8 +167,10 @@ class PrefixStore:
 
     def drop(self, tokens: Prefix) -> None:
         """Drops the encodings of a prefix, except for what a run is using."""
-        self._remove(key for key in list(self._entries) if key.tokens == tokens)
-        self._host.drop(tokens)
+        mine = [key for key in self._entries if self._is_of(key.tokens, tokens)]
+        self._remove(mine)
+        for kept in {tokens, *(key.tokens for key in mine)}:
+            self._host.drop(kept)
 
     def clear(self) -> None:
         """Drops all encodings, except for what a run is using."""
@@ -171,7 +179,7 @@ class PrefixStore:
 
     def renewed(self) -> PrefixStore:
         """An empty store for other weights, with this one's budget and pins; runs of the old ones end on this one."""
-        store = PrefixStore(self._budget, host_budget=self._host.budget)
+        store = PrefixStore(self._budget, host_budget=self._host.budget, block=self._block)
         store._pinned, store._layers, store._slots = set(self._pinned), self._layers, self._slots
         return store
 
@@ -288,7 +296,9 @@ class PrefixStore:
                 loose = [
                     (entry.priority, place, key)
                     for place, (key, entry) in enumerate(self._entries.items())
-                    if key.shard == shard and not entry.users and key.tokens not in self._pinned
+                    if key.shard == shard
+                    and not entry.users
+                    and not any(self._is_of(key.tokens, pinned) for pinned in self._pinned)
                 ]
                 if not loose:
                     break

@@ -228,3 +228,14 @@ def test_a_longer_prompt_finds_the_blocks_of_a_shorter_one() -> None:
     assert other.cached_tokens == 0  # neither these tokens nor this namespace
     plain = Engine(model, cache=CacheConfig(policy="none"), sampling=settings).generate(asked)
     assert [result.token_ids for result in plain] == [result.token_ids for result in found]
+
+
+@pytest.mark.slow
+def test_whole_blocks_of_an_added_prefix_are_kept() -> None:
+    engine = Engine(families.load("sdar"), sampling=SamplingConfig(8, steps_per_block=2), prefix_cache_bytes=0)
+    text = list(range(1, 31))  # 28 tokens are whole blocks
+    assert engine.prefixes.add(text) == 30 and text not in engine.prefixes
+    first, second = (engine.generate([[*text, token]])[0] for token in (40, 41))
+    assert (first.prefix_len, first.cached_tokens, second.cached_tokens) == (28, 0, 28) and text in engine.prefixes
+    engine.prefixes.drop(text)
+    assert text not in engine.prefixes
