@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from bicache_jax.checkpoints.fields import TensorMap
 from bicache_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder, write_params
 from bicache_jax.checkpoints.tree import paths
+from bicache_jax.core.config import Quantize
 from bicache_jax.core.types import BicacheError
 from bicache_jax.loading import find_folder, load_model, open_checkpoint, tensor_map
 
@@ -31,6 +32,7 @@ def convert(
     to: Format = "orbax",
     dtype: Any = "auto",
     mask_id: int | None = None,
+    quantize: Quantize | None = None,
     check_weights: bool = False,
 ) -> int:
     """Writes a model in another format, with its config, tokenizer and boundary table.
@@ -41,6 +43,7 @@ def convert(
         to: format of the output.
         dtype: of the parameters.
         mask_id: as in `load_model`; it is not written anywhere.
+        quantize: as in `load_model`; 8-bit weights need an orbax folder.
         check_weights: as in `load_model`.
 
     Returns:
@@ -53,7 +56,9 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BicacheError(f"{output} exists already: name a new folder")
     folder = find_folder(source)
-    model = load_model(source, dtype=dtype, mask_id=mask_id, check_weights=check_weights)
+    model = load_model(source, dtype=dtype, mask_id=mask_id, quantize=quantize, check_weights=check_weights)
+    if to == "safetensors" and model.config.quantize != "none":
+        raise BicacheError(f"{source}: 8-bit weights ({model.config.quantize}) are written as orbax folders only")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, since only a rename within a file system is atomic.
@@ -64,7 +69,9 @@ def convert(
             if to == "orbax":
                 with open_checkpoint(folder) as tensors:
                     names = tensors.names
-                write_params(made, model.params, fingerprint=model.fingerprint, names=names)
+                write_params(
+                    made, model.params, fingerprint=model.checkpoint, names=names, quantize=model.config.quantize
+                )
                 OrbaxFolder(made).verify()
             else:
                 _write_safetensors(made, model.params, tensor_map(model.config))

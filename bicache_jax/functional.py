@@ -24,7 +24,7 @@ from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.layout import lay_out_canvases
-from bicache_jax.core.numerics import precision
+from bicache_jax.core.quantized import product
 from bicache_jax.decoding.encode import encode_alone
 from bicache_jax.decoding.interval import NO_LIMIT, denoise_steps, initial_state
 from bicache_jax.decoding.schedule import make_decoding, pass_sizes, stages
@@ -360,6 +360,6 @@ def _forward(backbone: Backbone, block_length: int, params: Params, ids: Array, 
         return backbone.finish(layer, x, attended)
 
     x = backbone.final_norm(params, jax.lax.fori_loop(0, config.num_layers, body, x))
-    head_vd, bias_v = backbone.head(params)
-    logits = jnp.einsum("bsd,vd->bsv", x, head_vd, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    head_vd, bias_v, scale_v = backbone.head(params)
+    logits = product(x, head_vd, scale_v, out_first=True, quantize=config.quantize, dtype=jnp.float32)
     return logits if bias_v is None else logits + bias_v.astype(jnp.float32)

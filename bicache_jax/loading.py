@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from bicache_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.configs import model_shape, published_table
 from bicache_jax.core.boundary import load_table
-from bicache_jax.core.config import DTYPES, ModelConfig
+from bicache_jax.core.config import DTYPES, QUANTIZE, ModelConfig, Quantize
+from bicache_jax.core.quantized import quantise
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.models import AXES, FAMILIES, abstract, family_of, init
 from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
@@ -96,6 +98,7 @@ def load_model(
     mask_id: int | None = None,
     block_causal: bool = False,
     right_shift_logits: bool = False,
+    quantize: Quantize | None = None,
     mesh: Mesh | None = None,
     check_weights: bool = False,
 ) -> Model:
@@ -109,6 +112,8 @@ def load_model(
         block_causal: it was trained with block-causal attention, though its config does not say so: A2D models that
             were trained as BD3LM.
         right_shift_logits: position j is predicted from hidden state j - 1, likewise.
+        quantize: format of the weights (`bicache_jax.core.quantized`): `none`, `w8` or `w8a8`; one parameter at a time
+            is brought to it, so that the model is never there as floats. None: as they are stored.
         mesh: mesh to load onto (`bicache_jax.sharding.make_mesh`): each process reads only the parts that its devices
             hold, and `params` has the sizes of `bicache_jax.sharding.Partition`. None: the default device.
         check_weights: look for NaN and infinity in every tensor, and refuse a model that holds any.
@@ -141,15 +146,71 @@ def load_model(
                 config = dataclasses.replace(config, shift_logits=True)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
-        wanted = _targets(config, resolve_dtype(dtype), mesh)
-        params = tensors.load(tensor_map(config), wanted, check=check_weights)
+        config = dataclasses.replace(config, quantize=_format(quantize, tensors.quantize, folder))
+        stored = dataclasses.replace(config, quantize=tensors.quantize)
+        params = tensors.load(
+            tensor_map(config),
+            _targets(stored, resolve_dtype(dtype), mesh),
+            check=check_weights,
+            finish=_Shrink(stored, config, mesh),
+        )
         mark = tensors.mark(fields)
     named = {*config.eos_ids, *_generation_ends(folder), *(tokenizer.eos_ids if tokenizer else ())}
     ends = {i for i in named if 0 <= i < config.vocab_size}
     turns = ends.intersection(tokenizer.eot_ids if tokenizer else ()).difference(config.eos_ids)
     config = dataclasses.replace(config, eos_ids=tuple(sorted(ends)), eot_ids=tuple(sorted(turns)))
     boundaries, note = _own_table(folder, config, mark)
+    if config.quantize != "none":
+        mark = f"{mark}+{config.quantize}"
     return Model(config, params, tokenizer, mark, str(path), boundaries, note)
+
+
+def _format(asked: str | None, stored: Quantize, folder: Path) -> Quantize:
+    """The format of weights to load.
+
+    Raises:
+        BicacheError: it is unknown, or the weights are stored in another one that is not floats.
+    """
+    if asked is None:
+        return stored
+    if asked not in QUANTIZE:
+        raise BicacheError(f"quantize must be one of {', '.join(QUANTIZE)}, got {asked!r}")
+    formats = {word: word for word in QUANTIZE}
+    if stored != "none" and asked == "none":
+        raise BicacheError(f"{folder}: its weights are stored in 8 bits ({stored}); load the checkpoint they are from")
+    return formats[asked]
+
+
+class _Shrink:
+    """Brings a parameter that has been loaded to the format that the model is to have."""
+
+    def __init__(self, stored: ModelConfig, config: ModelConfig, mesh: Mesh | None) -> None:
+        self._paths: dict[tuple[str, ...], Any] = {}
+        self._shardings: dict[tuple[str, ...], Any] = {}
+        if stored.quantize != "none" or config.quantize == "none":
+            return
+        shapes = abstract(config)
+        self._paths = {path: leaf for path, leaf in paths(shapes) if leaf.dtype == jnp.int8}
+        if mesh is not None:
+            padded = Partition(config, check_mesh(mesh).shape[MODEL]).config
+            self._shardings = dict(paths(param_shardings(AXES, abstract(padded), mesh)))
+
+    def __call__(self, path: tuple[str, ...], array: jax.Array) -> list[tuple[tuple[str, ...], jax.Array]]:
+        """The parameter, or its integers and their scales."""
+        if path not in self._paths:
+            return [(path, array)]
+        *above, name = path
+        scale = (*above, "scale") if name in ("kernel", "weight") else (f"{name}_scale",)
+        places = (path, scale)
+        run = jax.jit(
+            quantise,
+            static_argnames="axis",
+            donate_argnums=0,
+            out_shardings=tuple(map(self._shardings.get, places)) if self._shardings else None,
+        )
+        with warnings.catch_warnings():  # integers do not fit into the floats' memory
+            warnings.simplefilter("ignore", UserWarning)
+            return list(zip(places, run(array, axis=-2 if name == "kernel" else -1), strict=True))
 
 
 def _block_causal(family: Any, model_type: Any, source: Path) -> Mapping[str, Any]:
@@ -202,7 +263,7 @@ def _generation_ends(folder: Path) -> tuple[int, ...]:
     return read_ids(read_json(file), "eos_token_id", str(file)) if file.is_file() else ()
 
 
-def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
+def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0, quantize: Quantize = "none") -> Model:
     """A model of a published shape with random weights, for measurements that no weight changes.
 
     Args:
@@ -210,6 +271,7 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
             `small_blocks` (block-causal), which run on CPUs.
         dtype: as in `load_model`.
         seed: of the weights.
+        quantize: their format.
 
     Returns:
         The model. A shape without a published boundary table gets LLaDA-8B's, scaled to its depth.
@@ -217,7 +279,7 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0) -> Model:
     Raises:
         BicacheError: the shape is unknown.
     """
-    config = model_shape(shape)
+    config = dataclasses.replace(model_shape(shape), quantize=quantize)
     make = jax.jit(init, static_argnames=("config", "dtype"))
     params = make(config, jax.random.key(seed), dtype=resolve_dtype(dtype))
     if config.block_causal:

@@ -8,6 +8,7 @@ they go through tiles of one expert's tokens.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bicache_jax.core.axes import vary_like
-from bicache_jax.core.config import Experts, ModelConfig
+from bicache_jax.core.config import Experts, ModelConfig, Quantize
 from bicache_jax.core.numerics import precision
+from bicache_jax.core.quantized import product, quantise
+from bicache_jax.models.linear import Linear
 
 TILE = 32
 """Tokens of one expert that are multiplied at a time, where it is not TPUs that do it."""
@@ -36,10 +39,17 @@ class Router(nnx.Module):
 class Stack(nnx.Module):
     """The same projection of all experts."""
 
-    def __init__(self, num: int, features_in: int, features_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, num: int, features_in: int, features_out: int, *, quantize: Quantize, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         """Initialises the weights."""
-        kernel = jax.random.normal(rngs.params(), (num, features_in, features_out), dtype)
-        self.kernel = nnx.Param(kernel * jnp.asarray(features_in**-0.5, dtype))
+        kernel: Any = jax.random.normal(rngs.params(), (num, features_in, features_out), dtype)
+        kernel *= jnp.asarray(features_in**-0.5, dtype)
+        scale = None
+        if quantize != "none":
+            kernel, scale = quantise(kernel, 1)
+        self.scale = None if scale is None else nnx.Param(scale)
+        self.kernel = nnx.Param(kernel)
 
 
 class Mixture(nnx.Module):
@@ -51,10 +61,11 @@ class Mixture(nnx.Module):
         assert experts is not None
         self.router = Router(experts, d_model, dtype=dtype, rngs=rngs)
         wide, narrow = (experts.num, d_model, experts.d_expert), (experts.num, experts.d_expert, d_model)
-        self.gate, self.up, self.down = (Stack(*size, dtype=dtype, rngs=rngs) for size in (wide, wide, narrow))
+        settings: Any = {"quantize": config.quantize, "dtype": dtype, "rngs": rngs}
+        self.gate, self.up, self.down = (Stack(*size, **settings) for size in (wide, wide, narrow))
         if experts.d_shared:
             self.shared_gate, self.shared_up, self.shared_down = (
-                nnx.Linear(*size, use_bias=False, dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=rngs)
+                Linear(*size, bias=False, **settings)
                 for size in ((d_model, experts.d_shared),) * 2 + ((experts.d_shared, d_model),)
             )
 
@@ -87,15 +98,20 @@ def route(experts: Experts, router: Any, x_md: Float[Array, "M D"]) -> tuple[Int
     return chosen, weights * experts.scale
 
 
-def mix(experts: Experts, layers: Any, layer: Int[Array, ""], x_md: Float[Array, "M D"]) -> Float[Array, "M D"]:
+def mix(
+    config: ModelConfig, layers: Any, layer: Int[Array, ""], x_md: Float[Array, "M D"], *, axis: str | None = None
+) -> Float[Array, "M D"]:
     """A layer's experts and shared experts, for normalised tokens; on a shard, its part of the sum.
 
     Args:
-        experts: how they are picked.
+        config: the architecture: how experts are picked, and the format of their weights.
         layers: parameters of `Mixture`, stacked over layers.
         layer: which of them.
         x_md: the tokens.
+        axis: mesh axis over which the experts' columns are split; None: they are not split.
     """
+    experts = config.experts
+    assert experts is not None
 
     def here(leaf: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
@@ -104,36 +120,54 @@ def mix(experts: Experts, layers: Any, layer: Int[Array, ""], x_md: Float[Array,
     order = jnp.argsort(chosen.ravel(), stable=True)  # so that each expert's tokens are neighbours
     sizes = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(experts.num), axis=0, dtype=jnp.int32)
     sorted_nd = x_md[order // experts.per_token]
-    kernels = [layers[name]["kernel"] for name in ("gate", "up", "down")]
-    out_nd = jax.lax.platform_dependent(sorted_nd, sizes, layer, *kernels, default=_tiles, tpu=_ragged)
+    stacks = [layers[name] for name in ("gate", "up", "down")]
+    tiles = functools.partial(_tiles, quantize=config.quantize, axis=axis)
+    if config.quantize == "none":
+        out_nd = jax.lax.platform_dependent(sorted_nd, sizes, layer, *stacks, default=tiles, tpu=_ragged)
+    else:  # a ragged product of 8-bit weights with floats would need a copy of all of them as floats
+        out_nd = tiles(sorted_nd, sizes, layer, *stacks)
     out_mkd = out_nd[jnp.argsort(order)].reshape(*chosen.shape, -1)
     out = jnp.einsum("mkd,mk->md", out_mkd.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
     out = out.astype(x_md.dtype)
     if experts.d_shared:
-        gate, up, down = (here(layers[f"shared_{name}"]["kernel"]) for name in ("gate", "up", "down"))
-        high = precision(x_md.dtype)
-        hidden = jax.nn.silu(jnp.dot(x_md, gate, precision=high)) * jnp.dot(x_md, up, precision=high)
-        out = out + jnp.dot(hidden, down, precision=high)
+        gate, up, down = (jax.tree.map(here, layers[f"shared_{name}"]) for name in ("gate", "up", "down"))
+        out = out + _swiglu(x_md, gate, up, down, quantize=config.quantize, axis=axis)
     return out
 
 
-def _ragged(x_nd: Array, sizes: Array, layer: Array, gate: Array, up: Array, down: Array) -> Float[Array, "n D"]:
+def _swiglu(x: Array, gate: Any, up: Any, down: Any, *, quantize: Quantize, axis: str | None) -> Array:
+    def times(x: Array, part: Any, axis: str | None = None) -> Array:
+        return product(x, part["kernel"], part.get("scale"), quantize=quantize, axis=axis)
+
+    return times(jax.nn.silu(times(x, gate)) * times(x, up), down, axis)
+
+
+def _ragged(x_nd: Array, sizes: Array, layer: Array, gate: Any, up: Any, down: Any) -> Float[Array, "n D"]:
     """SwiGLU of tokens sorted by expert, `sizes` of each."""
     high = precision(x_nd.dtype)
-
     # The experts of all layers are groups, those of the others empty: to cut a layer out would copy it.
-    layers, experts = gate.shape[:2]
+    layers, experts = gate["kernel"].shape[:2]
     groups = jax.lax.dynamic_update_slice(jnp.zeros(layers * experts, jnp.int32), sizes, (layer * experts,))
 
-    def times(x: Array, kernels: Array) -> Array:
+    def times(x: Array, stack: Any) -> Array:
+        kernels = stack["kernel"]
         return jax.lax.ragged_dot(x, kernels.reshape(-1, *kernels.shape[2:]), groups, precision=high)
 
     return times(jax.nn.silu(times(x_nd, gate)) * times(x_nd, up), down)
 
 
-def _tiles(x_nd: Array, sizes: Array, layer: Array, gate: Array, up: Array, down: Array) -> Float[Array, "n D"]:
+def _tiles(
+    x_nd: Array,
+    sizes: Array,
+    layer: Array,
+    gate: Any,
+    up: Any,
+    down: Any,
+    *,
+    quantize: Quantize = "none",
+    axis: str | None = None,
+) -> Float[Array, "n D"]:
     """The same, tile by tile; the last tile of an expert reaches into the next one's tokens, and leaves them alone."""
-    high = precision(x_nd.dtype)
     count = x_nd.shape[0]
     tile = min(TILE, count)
     tiles = -(-sizes // tile)
@@ -144,12 +178,13 @@ def _tiles(x_nd: Array, sizes: Array, layer: Array, gate: Array, up: Array, down
         expert = jnp.searchsorted(tile_ends, index, side="right").astype(jnp.int32)
         start = ends[expert] - sizes[expert] + (index - tile_ends[expert] + tiles[expert]) * tile
 
-        def kernel(kernels: Array) -> Array:
-            return jax.lax.dynamic_slice(kernels, (layer, expert, 0, 0), (1, 1, *kernels.shape[2:]))[0, 0]
+        def own(leaf: Array) -> Array:
+            at: list[Any] = [layer, expert, *[0] * (leaf.ndim - 2)]
+            return jax.lax.dynamic_slice(leaf, at, (1, 1, *leaf.shape[2:]))[0, 0]
 
         x = jax.lax.dynamic_slice_in_dim(padded, start, tile)
-        hidden = jax.nn.silu(jnp.dot(x, kernel(gate), precision=high)) * jnp.dot(x, kernel(up), precision=high)
-        made = jnp.dot(hidden, kernel(down), precision=high)
+        parts = (jax.tree.map(own, stack) for stack in (gate, up, down))
+        made = _swiglu(x, *parts, quantize=quantize, axis=axis)
         mine = (start + jnp.arange(tile) < ends[expert])[:, None]
         return jax.lax.dynamic_update_slice_in_dim(
             out, jnp.where(mine, made, jax.lax.dynamic_slice_in_dim(out, start, tile)), start, 0

@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Int
 from bicache_jax.core.attention import Attention
 from bicache_jax.core.backbone import STACKS, LayerParams, Params
 from bicache_jax.core.config import Experts, ModelConfig
-from bicache_jax.core.numerics import precision, psum
+from bicache_jax.core.numerics import psum
+from bicache_jax.core.quantized import quantise
+from bicache_jax.models.linear import Linear
 from bicache_jax.models.mixture import Mixture, mix
 from bicache_jax.models.rope import rotate
 
@@ -45,39 +47,10 @@ class Norm(nnx.Module):
         return x if self.bias is None else x + self.bias[...]
 
 
-class HeadLinear(nnx.Module):
-    """A linear map to heads with its weight stored as `[out, in]`, as in checkpoints.
-
-    With this weight TPUs produce `[B, N, T, H]` directly. With a weight `[in, out]` they would first change its memory
-    layout, in every layer of every step.
-    """
-
-    def __init__(self, features_in: int, features_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Initialises the weight like the other weights of `Block`, and the bias to zero."""
-        weight = jax.random.normal(rngs.params(), (features_out, features_in), dtype)
-        self.weight = nnx.Param(weight * jnp.asarray(features_in**-0.5, dtype))
-        self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B NH"]:
-        """Maps the last axis."""
-        weight = self.weight[...]
-        out = jnp.einsum("...d,nd->...n", x, weight, precision=precision(weight.dtype))
-        return out if self.bias is None else out + self.bias[...]
-
-
-def _linear(
-    config: ModelConfig, features_in: int, features_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear:
-    return nnx.Linear(
-        features_in,
-        features_out,
-        use_bias=config.bias,
-        dtype=dtype,
-        param_dtype=dtype,
-        precision=precision(dtype),
-        kernel_init=nnx.initializers.normal(config.d_model**-0.5),
-        rngs=rngs,
-    )
+def _linear(config: ModelConfig, features_in: int, features_out: int, **settings: Any) -> Linear:
+    """A projection that is not to heads."""
+    spread = config.d_model**-0.5
+    return Linear(features_in, features_out, bias=config.bias, quantize=config.quantize, spread=spread, **settings)
 
 
 class Mlp(nnx.Module):
@@ -101,7 +74,15 @@ class Block(nnx.Module):
         linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.attention_norm = Norm(config, dtype=dtype)
-        heads = functools.partial(HeadLinear, config.d_model, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        heads = functools.partial(
+            Linear,
+            config.d_model,
+            bias=config.qkv_bias,
+            quantize=config.quantize,
+            dtype=dtype,
+            rngs=rngs,
+            out_first=True,
+        )
         self.q, self.k, self.v = heads(query_size), heads(kv_size), heads(kv_size)
         if config.qk_norm:
             self.q_norm, self.k_norm = (Norm(config, dtype=dtype, size=config.head_dim) for _ in range(2))
@@ -114,6 +95,8 @@ class Block(nnx.Module):
 
 AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("embed",): ("vocab", "width"),
+    ("embed_scale",): ("vocab",),
+    ("head_scale",): ("vocab",),
     ("head",): ("vocab", "width"),
     ("head_bias",): ("vocab",),
     ("norm", "scale"): ("width",),
@@ -126,18 +109,18 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     **{
         ("layers", name, part): ("layer", axis, "width") if part == "weight" else ("layer", axis)
         for name, axis in {"q": "heads", "k": "kv_heads", "v": "kv_heads"}.items()
-        for part in ("weight", "bias")
+        for part in ("weight", "bias", "scale")
     },
     **{
         (stack, name, part): ("layer", "width", "mlp") if part == "kernel" else ("layer", "mlp")
         for stack in ("layers", "dense")
         for name in ("gate", "up")
-        for part in ("kernel", "bias")
+        for part in ("kernel", "bias", "scale")
     },
     **{
         (stack, name, part): ("layer", axis, "width") if part == "kernel" else ("layer", "width")
         for stack, name, axis in (("layers", "o", "heads"), ("layers", "down", "mlp"), ("dense", "down", "mlp"))
-        for part in ("kernel", "bias")
+        for part in ("kernel", "bias", "scale")
     },
     ("mixture", "router", "weight"): ("layer", "expert", "width"),
     ("mixture", "router", "bias"): ("layer", "expert"),
@@ -145,6 +128,10 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("mixture", "down", "kernel"): ("layer", "expert", "expert_mlp", "width"),
     **{("mixture", f"shared_{name}", "kernel"): ("layer", "width", "shared_mlp") for name in ("gate", "up")},
     ("mixture", "shared_down", "kernel"): ("layer", "shared_mlp", "width"),
+    **{("mixture", name, "scale"): ("layer", "expert", "expert_mlp") for name in ("gate", "up")},
+    ("mixture", "down", "scale"): ("layer", "expert", "width"),
+    **{("mixture", f"shared_{name}", "scale"): ("layer", "shared_mlp") for name in ("gate", "up")},
+    ("mixture", "shared_down", "scale"): ("layer", "width"),
 }
 """Logical axes of every parameter of all families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
 
@@ -196,6 +183,9 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
             params["dense"] = stack(Mlp, jax.random.fold_in(layer_key, 2), config.num_layers - mixtures)
     if not config.tied:
         params["head"] = table(head_key)
+    for name in ("embed", "head") if config.quantize != "none" else ():
+        if name in params:
+            params[name], params[f"{name}_scale"] = quantise(params[name], 1)
     if config.head_bias:
         params["head_bias"] = jnp.zeros((config.vocab_size,), dtype)
     return params
@@ -226,26 +216,32 @@ class Transformer:
         return AXES
 
     def _block(self, layer: LayerParams) -> Block:
-        dtype = layer["q"]["weight"].dtype
+        dtype = layer["attention_norm"]["scale"].dtype
         own = {name: value for name, value in layer.items() if name not in (*STACKS, "layer")}
         return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(own))
 
-    def _sum(self, linear: nnx.Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    def _sum(self, linear: Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         """A projection whose inputs are split over shards; its bias is added once."""
         if self.axis is None or linear.bias is None:
-            return psum(linear(x), self.axis)
+            return psum(linear(x, self.axis), self.axis)
         first = jax.lax.axis_index(self.axis) == 0
         linear.bias[...] = jnp.where(first, linear.bias[...], 0)
-        return psum(linear(x), self.axis)
+        return psum(linear(x, self.axis), self.axis)
 
     def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Token embeddings, summed over shards: each shard looks up its own part of the vocabulary, zeros elsewhere."""
-        table = params["embed"]
+        table, scale = params["embed"], params.get("embed_scale")
+        dtype = params["norm"]["scale"].dtype
+
+        def rows(index: Array) -> Array:
+            found = table[index]
+            return found if scale is None else (found * scale[index][..., None]).astype(dtype)
+
         if self.axis is None:
-            return table[ids]
+            return rows(ids)
         index = ids - jax.lax.axis_index(self.axis) * table.shape[0]
         inside = (index >= 0) & (index < table.shape[0])
-        return psum(jnp.where(inside[..., None], table[jnp.where(inside, index, 0)], 0), self.axis)
+        return psum(jnp.where(inside[..., None], rows(jnp.where(inside, index, 0)), 0), self.axis)
 
     def _heads(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:2], heads, self.config.head_dim).swapaxes(1, 2)
@@ -299,12 +295,13 @@ class Transformer:
         def mixed() -> Array:
             slot = jnp.searchsorted(jnp.asarray(mixtures), index).astype(jnp.int32)
             flat = normed.reshape(-1, normed.shape[-1])
-            return psum(mix(experts, layer["mixture"], slot, flat).reshape(normed.shape), self.axis)
+            mixed = mix(self.config, layer["mixture"], slot, flat, axis=self.axis)
+            return psum(mixed.reshape(normed.shape), self.axis)
 
         def dense() -> Array:
             slot = jnp.searchsorted(jnp.asarray(experts.dense_layers), index).astype(jnp.int32)
             own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), layer["dense"])
-            mlp = nnx.merge(_mlp_graph(self.config, own["gate"]["kernel"].dtype), nnx.State(own))
+            mlp = nnx.merge(_mlp_graph(self.config, normed.dtype), nnx.State(own))
             return self._mlp(mlp, normed)
 
         if not experts.dense_layers:
@@ -315,6 +312,7 @@ class Transformer:
         """The norm before the head."""
         return nnx.merge(_graphs(self.config, x.dtype)[1], nnx.State(params["norm"]))(x)
 
-    def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
-        """Rows of the LM head, and its bias if any; on a shard, its part of the vocabulary."""
-        return params["embed"] if self.config.tied else params["head"], params.get("head_bias")
+    def head(self, params: Params) -> tuple[Array, Float[Array, " V"] | None, Float[Array, " V"] | None]:
+        """Rows of the LM head, its bias if any, and its scales in 8 bits; on a shard, its part of the vocabulary."""
+        name = "embed" if self.config.tied else "head"
+        return params[name], params.get("head_bias"), params.get(f"{name}_scale")

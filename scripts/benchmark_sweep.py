@@ -59,7 +59,7 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
         raise BicacheError(f"--base needs {len(AXES)} numbers: {', '.join(AXES)}")
     base = dict(zip(AXES, args.base, strict=True))
     sampling = SamplingConfig(gen_length=args.suffix // 2, steps=min(args.steps, args.suffix // 2))
-    dtype = model.params["embed"].dtype
+    dtype = model.dtype
     peak, bandwidth = benchmark.matmul_peak(dtype), benchmark.memory_bandwidth()
     sweeps: dict[str, Any] = {}
     load = [benchmark.load_average()]

@@ -87,7 +87,7 @@ def main() -> None:
     config, cache = model.config, CacheConfig(boundary=2, refresh_interval=4)
     work = requests(model, args.requests, args.prefixes)
     layers = Buffers.between(2, 2, config.num_layers).shallow
-    one = prefix_bytes(config, model.params["embed"].dtype.itemsize, length=64, layers=layers)
+    one = prefix_bytes(config, model.dtype.itemsize, length=64, layers=layers)
     engine = Engine(model, cache=cache, batch_size=args.rows, prefix_cache_bytes=args.kept * one)
     for size in range(1, args.rows + 1):  # every size that a lane may have
         asyncio.run(ask(engine, work[:size], size, 1))

@@ -20,7 +20,8 @@ from jaxtyping import Array, UInt32
 from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.finite import WeightCheck
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.checkpoints.tree import Finish, as_it_is, paths, tree_of
+from bicache_jax.core.config import QUANTIZE, Quantize
 from bicache_jax.core.types import BicacheError
 
 FORMAT = 1
@@ -28,7 +29,7 @@ MANIFEST = "bicache.json"
 PARAMS = "params"
 # A shard reads whole chunks. With one chunk per parameter every process would read everything.
 CHUNK_BYTES = 4 << 20
-_WEIGHT_DTYPES = ("float32", "bfloat16")
+_WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @jax.jit
@@ -39,12 +40,13 @@ def checksum(x: Array) -> UInt32[Array, ""]:
     change of one element is always detected. A change of several is missed in about one case in 2**32.
 
     Args:
-        x: an array of 16- or 32-bit floats, on one device or many.
+        x: an array of 16- or 32-bit floats or 8-bit integers, on one device or many.
 
     Returns:
         The sum; equal on every process.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -75,7 +77,9 @@ def _handler(orbax: Any) -> Any:
     return orbax.PyTreeCheckpointHandler(use_zarr3=True)
 
 
-def write_params(folder: Path, params: Any, *, fingerprint: str, names: frozenset[str]) -> None:
+def write_params(
+    folder: Path, params: Any, *, fingerprint: str, names: frozenset[str], quantize: Quantize = "none"
+) -> None:
     """Writes parameters and the manifest into a folder that already contains `config.json`.
 
     Args:
@@ -83,6 +87,7 @@ def write_params(folder: Path, params: Any, *, fingerprint: str, names: frozense
         params: the parameter tree, sharded or not.
         fingerprint: fingerprint of the source checkpoint.
         names: tensor names of the source checkpoint.
+        quantize: format of the weights.
     """
     orbax = _orbax()
     save_args = jax.tree.map(lambda leaf: orbax.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
@@ -90,6 +95,7 @@ def write_params(folder: Path, params: Any, *, fingerprint: str, names: frozense
         checkpointer.save((folder / PARAMS).absolute(), args=orbax.args.PyTreeSave(params, save_args=save_args))
     manifest = {
         "format": FORMAT,
+        "quantize": quantize,
         "fingerprint": fingerprint,
         "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         "params": {
@@ -108,6 +114,7 @@ class OrbaxFolder:
         folder: its path.
         names: tensor names of the source checkpoint; they show which biases exist.
         fingerprint: fingerprint of the source checkpoint.
+        quantize: format of the weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,6 +133,8 @@ class OrbaxFolder:
             )
         try:
             self.fingerprint = str(manifest["fingerprint"])
+            formats: dict[str, Quantize] = {word: word for word in QUANTIZE}
+            self.quantize = formats[str(manifest.get("quantize", "none"))]
             self.names = frozenset(map(str, manifest["tensors"]))
             self._params = {
                 tuple(name.split(".")): (tuple(map(int, entry["shape"])), str(entry["dtype"]), int(entry["checksum"]))
@@ -153,13 +162,16 @@ class OrbaxFolder:
         """The fingerprint of the source checkpoint."""
         return self.fingerprint
 
-    def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
+    def load(
+        self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False, finish: Finish = as_it_is
+    ) -> dict[str, Any]:
         """Reads and verifies the parameters.
 
         Args:
             mapping: tensor names of the source checkpoint, for messages.
             wanted: a tree of `Target`.
             check: look for NaN and infinity.
+            finish: what becomes of each parameter once it is loaded, before the next one is.
 
         Returns:
             The parameter tree.
@@ -186,9 +198,10 @@ class OrbaxFolder:
 
         def load(path: tuple[str, ...], array: jax.Array) -> jax.Array:
             leaf = leaves[path]
-            return weights.look(leaf.expand(array.astype(leaf.dtype)), mapping.stored(path, leaf.shape))
+            named = mapping.stored(path, leaf.shape) if path in mapping.names else [".".join(path)]
+            return weights.look(leaf.expand(array.astype(leaf.dtype)), named)
 
-        params = tree_of((path, load(path, array)) for path, array in self._read(leaves))
+        params = tree_of(found for path, array in self._read(leaves) for found in finish(path, load(path, array)))
         weights.finish()
         return params
 

@@ -22,7 +22,8 @@ from bicache_jax.checkpoints.fingerprint import fingerprint
 from bicache_jax.checkpoints.finite import WeightCheck
 from bicache_jax.checkpoints.other_formats import no_weights, not_safetensors, refuse_quantised
 from bicache_jax.checkpoints.targets import Target
-from bicache_jax.checkpoints.tree import paths, tree_of
+from bicache_jax.checkpoints.tree import Finish, as_it_is, paths, tree_of
+from bicache_jax.core.config import Quantize
 from bicache_jax.core.types import BicacheError
 
 # Weights of other types are quantised and cannot be used without their scales.
@@ -36,6 +37,8 @@ class SafetensorsFolder:
         folder: its path.
         bytes_read: bytes of tensors read so far.
     """
+
+    quantize: Quantize = "none"
 
     def __init__(self, folder: Path):
         """Reads headers only.
@@ -96,9 +99,11 @@ class SafetensorsFolder:
         vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
-    def load(self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False) -> dict[str, Any]:
+    def load(
+        self, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False, finish: Finish = as_it_is
+    ) -> dict[str, Any]:
         """`load_params` for this folder."""
-        return load_params(self, mapping, wanted, check=check)
+        return load_params(self, mapping, wanted, check=check, finish=finish)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a part of a tensor; other parts are not read.
@@ -114,7 +119,12 @@ class SafetensorsFolder:
 
 
 def load_params(
-    tensors: SafetensorsFolder, mapping: TensorMap, wanted: Mapping[str, Any], *, check: bool = False
+    tensors: SafetensorsFolder,
+    mapping: TensorMap,
+    wanted: Mapping[str, Any],
+    *,
+    check: bool = False,
+    finish: Finish = as_it_is,
 ) -> dict[str, Any]:
     """Streams a checkpoint into stacked arrays.
 
@@ -123,6 +133,7 @@ def load_params(
         mapping: checkpoint names of the parameters.
         wanted: a tree of `Target`.
         check: look for NaN and infinity.
+        finish: what becomes of each parameter once it is loaded, before the next one is.
 
     Returns:
         The parameter tree.
@@ -162,7 +173,7 @@ def load_params(
         read = functools.partial(read_part, tensors, mapping, path, leaf.shape, leaf.dtype)
         return weights.look(leaf.place(read), plan[path])
 
-    params = tree_of((path, load(path, leaf)) for path, leaf in leaves.items())
+    params = tree_of(found for path, leaf in leaves.items() for found in finish(path, load(path, leaf)))
     weights.finish()
     return params
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+Finish = Callable[[tuple[str, ...], Any], list[tuple[tuple[str, ...], Any]]]
+"""What becomes of a parameter that has been loaded: one or several, each with its path."""
+
+
+def as_it_is(path: tuple[str, ...], leaf: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """A parameter that stays what it is."""
+    return [(path, leaf)]
 
 
 def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -90,6 +90,7 @@ def load(args: argparse.Namespace, mesh: Any = None) -> Model:
         mask_id=args.mask_id,
         block_causal=args.block_causal,
         right_shift_logits=args.right_shift_logits,
+        quantize=args.quantize,
         mesh=mesh,
         check_weights=args.check_weights,
     )
@@ -104,7 +105,7 @@ def random(args: argparse.Namespace) -> Model:
     from bicache_jax.loading import random_model
 
     start_compilation_cache(args)
-    return random_model(args.random, dtype=args.dtype)
+    return random_model(args.random, dtype=args.dtype, quantize=args.quantize or "none")
 
 
 def add_attention_flag(group: FlagGroup) -> None:

@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
             tqdm(total=total, unit="run", disable=args.quiet or not sys.stderr.isatty(), leave=False)
         )
         bandwidth = benchmark.memory_bandwidth()
-        dtype = model.params["embed"].dtype
+        dtype = model.dtype
         times, firsts, peak = benchmark.measure(
             runners,
             peak=benchmark.matmul_peak(dtype),
@@ -199,6 +199,7 @@ def run(args: argparse.Namespace) -> int:
 
         flags = ["--model", args.model, "--dtype", args.dtype]
         flags += [] if args.mask_id is None else ["--mask-id", f"{args.mask_id}"]
+        flags += [] if args.quantize is None else ["--quantize", args.quantize]
         flags += ["--block-causal"] * args.block_causal + ["--right-shift-logits"] * args.right_shift_logits
         for case, result in zip(cases, results, strict=True):
             if case.policy not in args.baseline:
@@ -250,7 +251,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
     record = {
         "model": args.model or f"random {args.random}",
         "device": benchmark.device_name(),
-        "dtype": model.params["embed"].dtype.name,
+        "dtype": model.dtype.name,
         "jax": jax.__version__,
         "prefix": prefix,
         "threshold": args.threshold,

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from bicache_jax.cli.options import add_weights_flag, integer
+from bicache_jax.cli.options import add_quantize_flag, add_weights_flag, integer
 from bicache_jax.core.config import DTYPES
 
 HELP = "convert a checkpoint to an orbax folder, or back"
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
     )
     parser.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token, where no file names it")
+    add_quantize_flag(parser)
     add_weights_flag(parser)
     parser.add_argument("--quiet", action="store_true", help="no closing line")
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         to=args.to,
         dtype=args.dtype,
         mask_id=args.mask_id,
+        quantize=args.quantize,
         check_weights=args.check_weights,
     )
     if not args.quiet:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
+from bicache_jax.core.config import QUANTIZE
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
@@ -149,7 +150,18 @@ def add_checkpoint_flags(group: FlagGroup) -> None:
         action="store_true",
         help="position j is read from the logits of j - 1: A2D models trained so (default: what its family says)",
     )
+    add_quantize_flag(group)
     add_weights_flag(group)
+
+
+def add_quantize_flag(group: FlagGroup) -> None:
+    """Adds the flag that names the format of weights."""
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="w8: weights in 8 bits, half the memory; w8a8: also what they are multiplied with, so that products are of"
+        " integers (default: as they are stored)",
+    )
 
 
 def add_weights_flag(group: FlagGroup) -> None:

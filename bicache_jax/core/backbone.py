@@ -74,8 +74,8 @@ class Backbone(Protocol):
         """The norm before the head."""
         ...
 
-    def head(self, params: Params) -> tuple[Float[Array, "V D"], Float[Array, " V"] | None]:
-        """Rows of the LM head, and its bias if any."""
+    def head(self, params: Params) -> tuple[Array, Float[Array, " V"] | None, Float[Array, " V"] | None]:
+        """Rows of the LM head [V, D], its bias if any, and its scales where the rows are in 8 bits."""
         ...
 
 

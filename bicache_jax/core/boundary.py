@@ -54,7 +54,7 @@ class BoundaryTable:
         layers = model.config.num_layers
         if self.num_layers != layers:
             raise BicacheError(f"is for a model of {self.num_layers} layers, and {model.name} has {layers}")
-        if self.fingerprint and self.fingerprint != model.fingerprint:
+        if self.fingerprint and self.fingerprint.partition("+")[0] != model.checkpoint:
             return f"was made for another checkpoint ({self.model})"
         return None
 

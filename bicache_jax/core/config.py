@@ -15,6 +15,9 @@ BlockCache = Literal["off", "prefix", "dual"]
 Remasking = Literal["low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin", "sequential"]
 Schedule = Literal["even", "time", "linear"]
 AttentionKind = Literal["full", "block_causal"]
+Quantize = Literal["none", "w8", "w8a8"]
+QUANTIZE: tuple[Quantize, ...] = typing.get_args(Quantize)
+"""Formats of weights: `w8` in 8 bits, `w8a8` also the activations that they are multiplied with."""
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 DTYPES = ("auto", "float32", "bfloat16")
 """Of parameters and caches; `auto` is float32 on CPUs and bfloat16 elsewhere."""
@@ -144,6 +147,7 @@ class ModelConfig:
         shift_logits: whether position j is predicted from hidden state j - 1 (Dream).
         anchor_blocks: whether, with a block cache, the pass at a block's start fixes the block's first token whatever
             its confidence, since the token before it lies outside of the block (Fast-dLLM's loop for Dream).
+        quantize: format of the weights of projections, experts, embedding and head; norms and routers stay floats.
         remasking: the unmasking rule where a request names none.
         schedule: how many tokens a step unmasks (`bicache_jax.decoding.schedule`): `even` as many in each (LLaDA),
             `time` a share of those left that follows from the step's time (Dream), `linear` the nearest whole number to
@@ -183,6 +187,7 @@ class ModelConfig:
     tied: bool = False
     shift_logits: bool = False
     anchor_blocks: bool = False
+    quantize: Quantize = "none"
     remasking: Remasking = "low_confidence"
     schedule: Schedule = "even"
     time_eps: float = 0.0

@@ -194,7 +194,8 @@ class Model:
         config: its architecture.
         params: parameter pytree, layer parameters stacked `[L, ...]`.
         tokenizer: the checkpoint's tokenizer, or None.
-        fingerprint: hash of config, safetensors headers and norm tensors; a boundary table names the one it is for.
+        fingerprint: hash of config, safetensors headers and norm tensors, and the format of weights in 8 bits
+            (`...+w8`); a boundary table names the one it is for.
         name: what the user called the model.
         boundaries: the boundary table `{r: b}` that belongs to the model; None if there is none.
         note: where that table comes from, if that is not the model itself.
@@ -207,6 +208,16 @@ class Model:
     name: str = ""
     boundaries: Mapping[int, int] | None = None
     note: str = ""
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of activations and caches; that of the weights, where these are not in 8 bits."""
+        return self.params["norm"]["scale"].dtype
+
+    @property
+    def checkpoint(self) -> str:
+        """The fingerprint of the checkpoint, whatever format its weights are in here."""
+        return self.fingerprint.partition("+")[0]
 
     def __repr__(self) -> str:
         import jax  # already imported by what made the parameters

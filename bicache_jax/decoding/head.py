@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from bicache_jax.core.axes import vary_like
 from bicache_jax.core.cache import Draw
 from bicache_jax.core.config import ModelConfig
-from bicache_jax.core.numerics import precision
+from bicache_jax.core.quantized import product
 from bicache_jax.decoding.filters import floors, in_chunks
 
 TILE = 2048
@@ -169,8 +169,9 @@ def _among(ids: Int[Array, "..."], tokens: tuple[int, ...]) -> Bool[Array, "..."
 
 def choose(
     x_bwd: Float[Array, "B W D"],
-    head_vd: Float[Array, "V D"],
+    head_vd: Shaped[Array, "V D"],
     bias_v: Float[Array, " V"] | None = None,
+    scale_v: Float[Array, " V"] | None = None,
     *,
     config: ModelConfig,
     draw: Draw,
@@ -191,6 +192,7 @@ def choose(
         x_bwd: normalised hidden states of the block's positions.
         head_vd: rows of the head; those beyond the vocabulary are padding.
         bias_v: bias of the head, if it has one.
+        scale_v: scales of its rows, if these are in 8 bits.
         config: the architecture, which defines the mask token (never chosen) and the end tokens (static).
         draw: how tokens are drawn.
         keys_bw: noise key of each position.
@@ -206,9 +208,8 @@ def choose(
 
     def scaled_logits(x: Float[Array, "*P D"], start: Array, size: int) -> Float[Array, "*P T"]:
         rows_td = jax.lax.dynamic_slice_in_dim(head_vd, start, size)
-        logits = jnp.einsum(
-            "...d,td->...t", x, rows_td, precision=precision(x.dtype), preferred_element_type=jnp.float32
-        )
+        scale_t = None if scale_v is None else jax.lax.dynamic_slice_in_dim(scale_v, start, size)
+        logits = product(x, rows_td, scale_t, out_first=True, quantize=config.quantize, dtype=jnp.float32)
         if bias_v is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias_v, start, size).astype(jnp.float32)
         return logits * draw.scale

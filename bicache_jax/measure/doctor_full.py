@@ -183,9 +183,8 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwid
         run.append(case)
     if not run:
         return
-    embed = model.params["embed"]
     times, firsts, peak = benchmark.measure(
-        runners, peak=benchmark.matmul_peak(embed.dtype), repeats=3, seconds=max(1, clock.left)
+        runners, peak=benchmark.matmul_peak(model.dtype), repeats=3, seconds=max(1, clock.left)
     )
     records = benchmark.report(
         model.config,
@@ -195,7 +194,7 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwid
         firsts,
         peak=peak,
         bandwidth=bandwidth,
-        itemsize=embed.dtype.itemsize,
+        itemsize=model.dtype.itemsize,
     )
     plain = next((record["tokens_per_s"] for record in records if record["policy"] == "none"), None)
     for record in records:

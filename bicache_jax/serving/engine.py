@@ -124,7 +124,7 @@ class Engine:
             placement,
             self.cache,
             boundary_rule(model, self.cache),
-            jnp.dtype(params["embed"].dtype),
+            jnp.dtype(model.dtype),
             params_bytes(params),
             batch_size,
         )

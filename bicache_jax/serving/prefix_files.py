@@ -178,7 +178,7 @@ def open_files(
         raise BicacheError("prefix_cache_dir needs a model with a fingerprint, as load_model gives it")
     identity = {
         "model": model.fingerprint,
-        "dtype": str(model.params["embed"].dtype),
+        "dtype": str(model.dtype),
         "device": placement.devices[0].device_kind,
         "attention": repr(attention),
         "namespace": namespace,

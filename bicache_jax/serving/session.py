@@ -110,7 +110,7 @@ class Session:
         return {
             "version": version(),
             "model": engine.model.fingerprint,
-            "dtype": str(engine.model.params["embed"].dtype),
+            "dtype": str(engine.model.dtype),
             "mask_id": engine.model.config.mask_id,
             **cache,
             **dataclasses.asdict(engine.cache.with_blocks(engine.sampling, engine.model.config)),

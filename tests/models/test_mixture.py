@@ -69,7 +69,7 @@ def test_it_is_a_loop_over_tokens(monkeypatch: pytest.MonkeyPatch, kind: str, ti
     monkeypatch.setattr(mixture, "TILE", tile)
     experts, params = KINDS[kind], parameters(KINDS[kind])
     x = np.random.default_rng(3).normal(size=(37, CONFIG.d_model)).astype(np.float32)
-    run = jax.jit(functools.partial(mix, experts))
+    run = jax.jit(functools.partial(mix, dataclasses.replace(CONFIG, experts=experts)))
     for layer in range(len(params["gate"]["kernel"])):
         found = run(params, jnp.asarray(layer), jnp.asarray(x))
         np.testing.assert_allclose(found, plain(experts, params, layer, x), rtol=2e-5, atol=2e-5)
@@ -79,9 +79,9 @@ def test_it_is_a_loop_over_tokens(monkeypatch: pytest.MonkeyPatch, kind: str, ti
 def test_ragged_products_and_tiles_agree(kind: str) -> None:
     """What TPUs run, and what everything else runs."""
     params = parameters(KINDS[kind])
-    kernels = [params[name]["kernel"] for name in ("gate", "up", "down")]
+    stacks = [params[name] for name in ("gate", "up", "down")]
     x, sizes = jax.random.normal(jax.random.key(4), (40, CONFIG.d_model)), jnp.asarray([9, 0, 1, 30, 0, 0, 0, 0])
-    found = [form(x, sizes, jnp.asarray(1), *kernels) for form in (mixture._ragged, mixture._tiles)]
+    found = [form(x, sizes, jnp.asarray(1), *stacks) for form in (mixture._ragged, mixture._tiles)]
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_a_token_gets_the_same_in_any_company(kind: str) -> None:
     """Bit for bit: no capacity, nothing dropped, and no sum over tokens."""
     experts, params = KINDS[kind], parameters(KINDS[kind])
     x = jax.random.normal(jax.random.key(5), (64, CONFIG.d_model))
-    run, layer = jax.jit(functools.partial(mix, experts)), jnp.asarray(0)
+    run, layer = jax.jit(functools.partial(mix, dataclasses.replace(CONFIG, experts=experts))), jnp.asarray(0)
     whole = np.asarray(run(params, layer, x))
     order = np.random.default_rng(6).permutation(64)
     np.testing.assert_array_equal(run(params, layer, x[order]), whole[order])
