@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exact, numeric, choice, or module:function taking (text, answers) (default: %(default)s)",
     )
     what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    add_checkpoint_flags(what)
+    add_checkpoint_flags(what, formats=True)
     what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
 
     cache = parser.add_argument_group("cache and decoding")
@@ -107,7 +107,12 @@ def run(args: argparse.Namespace) -> int:
     cache = from_flags(CacheConfig, boundary=args.boundary, refresh_interval=args.refresh_interval)
     table = load_table(args.boundary_table) if args.boundary_table is not None else None
     with ExitStack() as stack:
-        model = backend.load(args)
+        models = {}
+        for name in args.quantize:
+            models[name] = backend.load(argparse.Namespace(**{**vars(args), "quantize": name}))
+        model = models[args.quantize[0]]
+        # Policies are compared within a format, formats with the first one.
+        policies += [f"{policy}@{name}" for name in args.quantize[1:] for policy in policies]
         if table is not None:
             cache = backend.with_table(args, cache, table, model)
         elif model.note and args.boundary == "auto" and any(name.startswith("bicache") for name in policies):
@@ -131,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             attention=args.attention,
             timed=args.timed,
+            formats=models,
             progress=lambda done: None if bar.update(done) else None,
         )
     if args.json:

@@ -134,8 +134,13 @@ def boundary(text: str) -> int | str:
     return auto_or_integer(0)(text)
 
 
-def add_checkpoint_flags(group: FlagGroup) -> None:
-    """Adds the flags that say what a checkpoint's files do not: its mask token, and how it was trained."""
+def add_checkpoint_flags(group: FlagGroup, *, formats: bool = False) -> None:
+    """Adds the flags that say what a checkpoint's files do not: its mask token, how it was trained, its format here.
+
+    Args:
+        group: where they belong.
+        formats: whether several formats are compared.
+    """
     group.add_argument(
         "--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's or its tokenizer's)"
     )
@@ -150,7 +155,16 @@ def add_checkpoint_flags(group: FlagGroup) -> None:
         action="store_true",
         help="position j is read from the logits of j - 1: A2D models trained so (default: what its family says)",
     )
-    add_quantize_flag(group)
+    if formats:
+        group.add_argument(
+            "--quantize",
+            type=listed,
+            default=("none",),
+            metavar="LIST",
+            help="formats of weights to compare: none, w8, w8a8, as in generate (default: none)",
+        )
+    else:
+        add_quantize_flag(group)
     add_weights_flag(group)
 
 

@@ -236,14 +236,15 @@ def evaluate(
     attention: str = "auto",
     timed: int = 100,
     progress: Callable[[int], None] = lambda done: None,
+    formats: Mapping[str, Model] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the same questions under several policies.
 
     Args:
         model: the model.
         items: the questions.
-        policies: names as `parse_policy` takes them; all are compared with `none` if it is among them, else with the
-            first.
+        policies: names as `parse_policy` takes them, each also with `@` and a format of weights; all are compared with
+            `none` if it is among them, else with the first.
         cache: settings that policies share.
         sampling: decoding settings.
         scorer: decides whether a response is right.
@@ -251,6 +252,7 @@ def evaluate(
         attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
         progress: called with the number of responses that have been made since.
+        formats: the model with weights in other formats, by their names.
 
     Returns:
         For each policy its accuracy, agreement with `none`, speed and work; JSON values only, null what was not
@@ -261,12 +263,14 @@ def evaluate(
     """
     if not items:
         raise BicacheError("there are no questions to evaluate")
-    caches = [parse_policy(name, cache) for name in policies]
+    caches = [parse_policy(name.partition("@")[0], cache) for name in policies]
+    models = [{"": model, **(formats or {})}[name.partition("@")[2]] for name in policies]
     requests = [
         dataclasses.replace(item.request, sampling=comparable_blocks(caches, item.request.sampling)) for item in items
     ]
     engines = [
-        Engine(model, cache=own, sampling=sampling, batch_size=batch_size, attention=attention) for own in caches
+        Engine(own, cache=way, sampling=sampling, batch_size=batch_size, attention=attention)
+        for own, way in zip(models, caches, strict=True)
     ]
     ratios = _ratios(model, requests, cache, sampling)
     right: list[list[bool]] = []
@@ -339,6 +343,7 @@ def _decade(ratio: int) -> str:
 
 def _ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:
     """Prefix ratio of each request, whatever a policy makes of it."""
-    engine = Engine(model, cache=parse_policy("naive", cache), sampling=sampling)
+    cached = "exact" if model.config.block_causal else "naive"
+    engine = Engine(model, cache=parse_policy(cached, cache), sampling=sampling)
     by_id = {row.request.id: row.ratio for row in engine.plan(requests).rows}
     return [by_id[request.id] for request in requests]
