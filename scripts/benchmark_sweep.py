@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from bicache_jax.cli import backend
-from bicache_jax.cli.options import Parser, add_weights_flag, boundary, integer, integers, listed
+from bicache_jax.cli.options import Parser, add_checkpoint_flags, boundary, integer, integers, listed
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.measure import benchmark
@@ -33,8 +33,7 @@ def _flags() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example'")
     model.add_argument("--random", metavar="SHAPE", help="random: llada_8b, dream_7b, qwen3_0_6b, small")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token (default: the checkpoint's)")
-    add_weights_flag(parser)
+    add_checkpoint_flags(parser)
     parser.add_argument("--policies", type=listed, default=("none", "bicache"), metavar="LIST")
     parser.add_argument("--prefix", type=integers(0), default=(16, 64, 128, 256, 512, 1024), metavar="LIST")
     parser.add_argument("--rows", type=integers(1), default=(1, 2, 4, 8), metavar="LIST")

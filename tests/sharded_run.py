@@ -51,9 +51,9 @@ SOME = {
         "bicache/guided": MESHES[2:3],
     },
     "dream": {
-        "bicache": MESHES[2:],
+        "bicache": MESHES[2:3],
         "none": MESHES[1:2],
-        "bicache/early": MESHES[:2],
+        "bicache/early": MESHES[:1],
     },
     "odd": {"bicache": MESHES[2:3]},
 }

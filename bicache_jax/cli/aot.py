@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 from bicache_jax.cli.options import flag_named, integer
-from bicache_jax.core.config import BLOCK_CACHES
+from bicache_jax.core.config import BLOCK_CACHES, QUANTIZE
 
 HELP = "compile for a TPU slice that is not here, and say whether the programs fit"
 DESCRIPTION = """\
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--mesh", required=True, metavar="data=D,model=M", help="how the slice's devices are used")
     where.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    where.add_argument(
+        "--quantize", choices=QUANTIZE, default="none", help="format of the weights, as in generate (default: none)"
+    )
     shape = parser.add_argument_group("batch")
     shape.add_argument(
         "--prefix", type=integer(0), default=1024, metavar="P", help="prefix tokens (default: %(default)s)"

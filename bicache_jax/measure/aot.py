@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
-from bicache_jax.core.config import CACHED_BLOCK, BlockCache, CacheConfig, ModelConfig, SamplingConfig
+from bicache_jax.core.config import CACHED_BLOCK, BlockCache, CacheConfig, ModelConfig, Quantize, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.hlo import Collective, collectives, compile_with_text, crossing
 from bicache_jax.serving.flops import Job, batch_seconds, jobs, row_flops
@@ -49,6 +49,7 @@ class AotCase:
         block_length: tokens per block; None: the model's own under block-causal attention, else 32.
         block_cache: what is frozen inside a block.
         dtype: dtype of parameters and caches.
+        quantize: format of the weights.
     """
 
     config: str
@@ -63,6 +64,7 @@ class AotCase:
     block_length: int | None = None
     block_cache: BlockCache = "off"
     dtype: str = "bfloat16"
+    quantize: Quantize = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,12 @@ class _Setting:
         return dict(self.placement.mesh.shape)
 
 
+def _config(case: AotCase) -> ModelConfig:
+    return dataclasses.replace(model_shape(case.config), quantize=case.quantize)
+
+
 def _setting(case: AotCase) -> _Setting:
-    config, chip = model_shape(case.config), topology(case.topology)
+    config, chip = _config(case), topology(case.topology)
     mesh = make_mesh(case.mesh, slice_devices(case.topology))
     placement, dtype = Placement(config, mesh), jnp.dtype(case.dtype)
     backbone = backbone_for(placement.partition.local, axis=placement.axis)
@@ -152,7 +158,7 @@ def check(case: AotCase) -> dict[str, Any]:
     Raises:
         BicacheError: the model, slice or mesh does not exist, or they cannot be combined.
     """
-    one, config, chip = _setting(case), model_shape(case.config), topology(case.topology)
+    one, config, chip = _setting(case), _config(case), topology(case.topology)
     plan, mesh = one.plan, one.mesh
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
     planned = one.footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
@@ -168,6 +174,7 @@ def check(case: AotCase) -> dict[str, Any]:
         "suffix": suffix,
         "boundary": one.boundary,
         "dtype": case.dtype,
+        "quantize": case.quantize,
         "planned_bytes": planned.total,
         "flops_per_device": sum(row_flops(config, job) for job in runs) / mesh["model"],
         "links_share": _links_share(config, chip, runs, mesh["model"], jnp.dtype(case.dtype).itemsize),

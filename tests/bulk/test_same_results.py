@@ -25,23 +25,23 @@ def write_lines(path: Path, own: list[dict[str, int]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
 
 
-def case(family, block_cache, *decoder):
+def case(family, block_cache, *decoder, mark=pytest.mark.slow):
     name = " ".join([family, block_cache, *decoder]).replace("--", "")
-    return pytest.param(family, block_cache, list(decoder), id=name, marks=pytest.mark.slow)
+    return pytest.param(family, block_cache, list(decoder), id=name, marks=mark)
 
 
 @pytest.mark.parametrize(
     ("family", "block_cache", "decoder"),
     [
-        case("llada", "dual"),
-        case("llada", "off", "--threshold", "0.02"),
+        case("llada", "dual", mark=pytest.mark.full),
+        case("llada", "off", "--threshold", "0.02", mark=pytest.mark.full),
         case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16"),
         case("llada", "prefix", "--factor", "1.5"),
         case("llada", "prefix", "--temperature", "0.7", "--top-p", "0.9"),
         case("llada", "off", "--remasking", "random", "--logits-eos-inf"),
         case("llada", "dual", "--remasking", "entropy", "--alg-temperature", "0.5", "--early-stop"),
         case("llada", "off", "--batch-boundary", "min", "--no-early-stop"),
-        case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16"),
+        case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16", mark=pytest.mark.full),
         case("dream", "off", "--remasking", "origin", "--steps", "16"),
         case("dream", "dual", "--threshold", "0.02"),
         case("dream", "dual", "--remasking", "maskgit_plus", "--confidence-eos-eot-inf"),

@@ -92,7 +92,7 @@ def test_a_model_in_8_bits_is_the_model_with_rounded_weights(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_same_tokens_in_any_company() -> None:
-    """With `w8a8` too, apart from close decisions: where a sum's last bit differs, an activation may round otherwise."""
+    """With `w8a8` close decisions may differ: where a sum's last bit does, an activation may round otherwise."""
     model = load_model(golden.FOLDERS["llada"], quantize="w8")
     engine = Engine(model, cache=CacheConfig(boundary=2, refresh_interval=3), sampling=SamplingConfig(8))
     prompts = [[*range(10, 40), 50 + i, *range(60, 61 + i)] for i in range(5)]

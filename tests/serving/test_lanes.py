@@ -56,10 +56,10 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
 @pytest.mark.parametrize(
     ("family", "policy", "threshold"),
     [
-        ("llada", "bicache", None),
         ("dream", "bicache", 0.2),
         ("llada", "none", 0.2),
-        ("dream", "dual", None),
+        pytest.param("llada", "bicache", None, marks=pytest.mark.full),
+        pytest.param("dream", "dual", None, marks=pytest.mark.full),
         pytest.param("llada", "dual", 0.2, marks=pytest.mark.full),
         pytest.param("llada", "prefix", 0.2, marks=pytest.mark.full),
         pytest.param("dream", "prefix", None, marks=pytest.mark.full),
