@@ -74,7 +74,7 @@ class Shadows:
         drawn = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2**64
         if drawn >= self._share:
             return None
-        shadow = Row(row.request, row.sample, 0, 0, 0, LAST)
+        shadow = dataclasses.replace(row, prefix_len=0, ratio=0, boundary=0, priority=LAST)
         self._asked[id(shadow)] = shadow, row, result.token_ids
         return shadow
 

@@ -106,8 +106,8 @@ def flip(folder: Path) -> None:
         (lambda f: damage(f, "config.json", lambda m: m.update(rope_theta=1.0)), "not the file that was converted"),
         (lambda f: (f / "config.json").unlink(), "without its config.json"),
         (
-            lambda f: damage(f, "bicache.json", lambda m: m["params"]["head"].update(dtype="int8")),
-            "unsupported head: int8, expected one of float32, bfloat16",
+            lambda f: damage(f, "bicache.json", lambda m: m["params"]["head"].update(dtype="int16")),
+            "unsupported head: int16, expected one of float32, bfloat16, int8",
         ),
         (lambda f: shutil.rmtree(f / "params"), "cannot be read"),
     ],
