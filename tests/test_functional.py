@@ -155,7 +155,7 @@ def test_gradients(model: Model, prefix: PrefixCache) -> None:
         jax.grad(lambda params: run(params).tokens.sum().astype(float))(model.params)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.full)])
 def test_meshes_shards_and_maps_give_the_same_tokens(family: str) -> None:
     child = Path(__file__).with_name("functional_child.py")

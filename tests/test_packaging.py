@@ -146,9 +146,7 @@ def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
     found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, cwd=tmp_path, env=env).stdout
     assert found.startswith(str(venv))
     for name, case in {
-        "sdar": "sequential_P0_g24_b4_s4/0",
         "llada2": "static_P1_g24_b8_s3/0",
-        "llada-moe": "llada_s12_g32_b8/0",
         "a2d-qwen3": "bd3lm_g24_b8_s24/0",
     }.items():
         folder, wanted = families.FOLDERS[name], next(one for one in families.cases(name) if one.request.id == case)
@@ -158,7 +156,7 @@ def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
         job += ["--mask-id", f"{families.recorded(name)['mask_token_id']}", "--gen-length", f"{asked.gen_length}"]
         job += ["--block-length", f"{asked.block_length}", "--remasking", asked.remasking or "low_confidence"]
         job += ["--steps", f"{asked.steps}"] if asked.steps else ["--steps-per-block", f"{asked.steps_per_block}"]
-        job += {"llada-moe": ["--policy", "none"], "a2d-qwen3": ["--block-causal"]}.get(name, [])
+        job += ["--block-causal"] * (name == "a2d-qwen3")
         done = subprocess.run(job, capture_output=True, text=True, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
         (line,) = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -50,6 +50,10 @@ columns:
           compiled program kept and with all of them"""
 
 
+POLICIES = ("none", "naive", "bicache")
+"""Policies to compare where none are named and attention is full."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `benchmark`."""
     what = parser.add_argument_group("model")
@@ -153,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     model = backend.load(args) if args.model is not None else backend.random(args)
     causal = model.config.block_causal
     if args.policies is None:
-        args.policies = ("none", "exact") if causal else ("none", "naive", "bicache")
+        args.policies = ("none", "exact") if causal else POLICIES
     if causal and args.block_length is None:
         args.block_length = model.config.block_length
     if args.mixed:
@@ -271,7 +275,7 @@ def _cases(args: argparse.Namespace) -> list[Any]:
             raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
     prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
     grid = Grid(
-        policies=args.policies,
+        policies=args.policies or POLICIES,
         baselines=args.baseline,
         prefixes=prefixes,
         by_ratio=args.ratio is not None,

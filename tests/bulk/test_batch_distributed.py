@@ -115,7 +115,7 @@ def run_killed_and_stopped(source: Path, output: Path, size: int, window: int, v
     return counts
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_killed_and_stopped_end_in_the_bytes_of_one_undisturbed(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.jsonl", 2000, 100)
     expected = undisturbed(source, tmp_path)

@@ -40,7 +40,7 @@ def _groups() -> list[Any]:
         left[family, block_cache] = left.get((family, block_cache), 0) - 1
         slow = left[family, block_cache] < 0
         marks = [pytest.mark.slow] * slow
-        if block_cache == "prefix" and (family == "llada" or left[family, block_cache] < -1):
+        if block_cache == "prefix":
             marks = [pytest.mark.full]
         params.append(pytest.param(family, block_cache, tuple(names), marks=marks))
     return params

@@ -60,7 +60,7 @@ def test_training_shows_documents_what_it_says() -> None:
         assert alone[row, :document, :document].all() and alone[row, document:, :length].all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_naive_caching_fails_where_the_document_must_read_the_rule() -> None:
     model = load_model(str(EXAMPLE / "bidirectional" / "model"))
     sampling = SamplingConfig(gen_length=8)

@@ -103,7 +103,7 @@ def test_differences_are_judged_as_scipy_does() -> None:
     assert (same.difference, same.p_value, same.interval) == (0.0, 1.0, (0.0, 0.0))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command_prints_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     command = "evaluate --model example --task example --policies none,bicache --samples 12 --seed 3 --json"
     assert main([*command.split(), "--no-compilation-cache"]) == 0

@@ -75,7 +75,7 @@ def test_sums_take_the_time_of_a_ring(name: str) -> None:
     assert chip.all_reduce_seconds(1e9, 4) == pytest.approx(1.5e9 * chip.devices_per_chip / links)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_compiler
 @pytest.mark.parametrize("block_cache", [pytest.param("off", marks=pytest.mark.full), "dual"])
 def test_a_step_sums_what_is_counted(block_cache: BlockCache) -> None:

@@ -187,7 +187,7 @@ def test_nothing_is_compiled_once_it_is_warm_and_new_weights_are_used(model: Mod
     asyncio.run(main())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_shadows_say_what_the_cache_costs(model: Model) -> None:
     requests = work(6)
 
