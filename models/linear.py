@@ -48,7 +48,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"], axis: str | None = None) -> Float[Array, "*B N"]:
-        """Maps the last axis, without the bias where the inputs are split over a mesh axis."""
+        """Maps the last axis and adds the bias; `axis`: the mesh axis that inputs are split over, as in `product`."""
         weight = self.weight if self.out_first else self.kernel
         out = product(
             x,

@@ -79,5 +79,4 @@ def mlp_names(config: ModelConfig) -> tuple[dict[tuple[str, ...], str], dict[str
             names["mixture", f"shared_{name}", "kernel"] = f"{mlp}shared_experts.{name}_proj.weight"
         if experts.dense_layers:
             names["dense", name, "kernel"] = dense[name]
-    mixed = tuple(layer for layer in range(config.num_layers) if layer not in experts.dense_layers)
-    return names, {"mixture": mixed, "dense": experts.dense_layers}
+    return names, {"mixture": config.mixture_layers, "dense": experts.dense_layers}

@@ -148,12 +148,6 @@ def _mlp_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef[Mlp]:
     return nnx.split(nnx.eval_shape(lambda: Mlp(config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def mixture_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Layers that have a mixture of experts."""
-    experts = config.experts
-    return () if experts is None else tuple(i for i in range(config.num_layers) if i not in experts.dense_layers)
-
-
 def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters, normal with standard deviation `D ** -0.5`; `abstract` returns their shapes."""
     dtype = jnp.dtype(dtype)
@@ -177,7 +171,7 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
         "norm": nnx.to_pure_dict(nnx.state(Norm(config, dtype=dtype))),
     }
     if config.experts is not None:
-        mixtures = len(mixture_layers(config))
+        mixtures = len(config.mixture_layers)
         params["mixture"] = stack(Mixture, jax.random.fold_in(layer_key, 1), mixtures)
         if mixtures < config.num_layers:
             params["dense"] = stack(Mlp, jax.random.fold_in(layer_key, 2), config.num_layers - mixtures)
@@ -289,7 +283,7 @@ class Transformer:
 
     def _mixed(self, experts: Experts, layer: LayerParams, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The mixture of experts of a layer, or its MLP where it has one."""
-        mixtures = np.asarray(mixture_layers(self.config))
+        mixtures = np.asarray(self.config.mixture_layers)
         index = layer["layer"]
 
         def mixed() -> Array:

@@ -20,14 +20,16 @@ def length_bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def growing_prefix(tokens: int) -> int:
-    """Smallest power of two, from 64 on, that holds `tokens`; 0 stays 0."""
+def prefix_bucket(tokens: int, *, growing: bool) -> int:
+    """P for a prefix of `tokens`: its token bucket, or, in a conversation, a power of two from 64 on; 0 stays 0."""
+    if not growing:
+        return length_bucket(tokens)
     return 0 if not tokens else max(64, 1 << (tokens - 1).bit_length())
 
 
-def growing_suffix(tokens: int) -> int:
-    """Smallest multiple of 128 that holds `tokens`."""
-    return -(-tokens // 128) * 128
+def suffix_bucket(tokens: int, *, growing: bool) -> int:
+    """U for a suffix of `tokens`: its token bucket, or, in a conversation, a multiple of 128."""
+    return -(-tokens // 128) * 128 if growing else length_bucket(tokens)
 
 
 def count_bucket(count: int) -> int:

@@ -203,25 +203,28 @@ class ModelConfig:
         return self.attention == "block_causal"
 
     @property
+    def mixture_layers(self) -> tuple[int, ...]:
+        """Layers that have a mixture of experts."""
+        dense = range(self.num_layers) if self.experts is None else self.experts.dense_layers
+        return tuple(layer for layer in range(self.num_layers) if layer not in dense)
+
+    @property
     def mlp_columns(self) -> float:
         """Columns of the MLP, or of the experts, that a token runs through; the mean over the layers."""
-        if self.experts is None:
-            return self.d_mlp
-        dense = len(self.experts.dense_layers) * self.d_mlp
-        mixed = (self.num_layers - len(self.experts.dense_layers)) * self._mixed_columns(self.experts.per_token)
-        return (dense + mixed) / self.num_layers
+        return self._mean_columns(0 if self.experts is None else self.experts.per_token)
 
     @property
     def mlp_weights(self) -> float:
         """Columns of the MLP, or of all experts, that there are in a layer; the mean over the layers."""
+        return self._mean_columns(0 if self.experts is None else self.experts.num)
+
+    def _mean_columns(self, experts: int) -> float:
+        """Columns of a layer's MLP, or of so many experts and the shared ones; the mean over the layers."""
         if self.experts is None:
             return self.d_mlp
-        dense = len(self.experts.dense_layers) * self.d_mlp
-        mixed = (self.num_layers - len(self.experts.dense_layers)) * self._mixed_columns(self.experts.num)
-        return (dense + mixed) / self.num_layers
-
-    def _mixed_columns(self, experts: int) -> int:
-        return 0 if self.experts is None else experts * self.experts.d_expert + self.experts.d_shared
+        mixtures = len(self.mixture_layers)
+        mixed = mixtures * (experts * self.experts.d_expert + self.experts.d_shared)
+        return ((self.num_layers - mixtures) * self.d_mlp + mixed) / self.num_layers
 
     @property
     def shifted(self) -> int:

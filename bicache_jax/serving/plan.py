@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bicache_jax.core.buckets import growing_prefix, growing_suffix, length_bucket
+from bicache_jax.core.buckets import prefix_bucket, suffix_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
 from bicache_jax.serving.flops import jobs, row_flops
@@ -103,11 +103,11 @@ class Plan:
 
     def prefix_bucket(self, tokens: int) -> int:
         """P for a prefix of so many tokens."""
-        return growing_prefix(tokens) if self.growing else length_bucket(tokens)
+        return prefix_bucket(tokens, growing=self.growing)
 
     def suffix_bucket(self, tokens: int) -> int:
         """U for a suffix of so many tokens."""
-        return growing_suffix(tokens) if self.growing else length_bucket(tokens)
+        return suffix_bucket(tokens, growing=self.growing)
 
     def cache_bytes(self, batch: Batch) -> int:
         """Bytes of a batch's KV: the shared KV of its prefixes and the deep KV of its rows."""

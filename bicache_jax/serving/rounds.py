@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from bicache_jax.core.buckets import count_bucket, growing_prefix, growing_suffix, length_bucket, width_bucket
+from bicache_jax.core.buckets import count_bucket, length_bucket, prefix_bucket, suffix_bucket, width_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.serving.balance import Group, pack
 from bicache_jax.serving.flops import encode_flops, jobs, row_flops
@@ -27,9 +27,9 @@ def round_shape(batches: Sequence[Batch], *, growing: bool = False) -> tuple[int
     This is what all shards of a round are padded to: prefixes with empty ones, rows with rows that are complete from
     the start, tokens with invalid ones. Twins of guidance are rows.
     """
-    prefix_bucket, suffix_bucket = (growing_prefix, growing_suffix) if growing else (length_bucket, length_bucket)
-    prefix = prefix_bucket(max(len(prefix) for batch in batches for prefix in batch.prefixes))
-    suffix = suffix_bucket(max(row.suffix_len for batch in batches for row in batch.rows))
+    longest = max(len(prefix) for batch in batches for prefix in batch.prefixes)
+    prefix = prefix_bucket(longest, growing=growing)
+    suffix = suffix_bucket(max(row.suffix_len for batch in batches for row in batch.rows), growing=growing)
     groups = max(count_bucket(len(batch.prefixes)) for batch in batches)
     num_rows = max(count_bucket(len(batch.rows)) for batch in batches)
     return groups, prefix, num_rows * (1 + any(batch.guided for batch in batches)), suffix
