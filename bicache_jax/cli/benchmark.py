@@ -115,7 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--baseline", type=listed, default=(), metavar="LIST", help="torch: the same weights in PyTorch"
+        "--baseline",
+        type=listed,
+        default=(),
+        metavar="LIST",
+        help="torch: the same weights in PyTorch; torch+compile: through torch.compile",
     )
     running.add_argument("--repeats", type=integer(1), default=5, metavar="N", help="most turns (default: %(default)s)")
     running.add_argument(
@@ -148,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.measure import benchmark
+    from bicache_jax.measure.torch_baseline import TorchRunner
 
     if args.restart and args.model is None:
         raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
@@ -165,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     cases = _cases(args)
     with flag_named("suffix"), flag_named("prefix"):
         runners: list[Any] = [
-            _baseline(case.policy, model, case)
+            TorchRunner(model, case)
             if case.policy in args.baseline
             else benchmark.EngineRunner(model, case, args.attention)
             for case in cases
@@ -269,10 +274,11 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
 def _cases(args: argparse.Namespace) -> list[Any]:
     """The cases of the flags."""
     from bicache_jax.measure.grid import Grid
+    from bicache_jax.measure.torch_baseline import BASELINES
 
     for name in args.baseline:
-        if name != "torch":
-            raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
+        if name not in BASELINES:
+            raise BicacheError(f"--baseline {name!r}: the baselines are {', '.join(BASELINES)}")
     prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
     grid = Grid(
         policies=args.policies or POLICIES,
@@ -291,12 +297,6 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     lengths = {"gen_length": args.gen_length, "steps": args.steps, "block_length": args.block_length}
     with flag_named("prefixes"):
         return from_flags(lambda **_: grid.cases(), **lengths)
-
-
-def _baseline(name: str, model: Any, case: Any) -> Any:
-    from bicache_jax.measure.torch_baseline import TorchRunner
-
-    return TorchRunner(model, case)
 
 
 def table(record: dict[str, Any]) -> str:
