@@ -26,7 +26,7 @@ from bicache_jax.core.boundary import load_table
 from bicache_jax.core.config import DTYPES, QUANTIZE, ModelConfig, Quantize
 from bicache_jax.core.quantized import quantise
 from bicache_jax.core.types import BicacheError, Model
-from bicache_jax.models import AXES, FAMILIES, abstract, family_of, init
+from bicache_jax.models import FAMILIES, abstract, axes, family_of, init
 from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
 
 EXAMPLE = "example"
@@ -193,7 +193,7 @@ class _Shrink:
         self._paths = {path: leaf for path, leaf in paths(shapes) if leaf.dtype == jnp.int8}
         if mesh is not None:
             padded = Partition(config, check_mesh(mesh).shape[MODEL]).config
-            self._shardings = dict(paths(param_shardings(AXES, abstract(padded), mesh)))
+            self._shardings = dict(paths(param_shardings(axes(padded), abstract(padded), mesh)))
 
     def __call__(self, path: tuple[str, ...], array: jax.Array) -> list[tuple[tuple[str, ...], jax.Array]]:
         """The parameter, or its integers and their scales."""
@@ -250,9 +250,10 @@ def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[s
     if mesh is None:
         return targets(shapes)
     partition = Partition(config, check_mesh(mesh).shape[MODEL])
-    shardings = dict(paths(param_shardings(AXES, abstract(partition.config, dtype), mesh)))
+    table = axes(partition.config)
+    shardings = dict(paths(param_shardings(table, abstract(partition.config, dtype), mesh)))
     return tree_of(
-        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(partition.source, AXES[path]))))
+        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(partition.source, table[path]))))
         for path, leaf in paths(shapes)
     )
 

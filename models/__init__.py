@@ -13,6 +13,7 @@ from bicache_jax.models import sdar as sdar
 from bicache_jax.models.transformer import AXES as AXES
 from bicache_jax.models.transformer import Transformer as Transformer
 from bicache_jax.models.transformer import abstract as abstract
+from bicache_jax.models.transformer import axes as axes
 from bicache_jax.models.transformer import init as init
 
 FAMILIES = {

@@ -102,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mixed.add_argument(
         "--mixed",
         action="store_true",
-        help="instead: requests of many response lengths (32-256 tokens, blocks of 32) that stop early, in batches of"
-        " --rows that waiting rows join, against batches that wait for their slowest row",
+        help="instead: requests of many response lengths (32-256 tokens, blocks of 32) that stop early (with random"
+        " weights: one token in a hundred ends a response), in batches of --rows that waiting rows join, against"
+        " batches that wait for their slowest row",
     )
     mixed.add_argument("--requests", type=integer(1), metavar="N", help="(default: 12 for each row of a batch)")
     mixed.add_argument(
@@ -227,7 +228,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
     from tqdm import tqdm
 
     from bicache_jax.measure import benchmark
-    from bicache_jax.measure.mixed import measure_mixed, mixed_requests
+    from bicache_jax.measure.mixed import ending, measure_mixed, mixed_requests
 
     lists = {name: getattr(args, name) for name in ("rows", "prefixes", "refresh_interval", "boundary")}
     lists["prefix"] = args.prefix or (768,)
@@ -235,6 +236,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
         if len(values) != 1:
             raise BicacheError(f"--{name.replace('_', '-')}: one value with --mixed, got {len(values)}")
     (rows,), (prefixes,), (interval,), (boundary,), (prefix,) = lists.values()
+    model = ending(model) if args.model is None else model
     with flag_named("prefix"):
         requests = mixed_requests(
             model.config,
