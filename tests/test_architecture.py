@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bicache_jax.models import FAMILIES
+from bicache_jax.models import registered
 
 PACKAGE = Path(__file__).parents[1] / "bicache_jax"
 
@@ -91,7 +91,7 @@ NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "funct
 
 def family_names(tree: ast.AST) -> list[ast.AST]:
     """Where a source asks which family a model is of: a name as a string of its own, or the field that holds it."""
-    names = {name.lower() for family in FAMILIES.values() for name in family.MODEL_TYPES} | set(FAMILIES)
+    names = {name.lower() for family in registered().values() for name in family.model_types} | set(registered())
     return [
         node
         for node in ast.walk(tree)
