@@ -21,7 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "models": {"core", "checkpoints"},
     "wiring": {"core", "kernels", "configs", "models"},
     "decoding": {"core", "sharding"},
-    "testing": {"core", "kernels"},
+    "conformance": {"core", "sharding"},
+    "testing": {"core", "kernels", "conformance"},
     "functional": {"core", "decoding", "wiring"},
     "serving": {"core", "sharding", "decoding", "wiring"},
     "loading": {"core", "sharding", "checkpoints", "configs", "models"},
@@ -86,7 +87,7 @@ def test_only_the_top_of_the_package_knows_models_and_kernels():
 
 
 # Where a family is data on its `ModelConfig`, never a name.
-NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring")
+NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring", "conformance")
 
 
 def family_names(tree: ast.AST) -> list[ast.AST]:

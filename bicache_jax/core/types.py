@@ -217,15 +217,10 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """Dtype of activations and caches: the smallest floating-point one of the parameters.
+        """Dtype of activations and caches (`bicache_jax.core.numerics.activation_dtype`)."""
+        from bicache_jax.core.numerics import activation_dtype
 
-        Scales of 8-bit weights are float32 whatever it is.
-        """
-        import jax
-        import jax.numpy as jnp
-
-        found = {leaf.dtype for leaf in jax.tree.leaves(self.params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
-        return min(found, key=lambda dtype: (dtype.itemsize, dtype.name))
+        return activation_dtype(self.params)
 
     @property
     def checkpoint(self) -> str:
