@@ -34,6 +34,7 @@ MESH_AXES: Mapping[str | None, str | None] = {
     "vocab": MODEL,
     "layer": None,
     "width": None,
+    None: None,
 }
 """Mesh axis of each logical axis; each model has its own table of the logical axes of its parameters."""
 
