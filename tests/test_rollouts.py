@@ -10,15 +10,25 @@ import jax
 import numpy as np
 import pytest
 
-from bicache_jax import CacheConfig, Engine, Result, SamplingConfig, load_model
+from bicache_jax import CacheConfig, Engine, Model, Result, SamplingConfig, load_model
+from bicache_jax.models import init
 
 rollouts = importlib.import_module("examples.rollouts")
 
 
-def test_rounds_compile_once_encode_anew_and_go_on_with_the_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_model() -> Model:
+    """Random weights of few layers behind the bundled tokenizer: unoptimised code is slow on the bundled model."""
     model = load_model("example", dtype="float32")
+    config = dataclasses.replace(
+        model.config, d_model=16, d_mlp=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8
+    )
+    return dataclasses.replace(model, config=config, params=init(config, jax.random.key(0)))
+
+
+def test_rounds_compile_once_encode_anew_and_go_on_with_the_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
     sampling = SamplingConfig(gen_length=rollouts.RESPONSE, temperature=1.0, steps=2)
-    engine = Engine(model, cache=CacheConfig(policy="bicache", boundary=2), sampling=sampling)
+    engine = Engine(model, cache=CacheConfig(policy="bicache", boundary=1), sampling=sampling)
     asked = rollouts.prompts(10_000, 2, ("list",))
     monkeypatch.setattr(rollouts, "prompts", lambda *_: asked)  # the same ones in every round: nothing else is new
     monkeypatch.setattr(rollouts, "rule", lambda result, _: float(sum(result.token_ids) % 2))
@@ -38,7 +48,7 @@ def test_rounds_compile_once_encode_anew_and_go_on_with_the_new_weights(monkeypa
 
 
 def test_the_update_makes_better_responses_likelier() -> None:
-    model = load_model("example", dtype="float32")
+    model = small_model()
     optimizer = rollouts.optax.sgd(0.5)
     update = rollouts.make_update(model.config, optimizer)
     rng = np.random.default_rng(0)
