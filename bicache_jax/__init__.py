@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from bicache_jax.functional import encode_prefix as encode_prefix
     from bicache_jax.functional import forward as forward
     from bicache_jax.loading import load_model as load_model
+    from bicache_jax.models.family import Family as Family
+    from bicache_jax.models.family import register_family as register_family
     from bicache_jax.serving.async_engine import AsyncEngine as AsyncEngine
     from bicache_jax.serving.compilation import use_compilation_cache as use_compilation_cache
     from bicache_jax.serving.engine import Engine as Engine
@@ -40,6 +42,8 @@ _HOME = {
     "encode_prefix": "bicache_jax.functional",
     "forward": "bicache_jax.functional",
     "load_model": "bicache_jax.loading",
+    "Family": "bicache_jax.models.family",
+    "register_family": "bicache_jax.models.family",
     "BicacheError": "bicache_jax.core.types",
     "Model": "bicache_jax.core.types",
     "Request": "bicache_jax.core.types",

@@ -100,7 +100,7 @@ def _tensors(params: Mapping[str, Any], mapping: TensorMap) -> Iterator[tuple[st
         axes = mapping.stack_axes(path)
         for place, name in zip(np.ndindex(leaf.shape[:axes]), mapping.stored(path, leaf.shape), strict=True):
             array = np.concatenate([np.asarray(leaves[other][place]) for other in joined])
-            yield name, np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+            yield name, np.ascontiguousarray(array.T if path[-1] in mapping.transposed else array)
 
 
 def _write_safetensors(folder: Path, params: Mapping[str, Any], mapping: TensorMap) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from bicache_jax.core.axes import explicit_axis, on_auto_axes, vary_like, without_gradient
-from bicache_jax.core.backbone import Backbone, Params, layer_params
+from bicache_jax.core.backbone import Backbone, MakeBackbone, Params, layer_params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
@@ -59,6 +59,7 @@ def encode_prefix(
     boundaries: Sequence[int] | None = None,
     block_length: int | None = None,
     attention: str = "auto",
+    backbone: MakeBackbone | None = None,
 ) -> PrefixCache:
     """Encodes prefixes alone.
 
@@ -75,6 +76,7 @@ def encode_prefix(
         block_length: tokens of a block, under block-causal attention: as the rows will have; None: the model's own. A
             prefix ends with a block.
         attention: implementation of prefix attention.
+        backbone: makes the model's pieces; None: its family does.
 
     Returns:
         The cache; immutable, usable by any number of `denoise` calls.
@@ -94,11 +96,11 @@ def encode_prefix(
     inputs = sorted({clamp_boundary(int(b), num_layers) for b in wanted})
     if prefix_len is None:
         prefix_len = jnp.full(prefix_ids.shape[:1], prefix_ids.shape[1], jnp.int32)
-    along, heads = explicit_axis(prefix_ids, 0), _head_axis(params, config)
+    pieces = backbone_for(config, attention, make=backbone)
+    along, heads = explicit_axis(prefix_ids, 0), _head_axis(pieces, params)
     kv = P(None, along, heads)
     out = PrefixCache(k=kv, v=kv, hidden=P(None, along), boundaries=P(), length=P(along))  # type: ignore[arg-type]
-    backbone = backbone_for(config, attention)
-    run = functools.partial(_encode, backbone, tuple(inputs), block_length or config.block_length)
+    run = functools.partial(_encode, pieces, tuple(inputs), block_length or config.block_length)
     return on_auto_axes(run, (params, prefix_ids, jnp.asarray(prefix_len, jnp.int32)), out)
 
 
@@ -127,6 +129,7 @@ def denoise(
     prefix_index: Int[Array, " B"] | None = None,
     canvas_len: Int[Array, " B"] | None = None,
     attention: str = "auto",
+    backbone: MakeBackbone | None = None,
 ) -> Denoised:
     """Denoises the responses of B rows over cached prefixes.
 
@@ -155,6 +158,7 @@ def denoise(
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
         attention: implementation of prefix attention.
+        backbone: makes the model's pieces; None: its family does.
 
     Returns:
         The responses [B, gen_length] and the work they took.
@@ -188,7 +192,8 @@ def denoise(
         key = jax.random.wrap_key_data(key)
     if isinstance(refresh_interval, str):
         refresh_interval = cache.interval(sampling)
-    run = functools.partial(_denoise, backbone_for(config, attention), sampling, block_cache)
+    pieces = backbone_for(config, attention, make=backbone)
+    run = functools.partial(_denoise, pieces, sampling, block_cache)
     args = (
         params,
         prefix,
@@ -249,13 +254,16 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
     return Denoised(response, finished.step, finished.forward_passes, finished.failed)
 
 
-def _head_axis(params: Params, config: ModelConfig) -> Any:
+def _head_axis(backbone: Backbone, params: Params) -> Any:
     """The explicit mesh axis along which key heads lie; None where there is none, or it does not divide them."""
-    weight = params["layers"]["k"]["weight"]
-    axis = explicit_axis(weight, 1)
-    if axis is None or config.num_kv_heads % jax.typeof(weight).sharding.mesh.shape[axis]:
-        return None
-    return axis
+    heads = backbone.config.num_kv_heads
+    for path, axes in (backbone.axes or {}).items():
+        leaf = functools.reduce(lambda tree, key: (tree or {}).get(key), path, params)
+        if "kv_heads" in axes and leaf is not None:
+            axis = explicit_axis(leaf, axes.index("kv_heads"))
+            if axis is not None and heads % jax.typeof(leaf).sharding.mesh.shape[axis] == 0:
+                return axis
+    return None
 
 
 def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> None:
@@ -313,6 +321,7 @@ def forward(
     valid: Bool[Array, "B S"] | None = None,
     block_length: int | None = None,
     attention: str = "auto",
+    backbone: MakeBackbone | None = None,
 ) -> Float[Array, "B S V"]:
     """Logits of whole sequences in one pass, float32, as the head gives them (not shifted).
 
@@ -326,6 +335,7 @@ def forward(
         block_length: tokens of a block under block-causal attention, counted from the first token; None: the model's
             own.
         attention: implementation of prefix attention.
+        backbone: makes the model's pieces; None: its family does.
 
     Returns:
         Logits of every position.
@@ -336,10 +346,10 @@ def forward(
     ids = jnp.asarray(ids)
     if ids.ndim != 2:
         raise ValueError(f"ids must be [B, S], a row for each sequence, got shape {list(ids.shape)}")
-    backbone = backbone_for(config, attention)
+    pieces = backbone_for(config, attention, make=backbone)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     out = P(explicit_axis(jnp.asarray(ids), 0))
-    run = functools.partial(_forward, backbone, block_length or config.block_length)
+    run = functools.partial(_forward, pieces, block_length or config.block_length)
     return on_auto_axes(run, (params, ids, valid), out)
 
 
@@ -347,7 +357,7 @@ def _forward(backbone: Backbone, block_length: int, params: Params, ids: Array, 
     config, (num_rows, length) = backbone.config, ids.shape
     params, ids, valid = vary_like((params, ids, valid), (params, ids, valid))
     positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-    x = backbone.embed(params, ids)
+    x = backbone.embed(params, ids, positions)
     empty = jnp.zeros((num_rows, config.num_kv_heads, 0, config.head_dim), x.dtype)
     block_ids = (positions // block_length, positions // block_length) if config.block_causal else None
 

@@ -26,8 +26,9 @@ from bicache_jax.core.boundary import load_table
 from bicache_jax.core.config import DTYPES, QUANTIZE, ModelConfig, Quantize
 from bicache_jax.core.quantized import quantise
 from bicache_jax.core.types import BicacheError, Model
-from bicache_jax.models import FAMILIES, abstract, axes, family_of, init
+from bicache_jax.models import Family, family_for, family_of, registered
 from bicache_jax.sharding import MODEL, Partition, check_mesh, param_shardings
+from bicache_jax.sharding.partition import axes_of
 
 EXAMPLE = "example"
 TABLE_FILE = "boundary_table.json"
@@ -88,7 +89,7 @@ def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
 
 def tensor_map(config: ModelConfig) -> TensorMap:
     """Where the parameters of a model are in a checkpoint in Hugging Face layout."""
-    return FAMILIES[config.family].tensor_map(config)
+    return family_for(config).tensors(config)
 
 
 def load_model(
@@ -129,8 +130,8 @@ def load_model(
     source = folder / "config.json"
     fields = read_json(source)
     family, model_type = family_of(fields), fields.get("model_type")
-    if family is None:
-        known = ", ".join(dict.fromkeys(t for f in FAMILIES.values() for t in f.MODEL_TYPES))
+    if family is None or family.config_from_hf is None:
+        known = ", ".join(dict.fromkeys(t for f in registered().values() for t in f.model_types))
         raise BicacheError(unknown_model_type(source, fields, known))
     tokenizer = load_tokenizer(folder)
     mask = _mask_token(fields, family, tokenizer, mask_id, source)
@@ -146,6 +147,8 @@ def load_model(
                 config = dataclasses.replace(config, shift_logits=True)
         except ValueError as error:
             raise BicacheError(f"{source}: {error}") from None
+        if config.family != family.name:
+            raise BicacheError(f"{source}: family {family.name!r} read it as one of {config.family!r}")
         config = dataclasses.replace(config, quantize=_format(quantize, tensors.quantize, folder))
         stored = dataclasses.replace(config, quantize=tensors.quantize)
         params = tensors.load(
@@ -189,11 +192,14 @@ class _Shrink:
         self._shardings: dict[tuple[str, ...], Any] = {}
         if stored.quantize != "none" or config.quantize == "none":
             return
-        shapes = abstract(config)
+        family = family_for(config)
+        shapes = family.abstract(config)
         self._paths = {path: leaf for path, leaf in paths(shapes) if leaf.dtype == jnp.int8}
+        if not self._paths:
+            raise BicacheError(f"quantize: models of family {family.name!r} have no form in 8 bits")
         if mesh is not None:
             padded = Partition(config, check_mesh(mesh).shape[MODEL]).config
-            self._shardings = dict(paths(param_shardings(axes(padded), abstract(padded), mesh)))
+            self._shardings = dict(paths(param_shardings(family.axes(padded), family.abstract(padded), mesh)))
 
     def __call__(self, path: tuple[str, ...], array: jax.Array) -> list[tuple[tuple[str, ...], jax.Array]]:
         """The parameter, or its integers and their scales."""
@@ -213,20 +219,19 @@ class _Shrink:
             return list(zip(places, run(array, axis=-2 if name == "kernel" else -1), strict=True))
 
 
-def _block_causal(family: Any, model_type: Any, source: Path) -> Mapping[str, Any]:
+def _block_causal(family: Family, model_type: Any, source: Path) -> Mapping[str, Any]:
     """How a family is decoded where it was trained with block-causal attention.
 
     Raises:
         BicacheError: it never is.
     """
-    settings: Mapping[str, Any] | None = getattr(family, "BLOCK_CAUSAL", None)
-    if settings is None:
+    if family.block_causal is None:
         raise BicacheError(f"{source}: models of type {model_type!r} have full attention: leave block-causal out")
-    return settings
+    return family.block_causal
 
 
 def _mask_token(
-    fields: Mapping[str, Any], family: Any, tokenizer: Tokenizer | None, given: int | None, source: Path
+    fields: Mapping[str, Any], family: Family, tokenizer: Tokenizer | None, given: int | None, source: Path
 ) -> dict[str, int]:
     """The mask token as a field, where it is given, or where a family's files name it in their tokenizer only.
 
@@ -235,8 +240,10 @@ def _mask_token(
     """
     if given is not None:
         return {"mask_token_id": given}
-    if family.PUBLISHED_MASK_ID is not None or fields.get("mask_token_id") is not None:
+    if fields.get("mask_token_id") is not None:
         return {}
+    if family.mask_id is not None:
+        return {"mask_token_id": family.mask_id}
     if tokenizer is not None:
         given = tokenizer.core.token_to_id(tokenizer.special.get("mask_token", ""))
     if given is None:
@@ -246,15 +253,19 @@ def _mask_token(
 
 def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
     """Where the parameters go."""
-    shapes = abstract(config, dtype)
+    family = family_for(config)
+    shapes = family.abstract(config, dtype)
     if mesh is None:
         return targets(shapes)
     partition = Partition(config, check_mesh(mesh).shape[MODEL])
-    table = axes(partition.config)
-    shardings = dict(paths(param_shardings(table, abstract(partition.config, dtype), mesh)))
+    axes = family.axes(partition.config)
+    shardings = dict(paths(param_shardings(axes, family.abstract(partition.config, dtype), mesh)))
+
+    def sources(path: tuple[str, ...], leaf: Any) -> tuple[Any, ...]:
+        return tuple(map(partition.source, axes_of(axes, path, leaf.ndim)))
+
     return tree_of(
-        (path, Target(leaf.shape, leaf.dtype, shardings[path], tuple(map(partition.source, table[path]))))
-        for path, leaf in paths(shapes)
+        (path, Target(leaf.shape, leaf.dtype, shardings[path], sources(path, leaf))) for path, leaf in paths(shapes)
     )
 
 
@@ -281,8 +292,8 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0, quantize: Qu
         BicacheError: the shape is unknown.
     """
     config = dataclasses.replace(model_shape(shape), quantize=quantize)
-    make = jax.jit(init, static_argnames=("config", "dtype"))
-    params = make(config, jax.random.key(seed), dtype=resolve_dtype(dtype))
+    make = jax.jit(family_for(config).init, static_argnums=(0, 2))
+    params = make(config, jax.random.key(seed), resolve_dtype(dtype))
     if config.block_causal:
         return Model(config, params, name=f"random {shape}")
     table = published_table(config)

@@ -1,6 +1,7 @@
-"""Checks of prefix attention on whatever device is there: cases, their reference in float64, and the promised bounds.
+"""Checks for users: of a backbone of their own (`check_backbone`), and of prefix attention on their device.
 
-`bicache doctor` runs them on a user's device, the tests run them in Pallas's interpreters.
+Prefix attention has cases, their reference in float64, and the promised bounds. `bicache doctor` runs them on a user's
+device, the tests run them in Pallas's interpreters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bicache_jax.conformance import BackboneError as BackboneError
+from bicache_jax.conformance import Fault as Fault
+from bicache_jax.conformance import backbone_faults as backbone_faults
+from bicache_jax.conformance import check_backbone as check_backbone
 from bicache_jax.core.config import ATTENTION
 from bicache_jax.kernels import elsewhere, refusal
 from bicache_jax.kernels import prefix_attention as prefix_attention

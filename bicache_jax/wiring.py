@@ -13,36 +13,47 @@ from bicache_jax.configs import model_shape as model_shape
 from bicache_jax.configs import published_table as published_table
 from bicache_jax.configs import topology as topology
 from bicache_jax.configs import topology_of
-from bicache_jax.core.backbone import Backbone, Params
+from bicache_jax.core.backbone import Backbone, MakeBackbone, Params, lacking
 from bicache_jax.core.config import ATTENTION, ModelConfig
 from bicache_jax.core.device import DeviceMemory
 from bicache_jax.core.types import BicacheError
 from bicache_jax.kernels import PrefixAttention, elsewhere
-from bicache_jax.models import Transformer, abstract
+from bicache_jax.models import abstract, family_for
 
 
-def backbone_for(config: ModelConfig, attention: str = "auto", *, axis: str | None = None) -> Backbone:
+def backbone_for(
+    config: ModelConfig, attention: str = "auto", *, axis: str | None = None, make: MakeBackbone | None = None
+) -> Backbone:
     """The model's pieces.
 
     Args:
         config: the architecture, or a shard's part of it.
         attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         axis: mesh axis over which the parts are summed; None: `config` is whole.
+        make: makes them; None: the configuration's family does.
+
+    Raises:
+        BicacheError: the family is not registered, or what was made lacks a piece.
     """
-    return Transformer(config, PrefixAttention(attention), axis)
+    made = (make or family_for(config).backbone)(config, PrefixAttention(attention), axis)
+    if missing := lacking(made):
+        raise BicacheError(missing)
+    return made
 
 
-def backbone_here(config: ModelConfig, attention: str, *, axis: str | None = None) -> Backbone:
+def backbone_here(
+    config: ModelConfig, attention: str, *, axis: str | None = None, make: MakeBackbone | None = None
+) -> Backbone:
     """`backbone_for` this process's devices.
 
     Raises:
-        BicacheError: there is no such implementation of attention, or it does not run here.
+        BicacheError: there is no such implementation of attention, or it does not run here; or as `backbone_for`.
     """
     if attention not in ATTENTION:
         raise BicacheError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     if why := elsewhere(attention, jax.default_backend()):
         raise BicacheError(f"attention: {why}")
-    return backbone_for(config, attention, axis=axis)
+    return backbone_for(config, attention, axis=axis, make=make)
 
 
 def device_memory(devices: Sequence[Any]) -> DeviceMemory | None:

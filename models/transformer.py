@@ -159,7 +159,7 @@ def _mlp_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef[Mlp]:
 
 
 def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters, normal with standard deviation `D ** -0.5`; `abstract` returns their shapes."""
+    """Random parameters, normal with standard deviation `D ** -0.5`."""
     dtype = jnp.dtype(dtype)
     embed_key, head_key, layer_key = jax.random.split(key, 3)
 
@@ -195,11 +195,6 @@ def init(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     return params
 
 
-def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """Shapes and dtypes of the parameters without computing them; loaders and shardings follow this declaration."""
-    return jax.eval_shape(functools.partial(init, config, dtype=dtype), jax.random.key(0))
-
-
 @dataclasses.dataclass(frozen=True)
 class Transformer:
     """`bicache_jax.core.backbone.Backbone` for this block; static and hashable, without parameters.
@@ -232,7 +227,7 @@ class Transformer:
         linear.bias[...] = jnp.where(first, linear.bias[...], 0)
         return psum(linear(x, self.axis), self.axis)
 
-    def embed(self, params: Params, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    def embed(self, params: Params, ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings, summed over shards: each shard looks up its own part of the vocabulary, zeros elsewhere."""
         table, scale = params["embed"], params.get("embed_scale")
         dtype = params["norm"]["scale"].dtype

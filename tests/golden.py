@@ -14,7 +14,8 @@ from bicache_jax.checkpoints.fields import read_json
 from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder, load_params
 from bicache_jax.checkpoints.targets import targets
 from bicache_jax.core.config import ModelConfig, SamplingConfig
-from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.loading import tensor_map
+from bicache_jax.models import abstract, registered
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = {"llada": DATA / "llada-mha", "dream": DATA / "dream-gqa"}
@@ -25,8 +26,8 @@ def model(family: str) -> tuple[ModelConfig, Any]:
     """Config and float32 parameters of a golden checkpoint."""
     folder = FOLDERS[family]
     with SafetensorsFolder(folder) as tensors:
-        config = FAMILIES[family].config_from_hf(read_json(folder / "config.json"), tensors.names, "config.json")
-        return config, load_params(tensors, FAMILIES[family].tensor_map(config), targets(abstract(config, jnp.float32)))
+        config = registered()[family].config_from_hf(read_json(folder / "config.json"), tensors.names, "config.json")
+        return config, load_params(tensors, tensor_map(config), targets(abstract(config, jnp.float32)))
 
 
 @functools.cache

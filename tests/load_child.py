@@ -21,12 +21,12 @@ from bicache_jax.checkpoints.orbax_folder import checksum
 from bicache_jax.checkpoints.targets import Target
 from bicache_jax.checkpoints.tree import paths, tree_of
 from bicache_jax.loading import load_model, open_checkpoint
-from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.models import abstract, registered
 
 
 def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, dict]:
     """Mapping and shapes of a checkpoint, every matrix divided by its last axis over the devices."""
-    config = FAMILIES["llada"].config_from_hf(read_json(folder / "config.json"), names, "config.json")
+    config = registered()["llada"].config_from_hf(read_json(folder / "config.json"), names, "config.json")
     mesh = Mesh(np.array(devices), ("model",))
 
     def leaf(shape: jax.ShapeDtypeStruct) -> Target:
@@ -34,7 +34,7 @@ def wanted(folder: Path, names: frozenset[str], devices: list) -> tuple[dict, di
         return Target(shape.shape, shape.dtype, NamedSharding(mesh, PartitionSpec(*spec)))
 
     shapes = tree_of((path, leaf(shape)) for path, shape in paths(abstract(config, jnp.float32)))
-    return FAMILIES["llada"].tensor_map(config), shapes
+    return registered()["llada"].tensor_map(config), shapes
 
 
 def load(folder: Path, devices: list, *, check: bool = False) -> tuple[dict, int]:

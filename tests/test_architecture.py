@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bicache_jax.models import FAMILIES
+from bicache_jax.models import registered
 
 PACKAGE = Path(__file__).parents[1] / "bicache_jax"
 
@@ -21,7 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "models": {"core", "checkpoints"},
     "wiring": {"core", "kernels", "configs", "models"},
     "decoding": {"core", "sharding"},
-    "testing": {"core", "kernels"},
+    "conformance": {"core", "sharding"},
+    "testing": {"core", "kernels", "conformance"},
     "functional": {"core", "decoding", "wiring"},
     "serving": {"core", "sharding", "decoding", "wiring"},
     "loading": {"core", "sharding", "checkpoints", "configs", "models"},
@@ -86,12 +87,12 @@ def test_only_the_top_of_the_package_knows_models_and_kernels():
 
 
 # Where a family is data on its `ModelConfig`, never a name.
-NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring")
+NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring", "conformance")
 
 
 def family_names(tree: ast.AST) -> list[ast.AST]:
     """Where a source asks which family a model is of: a name as a string of its own, or the field that holds it."""
-    names = {name.lower() for family in FAMILIES.values() for name in family.MODEL_TYPES} | set(FAMILIES)
+    names = {name.lower() for family in registered().values() for name in family.model_types} | set(registered())
     return [
         node
         for node in ast.walk(tree)

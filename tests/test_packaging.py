@@ -6,9 +6,11 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """An environment that holds the wheel, what it needs, and nothing else."""
+    venv = tmp_path_factory.mktemp("installed") / "venv"
+    env = clean_environment()
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, env=env)
+    install = [str(venv / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    subprocess.run([*install, str(built[1])], check=True, env=env)
+    return venv
+
+
 def test_links_are_relative_and_point_into_the_checkout():
     if not (ROOT / "models").exists():
         pytest.skip("an unpacked sdist has folders in their place")
@@ -93,7 +106,11 @@ def test_sdist_can_be_tested_and_has_no_file_twice(built):
     with tarfile.open(built[0]) as archive:
         assert all(member.isfile() or member.isdir() for member in archive)
         names = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "tests/test_packaging.py", "examples/requests.jsonl"} <= names
+    assert {"pyproject.toml", "LICENSE", "tests/test_packaging.py", "examples/requests.jsonl", ".ci/run"} <= names
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"} <= names
+    for folder in ("docs", "examples", "notebooks", "scripts", "tests"):  # whole, as far as they are kept at all
+        listed = subprocess.run(["git", "ls-files", folder], capture_output=True, text=True, cwd=ROOT)
+        assert listed.returncode or set(listed.stdout.split("\n")) - {""} <= names
     assert {name.split("/")[0] for name in names}.isdisjoint(LINKED)
 
 
@@ -121,13 +138,38 @@ assert not xla_bridge.backends_are_initialized(), "importing the package has sta
 
 
 @pytest.mark.slow
-def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
-    venv = tmp_path / "venv"
-    env = clean_environment()
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, env=env)
+@pytest.mark.parametrize(
+    "checker",
+    ["mypy", pytest.param("pyright", marks=pytest.mark.full)],  # pyright fetches itself from npm
+)
+def test_the_public_types_pass_strict_checkers(installed, tmp_path, checker):
+    pytest.importorskip(checker, reason=f"{checker} is not installed: pip install {checker}")
+    app = shutil.copy(ROOT / "tests" / "consumer" / "app.py", tmp_path)
+    python = str(installed / "bin" / "python")
+    command = {
+        "mypy": ["--strict", "--python-executable", python, "--cache-dir", str(tmp_path / "cache"), app],
+        "pyright": ["--pythonpath", python, "--project", str(tmp_path)],
+    }[checker]
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    done = subprocess.run(
+        [sys.executable, "-m", checker, *command], capture_output=True, text=True, cwd=tmp_path, env=clean_environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.full
+def test_the_consumer_runs_on_the_wheel(installed, tmp_path):
+    command = [str(installed / "bin" / "python"), str(ROOT / "tests" / "consumer" / "app.py")]
+    env = clean_environment() | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "Oslo" in done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_does_the_main_job_in_an_empty_environment(installed, tmp_path):
+    venv, env = installed, clean_environment()
     python, command = venv / "bin" / "python", venv / "bin" / "bicache"
-    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", str(built[1])]
-    subprocess.run(install, check=True, env=env)
     requests = tmp_path / "requests.jsonl"
     lines = (ROOT / "examples" / "requests.jsonl").read_bytes().splitlines(keepends=True)
     requests.write_bytes(b"".join(lines[:16]))
@@ -161,3 +203,21 @@ def test_wheel_does_the_main_job_in_an_empty_environment(built, tmp_path):
         assert done.returncode == 0, done.stderr
         (line,) = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert wanted.agrees(tuple(json.loads(line)["token_ids"])), name
+
+
+def test_every_file_names_the_same_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_actions_are_pinned_by_commit():
+    used = [
+        line.split("uses:")[1].strip()
+        for file in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action

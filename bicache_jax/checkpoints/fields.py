@@ -181,17 +181,18 @@ class TensorMap:
 
     Attributes:
         names: path in the parameter tree -> tensor name; `{layer}` is the layer number of a stacked parameter, and
-            `{expert}` the number of an expert in a second axis. A parameter called `kernel` is stored transposed,
-            `[out, in]`.
+            `{expert}` the number of an expert in a second axis.
         ignored: suffixes of tensor names that hold no parameter.
         layers: layers of the stacks that only some layers have, by the first key of their paths.
         rows: paths of parameters that are some rows of their tensor, with the first of these and the tensor's number.
+        transposed: last keys of the paths of parameters that are `[in, out]` here and `[out, in]` in the checkpoint.
     """
 
     names: Mapping[tuple[str, ...], str]
     ignored: tuple[str, ...] = ()
     layers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     rows: Mapping[tuple[str, ...], tuple[int, int]] = dataclasses.field(default_factory=dict)
+    transposed: tuple[str, ...] = ("kernel",)
 
     def stack_axes(self, path: tuple[str, ...]) -> int:
         """Leading axes of a parameter along which it is made of tensors."""

@@ -96,7 +96,9 @@ class SafetensorsFolder:
     def mark(self, fields: Mapping[str, Any]) -> str:
         """The checkpoint's fingerprint; `fields` are those of its `config.json`."""
         headers = {name: self.header(name) for name in sorted(self.names)}
-        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name.endswith("weight")]
+        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1]
+        # Norms, by the names that PyTorch gives them; other vectors, in families without; else everything.
+        vectors = [name for name in vectors if name.endswith("weight")] or vectors or list(headers)
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
     def load(
@@ -151,7 +153,7 @@ def load_params(
     faults: list[str] = []
     for path, leaf in leaves.items():
         shape = leaf.shape[mapping.stack_axes(path) :]
-        expected = shape[::-1] if path[-1] == "kernel" else shape
+        expected = shape[::-1] if path[-1] in mapping.transposed else shape
         if path in mapping.rows:
             expected = (mapping.rows[path][1], *expected[1:])
         for name in plan[path]:
@@ -196,7 +198,7 @@ def read_part(
         dtype: dtype of the result.
         index: one slice per axis, with start and stop.
     """
-    axes, transposed = mapping.stack_axes(path), path[-1] == "kernel"
+    axes, transposed = mapping.stack_axes(path), path[-1] in mapping.transposed
     array = np.empty([part.stop - part.start for part in index], dtype)
     inner = index[axes:][::-1] if transposed else index[axes:]
     first = mapping.rows.get(path, (0, 0))[0]

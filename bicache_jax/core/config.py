@@ -131,7 +131,8 @@ class ModelConfig:
     A family differs from others by these fields alone: no code but `bicache_jax.models` asks for its name.
 
     Attributes:
-        family: `llada`, `dream` or `a2d`; picks the checkpoint map.
+        family: name of its family (`bicache_jax.register_family`), which makes its backbone and maps its checkpoints.
+            Any word will do where a `Model` brings its backbone along.
         vocab_size: V, rows of the embedding and of the head (padding rows of the checkpoint included).
         d_model: D, width of the residual stream.
         num_layers: L.

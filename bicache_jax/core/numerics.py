@@ -1,4 +1,4 @@
-"""Matmul precision for each dtype, and sums over mesh axes."""
+"""Matmul precision for each dtype, the dtype of activations, and sums over mesh axes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import jax.numpy as jnp
 def precision(dtype: Any) -> jax.lax.Precision:
     """Matmul precision of a dtype: float32 is float32 everywhere (GPUs and TPUs would round inputs otherwise)."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def activation_dtype(params: Any) -> Any:
+    """Dtype of activations and caches: the smallest floating-point one of the parameters.
+
+    Scales of 8-bit weights are float32 whatever it is.
+    """
+    found = {leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return min(found, key=lambda dtype: (dtype.itemsize, dtype.name))
 
 
 def psum(x: jax.Array, axis: str | None) -> jax.Array:

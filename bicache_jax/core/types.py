@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from bicache_jax.core.config import ModelConfig, SamplingConfig
+
+if TYPE_CHECKING:  # the command's --help reads this file and need not wait for jax
+    from bicache_jax.core.backbone import MakeBackbone
 
 FinishReason = Literal["stop", "length", "error"]
 Record = dict[str, Any]
@@ -199,6 +202,8 @@ class Model:
         name: what the user called the model.
         boundaries: the boundary table `{r: b}` that belongs to the model; None if there is none.
         note: where that table comes from, if that is not the model itself.
+        backbone: makes its backbone, for an architecture of your own (`bicache_jax.core.backbone`); None: its family
+            does (`bicache_jax.register_family`).
     """
 
     config: ModelConfig
@@ -208,11 +213,14 @@ class Model:
     name: str = ""
     boundaries: Mapping[int, int] | None = None
     note: str = ""
+    backbone: MakeBackbone | None = None
 
     @property
     def dtype(self) -> Any:
-        """Dtype of activations and caches; that of the weights, where these are not in 8 bits."""
-        return self.params["norm"]["scale"].dtype
+        """Dtype of activations and caches (`bicache_jax.core.numerics.activation_dtype`)."""
+        from bicache_jax.core.numerics import activation_dtype
+
+        return activation_dtype(self.params)
 
     @property
     def checkpoint(self) -> str:

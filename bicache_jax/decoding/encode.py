@@ -86,7 +86,7 @@ def encode_alone(
         blocks = jnp.floor_divide(positions - prefix_len[:, None], size)
         block_ids = (blocks, blocks)
     last = jnp.max(jnp.where(boundaries < config.num_layers, boundaries, 0))
-    x = backbone.embed(params, prefix_ids)
+    x = backbone.embed(params, prefix_ids, positions)
     no_prefix = jnp.zeros((num_prefixes, config.num_kv_heads, 0, config.head_dim), x.dtype)
     kv_shape = (num_layers, num_prefixes, config.num_kv_heads, length, config.head_dim)
     cache = PrefixCache(

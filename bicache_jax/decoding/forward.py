@@ -125,7 +125,7 @@ class SuffixForward:
         return self._layer(index, carry, deep, index - self.boundary - 1, shared=False)
 
     def _embed(self) -> Float[Array, "B T D"]:
-        return self.backbone.embed(self.params, self._span(self.rows.tokens))
+        return self.backbone.embed(self.params, self._span(self.rows.tokens), self._span(self.rows.positions))
 
     def reuse(self, deep: DeepCache, suffix: SuffixCache) -> Carry:
         """Runs the span's tokens through all layers.

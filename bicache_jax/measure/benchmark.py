@@ -167,7 +167,7 @@ class EngineRunner:
         """Work, memory, and what the engine counted."""
         plan, stats = self._last.plan(self._requests), self._last.stats
         batch = plan.batches[0]
-        backbone = backbone_for(self._model.config, self._attention)
+        backbone = backbone_for(self._model.config, self._attention, make=self._model.backbone)
         memory = lower_decode(backbone, self._model.params, plan, batch).compile().memory_analysis()
         used = None
         if memory is not None:

@@ -111,7 +111,7 @@ def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto")
     Yields:
         (index of the sample, mean similarity of each layer [L]).
     """
-    backbone = backbone_here(model.config, attention)
+    backbone = backbone_here(model.config, attention, make=model.backbone)
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(index)

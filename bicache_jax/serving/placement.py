@@ -83,7 +83,7 @@ class Placement:
         assert self.mesh is not None
         return {device: i for i, row in enumerate(self.mesh.devices) for device in row}
 
-    def params(self, params: Any, table: Table) -> Any:
+    def params(self, params: Any, table: Table | None) -> Any:
         """Parameters, split for the mesh."""
         return params if self.mesh is None else shard_params(params, table, self.partition, self.mesh)
 

@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bicache_jax.core.backbone import Table
+from bicache_jax.core.backbone import Path, Table
 from bicache_jax.core.config import Experts, ModelConfig
+from bicache_jax.core.types import BicacheError
 from bicache_jax.sharding.meshes import MODEL
 
 MESH_AXES: Mapping[str | None, str | None] = {
@@ -39,12 +40,33 @@ MESH_AXES: Mapping[str | None, str | None] = {
     "vocab": MODEL,
     "layer": None,
     "width": None,
+    None: None,
 }
 """Mesh axis of each logical axis; each model has its own table of the logical axes of its parameters."""
 
 
 LANES, SUBLANES = 128, 8
 """The tile of a TPU's memory: numbers along the last axis of an array, and along the one before it."""
+
+
+def axes_of(table: Table | None, path: Path, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of a parameter; without a table none of them is ever split.
+
+    Raises:
+        ValueError: the parameter is not in the table, has a different rank there, or an axis is unknown.
+    """
+    if table is None:
+        return (None,) * ndim
+    name = "/".join(path)
+    if path not in table:
+        raise ValueError(f"parameter {name} is not in the partition table")
+    axes = table[path]
+    if len(axes) != ndim:
+        raise ValueError(f"parameter {name} has {ndim} axes, the partition table says {axes}")
+    if unknown := [axis for axis in axes if axis not in MESH_AXES]:
+        known = ", ".join(axis for axis in MESH_AXES if axis)
+        raise ValueError(f"parameter {name} has an axis {unknown[0]!r}, known: {known}")
+    return axes
 
 
 def _up(size: int, multiple: int) -> int:
@@ -126,11 +148,11 @@ class Partition:
             experts=self._experts(self.shards),
         )
 
-    def source(self, axis: str) -> np.ndarray | None:
+    def source(self, axis: str | None) -> np.ndarray | None:
         """The source of each index of a padded axis: an index of the checkpoint's axis, or -1 for zeros.
 
         Args:
-            axis: a logical axis.
+            axis: a logical axis; None: one that is never split.
 
         Returns:
             Indices; None if the axis is the same as in the checkpoint.
@@ -154,10 +176,10 @@ class Partition:
         if logical.experts is not None and whole.experts is not None:
             sizes["expert_mlp"] = logical.experts.d_expert, whole.experts.d_expert
             sizes["shared_mlp"] = logical.experts.d_shared, whole.experts.d_shared
-        size, padded = sizes.get(axis, (0, 0))
+        size, padded = sizes.get(axis or "", (0, 0))
         return None if size == padded else np.where(np.arange(padded) < size, np.arange(padded), -1)
 
-    def expand(self, leaf: Any, axes: Sequence[str]) -> Any:
+    def expand(self, leaf: Any, axes: Sequence[str | None]) -> Any:
         """A checkpoint's parameter, padded to the sizes of `config`; unchanged if it already has them."""
         for index, axis in enumerate(axes):
             source = self.source(axis)
@@ -169,27 +191,23 @@ class Partition:
         return leaf
 
 
-def param_specs(table: Table, params: Any) -> Any:
+def param_specs(table: Table | None, params: Any) -> Any:
     """How each parameter is split.
 
     Args:
-        table: logical axes of each parameter, by path (`bicache_jax.models.transformer.axes`).
+        table: logical axes of each parameter, by path (`bicache_jax.core.backbone.Backbone.axes`).
         params: the parameters, or their shapes.
 
     Returns:
         A tree of `PartitionSpec` like `params`.
 
     Raises:
-        ValueError: a parameter is not in the table, has a different rank there, or would use a mesh axis twice.
+        ValueError: as `axes_of`; or a parameter would use a mesh axis twice.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
         name = tuple(entry.key for entry in path)
-        if name not in table:
-            raise ValueError(f"parameter {'/'.join(name)} is not in the partition table")
-        axes = table[name]
-        if len(axes) != leaf.ndim:
-            raise ValueError(f"parameter {'/'.join(name)} has {leaf.ndim} axes, the partition table says {axes}")
+        axes = axes_of(table, name, leaf.ndim)
         cut = [MESH_AXES[axis] for axis in axes]
         used = [axis for axis in cut if axis is not None]
         if len(set(used)) < len(used):
@@ -199,14 +217,24 @@ def param_specs(table: Table, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def param_shardings(table: Table, params: Any, mesh: Mesh) -> Any:
-    """`param_specs` as shardings on a mesh."""
+def param_shardings(table: Table | None, params: Any, mesh: Mesh) -> Any:
+    """`param_specs` as shardings on a mesh.
+
+    Raises:
+        BicacheError: the mesh splits models, and parameters without a table cannot be.
+    """
+    if table is None and mesh.shape[MODEL] > 1:
+        raise BicacheError(
+            f"mesh: model={mesh.shape[MODEL]} splits parameters, and this architecture does not say how (the axes of"
+            " its backbone are None): use a mesh with model=1"
+        )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(table, params))
 
 
-def shard_params(params: Any, table: Table, partition: Partition, mesh: Mesh) -> Any:
+def shard_params(params: Any, table: Table | None, partition: Partition, mesh: Mesh) -> Any:
     """Splits a model that is on one device or on the host; a model that is already on the mesh is not changed."""
     padded = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: partition.expand(leaf, table[tuple(entry.key for entry in path)]), params
+        lambda path, leaf: partition.expand(leaf, axes_of(table, tuple(entry.key for entry in path), leaf.ndim)),
+        params,
     )
     return jax.tree.map(jax.device_put, padded, param_shardings(table, padded, mesh))

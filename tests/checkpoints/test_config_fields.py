@@ -15,7 +15,7 @@ from bicache_jax.checkpoints.fields import read_json
 from bicache_jax.checkpoints.known_fields import HARMLESS, UNSUPPORTED
 from bicache_jax.cli import main
 from bicache_jax.configs import model_shape
-from bicache_jax.models import FAMILIES
+from bicache_jax.models import MODULES
 
 # As published: LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5 have the same fields.
 LLADA_8B: dict[str, Any] = {
@@ -70,7 +70,7 @@ NAMES = frozenset({"model.layers.0.self_attn.q_proj.bias"})
 
 
 def read(fields: dict[str, Any]) -> Any:
-    return FAMILIES[fields["model_type"].lower()].config_from_hf(fields, NAMES, "config.json")
+    return MODULES[fields["model_type"].lower()].config_from_hf(fields, NAMES, "config.json")
 
 
 @pytest.mark.parametrize(("fields", "shape"), PUBLISHED.values(), ids=PUBLISHED)
@@ -170,7 +170,7 @@ def test_a_base_that_only_the_new_field_names_is_used() -> None:
 
 
 def test_no_field_is_in_two_lists() -> None:
-    own = [set(family._HARMLESS) for family in FAMILIES.values()]
+    own = [set(family._HARMLESS) for family in MODULES.values()]
     assert not HARMLESS.keys() & UNSUPPORTED.keys()
     assert not any(names & (HARMLESS.keys() | UNSUPPORTED.keys()) for names in own)
 
@@ -190,5 +190,5 @@ def test_the_command_and_loading_refuse_too(tmp_path: Path, capfd: pytest.Captur
 def test_a_shape_decodes_as_its_family() -> None:
     for name in ("llada_8b", "dream_7b", "small"):
         config = model_shape(name)
-        for field, value in FAMILIES[config.family].LOOP.items():
+        for field, value in MODULES[config.family].LOOP.items():
             assert getattr(config, field) == value, (name, field)

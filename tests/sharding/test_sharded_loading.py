@@ -23,7 +23,8 @@ from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder, read_p
 from bicache_jax.checkpoints.targets import Target
 from bicache_jax.checkpoints.tree import paths
 from bicache_jax.convert import convert
-from bicache_jax.models import FAMILIES, abstract
+from bicache_jax.loading import tensor_map
+from bicache_jax.models import abstract, registered
 
 CHILD = str(Path(__file__).parents[1].joinpath("load_child.py"))
 MIB = 2**20
@@ -37,10 +38,10 @@ def big(tmp_path_factory) -> Path:
     fields |= {"d_model": 512, "n_heads": 8, "n_kv_heads": 8, "n_layers": 4, "mlp_hidden_size": 2048}
     fields |= {"vocab_size": 16384, "embedding_size": 16384}
     (folder / "config.json").write_text(json.dumps(fields))
-    config = FAMILIES["llada"].config_from_hf(fields, frozenset(), "config.json")
+    config = registered()["llada"].config_from_hf(fields, frozenset(), "config.json")
     rng = np.random.default_rng(0)
     tensors = {}
-    mapping = FAMILIES["llada"].tensor_map(config)
+    mapping = tensor_map(config)
     for path, leaf in paths(abstract(config, jnp.float32)):
         for layer in range(leaf.shape[0] if path[0] == "layers" else 1):
             shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
@@ -107,7 +108,7 @@ def test_any_part_of_a_padded_parameter_is_the_part_of_the_whole(data: st.DataOb
     target = Target(leaf.shape, leaf.dtype, None, tuple(sources))
     part = tuple(index)
     with SafetensorsFolder(FOLDERS["llada"]) as tensors:
-        read = functools.partial(read_part, tensors, FAMILIES["llada"].tensor_map(config), path, leaf.shape, leaf.dtype)
+        read = functools.partial(read_part, tensors, tensor_map(config), path, leaf.shape, leaf.dtype)
         found = target.gather(read, part)
         # Bytes between those that are needed are read too, others are not.
         assert found.nbytes == tensors.bytes_read or any(source is not None for source in sources)
