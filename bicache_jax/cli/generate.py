@@ -94,11 +94,16 @@ def add_arguments(parser: Parser) -> None:
     add_answering_arguments(parser)
 
 
-def add_running_arguments(parser: Parser) -> None:
-    """Adds the flags that say what to run and how, whatever the files are."""
+def add_running_arguments(parser: Parser, *, required: bool = True) -> None:
+    """Adds the flags that say what to run and how, whatever the files are.
+
+    Args:
+        parser: where to.
+        required: whether there must be a model.
+    """
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
+        "--model", required=required, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
     )
     add_checkpoint_flags(model)
     model.add_argument(

@@ -129,6 +129,11 @@ def auto_or_integer(least: int) -> Callable[[str], int | str]:
     return parse
 
 
+def row_count(text: str) -> int | str:
+    """The argument type of `--rows`: `auto`, `max` or a number."""
+    return text if text == "max" else auto_or_integer(1)(text)
+
+
 def boundary(text: str) -> int | str:
     """The argument type of `--boundary`: `auto` or a number of layers."""
     return auto_or_integer(0)(text)
