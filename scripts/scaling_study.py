@@ -38,9 +38,9 @@ def study() -> str:
     lines = [
         "# Scaling, from shapes",
         "",
-        f"bfloat16, P = {PREFIX}, U = {SUFFIX}, {RESPONSE} response tokens in {RESPONSE} steps, blocks of {BLOCK}, N = 16,"
-        f" {PER_PREFIX} rows to a prefix, the published boundary. Made by `python scripts/scaling_study.py`. Memory is"
-        " the planner's; requests an hour are the roofline's upper bound (per pass peak arithmetic or memory traffic,"
+        f"bfloat16, P = {PREFIX}, U = {SUFFIX}, {RESPONSE} response tokens in {RESPONSE} steps, blocks of {BLOCK}, N ="
+        f" 16, {PER_PREFIX} rows to a prefix, the published boundary. Made by `python scripts/scaling_study.py`. Memory"
+        " is the planner's; requests an hour are the roofline's upper bound (per pass peak arithmetic or memory traffic,"
         " then the sums over the model axis at the documented speed of the links of one axis, since compiled programs"
         " overlap nothing with them): **an estimate, not a measurement**.",
         "",
@@ -87,9 +87,9 @@ def study() -> str:
                 requests_per_hour(name, generation, 64, model, rows, cached=cached, links=links)
                 for cached, links in ((True, True), (False, True), (True, False))
             )
-            shape = f"{name} | {generation}-64 | data={64 // model},model={model} | {rows}"
+            line = f"{name} | {generation}-64 | data={64 // model},model={model} | {rows}"
             ratio = f"{with_cache / without:.2f}"
-            lines.append(f"| {shape} | {with_cache:,.0f} | {without:,.0f} | {ratio} | {free:,.0f} |")
+            lines.append(f"| {line} | {with_cache:,.0f} | {without:,.0f} | {ratio} | {free:,.0f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from bicache_jax.cli import EXIT_FAULT
 from bicache_jax.configs import topology
 from bicache_jax.core.buckets import count_bucket
+from bicache_jax.core.config import Quantize
 from bicache_jax.core.types import BicacheError
 from bicache_jax.measure.aot import GIB, AotCase, check
 
@@ -31,16 +32,17 @@ SLICES = {
     "v5p:2x2x1": "data=4,model=1",
     "tpu7x:2x2x1": "data=8,model=1",
 }
+MODELS = ("llada_8b", "dream_7b")
+EIGHT_BITS: tuple[Quantize, ...] = ("w8a8", "w8")
 CASES: dict[str, list[AotCase]] = {
     "slices": [
-        AotCase(model, where, mesh, rows="max")
-        for model, (where, mesh) in itertools.product(("llada_8b", "dream_7b"), SLICES.items())
+        AotCase(model, where, mesh, rows="max") for model, (where, mesh) in itertools.product(MODELS, SLICES.items())
     ],
     "one_chip": [
         *(
             AotCase(model, where, "data=1,model=1", rows="max", quantize=quantize)
             for model, quantize, where in itertools.product(
-                ("llada_8b", "dream_7b", "sdar_8b", "llada_moe_7b"), ("w8a8", "w8"), ("v5e:1x1", "v6e:1x1")
+                (*MODELS, "sdar_8b", "llada_moe_7b"), EIGHT_BITS, ("v5e:1x1", "v6e:1x1")
             )
         ),
         AotCase("llada_8b", "v5e:2x4", "data=8,model=1", rows="max", quantize="w8a8"),
@@ -48,18 +50,18 @@ CASES: dict[str, list[AotCase]] = {
     ],
 }
 TITLES = {
-    "slices": "# What fits where\n\nLargest batches that the planner allows when it may fill all of a device (the engine"
-    " fills 92 %). bfloat16, P = 1024, U = 512, 256 response tokens, 16 rows to a prefix, the published boundary."
-    " Compiled by the TPU compiler (`python scripts/what_fits.py --output scripts/results/what_fits`), run on none of"
-    " these.",
-    "one_chip": "# What fits on one chip, in 8 bits\n\nLargest batches that the planner allows when it may fill all of a"
-    " device (the engine fills 92 %). bfloat16 with weights in 8 bits (w8), or also products (w8a8); P = 1024, U = 512,"
-    " 256 response tokens, one a step, 16 rows to a prefix, the published boundary, or half of the layers where there is"
-    " none; SDAR with exact caches, in blocks of 4. The last lines are eight chips, as eight data shards, and as two"
-    " shards of four in bfloat16. Compiled by the TPU compiler (`python scripts/what_fits.py --study one_chip --output"
-    " scripts/results/one_chip`), run on none of these. Requests an hour are the roofline's upper bound for all chips"
-    " (`bicache_jax/serving/capacity.py`): **an estimate, not a measurement**. Sums: all-reduce instructions in the"
-    " decode program.",
+    "slices": "# What fits where\n\nLargest batches that the planner allows when it may fill all of a device (the"
+    " engine fills 92 %). bfloat16, P = 1024, U = 512, 256 response tokens, 16 rows to a prefix, the published"
+    " boundary. Compiled by the TPU compiler (`python scripts/what_fits.py --output scripts/results/what_fits`), run"
+    " on none of these.",
+    "one_chip": "# What fits on one chip, in 8 bits\n\nLargest batches that the planner allows when it may fill all of"
+    " a device (the engine fills 92 %). bfloat16 with weights in 8 bits (w8), or also products (w8a8); P = 1024, U ="
+    " 512, 256 response tokens, one a step, 16 rows to a prefix, the published boundary, or half of the layers where"
+    " there is none; SDAR with exact caches, in blocks of 4. The last lines are eight chips, as eight data shards, and"
+    " as two shards of four in bfloat16. Compiled by the TPU compiler (`python scripts/what_fits.py --study one_chip"
+    " --output scripts/results/one_chip`), run on none of these. Requests an hour are the roofline's upper bound for"
+    " all chips (`bicache_jax/serving/capacity.py`): **an estimate, not a measurement**. Sums: all-reduce instructions"
+    " in the decode program.",
 }
 
 

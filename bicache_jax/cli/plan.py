@@ -57,7 +57,8 @@ def add_arguments(parser: Parser) -> None:
         "--rows",
         type=row_count,
         metavar="B",
-        help="rows of a data shard; max: as many as fit; auto: as many as generate takes without --batch-size (default: max)",
+        help="rows of a data shard; max: as many as fit; auto: as many as generate takes without --batch-size (default:"
+        " max)",
     )
     shape.add_argument("--per-prefix", type=integer(1), metavar="n", help="rows that share a prefix (default: 16)")
     shape.add_argument(

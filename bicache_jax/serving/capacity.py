@@ -19,7 +19,7 @@ from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.serving.flops import Job, batch_seconds, jobs
 from bicache_jax.serving.grouping import Batch, Row, default_rows, prefix_ratio
 from bicache_jax.serving.memory import RESERVE, Footprint, Memory
-from bicache_jax.sharding import MODEL, Partition, mesh_sizes
+from bicache_jax.sharding import Partition, mesh_sizes
 from bicache_jax.wiring import Device, device, model_shape, published_table
 
 GIB = 2**30
@@ -206,9 +206,9 @@ def capacity(shape: Shape, where: str, mesh: str = "", *, share: float | None = 
     if not most:
         needed = shape.memory(1, split, chip.copies)
         raise BicacheError(
-            f"{shape.config} on {where}: one row needs {needed.total / GIB:.1f} GiB a device, of which {needed.params / GIB:.1f}"
-            f" are weights, and {limit / GIB:.1f} may be used: --quantize w8, fewer tokens, or more devices (--mesh"
-            " model=M) need less"
+            f"{shape.config} on {where}: one row needs {needed.total / GIB:.1f} GiB a device, of which"
+            f" {needed.params / GIB:.1f} are weights, and {limit / GIB:.1f} may be used: --quantize w8, fewer tokens, or"
+            " more devices (--mesh model=M) need less"
         )
     rows = shape.settled(most)
     memory, one = (shape.memory(count, split, chip.copies) for count in (rows, 1))
@@ -269,7 +269,8 @@ def describe(found: dict[str, Any]) -> str:
     lines = [
         f"{found['config']} on {found['device']}, mesh {mesh}: {found['dtype']}, quantize {found['quantize']}, policy"
         f" {found['policy']}{block}",
-        f"P={found['prefix']} U={found['suffix']} {cached}{found['response']} response tokens in {found['steps']} steps",
+        f"P={found['prefix']} U={found['suffix']} {cached}{found['response']} response tokens in"
+        f" {found['steps']} steps",
         "",
         "GiB a device",
         f"  {'weights':<36}{gib['weights']:>6}",
@@ -283,7 +284,7 @@ def describe(found: dict[str, Any]) -> str:
         + ("" if found["fits"] else f"; {rows} do not fit"),
         f"requests an hour: no estimate ({found['no_estimate']})"
         if found["requests_per_hour"] is None
-        else f"requests an hour: at most {found['requests_per_hour']:,.0f} with {rows} a shard, by the published peaks (an"
-        " estimate; nothing ran)",
+        else f"requests an hour: at most {found['requests_per_hour']:,.0f} with {rows} a shard, by the published peaks"
+        " (an estimate; nothing ran)",
     ]
     return "\n".join(lines)
