@@ -40,9 +40,9 @@ def study() -> str:
         "",
         f"bfloat16, P = {PREFIX}, U = {SUFFIX}, {RESPONSE} response tokens in {RESPONSE} steps, blocks of {BLOCK}, N ="
         f" 16, {PER_PREFIX} rows to a prefix, the published boundary. Made by `python scripts/scaling_study.py`. Memory"
-        " is the planner's; requests an hour are the roofline's upper bound (per pass peak arithmetic or memory traffic,"
-        " then the sums over the model axis at the documented speed of the links of one axis, since compiled programs"
-        " overlap nothing with them): **an estimate, not a measurement**.",
+        " is the planner's; requests an hour are the roofline's upper bound (per pass peak arithmetic or memory"
+        " traffic, then the sums over the model axis at the documented speed of the links of one axis, since compiled"
+        " programs overlap nothing with them): **an estimate, not a measurement**.",
         "",
         "## Memory (GiB) and work of a v5e device, LLaDA-8B",
         "",

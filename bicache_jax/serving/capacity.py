@@ -207,7 +207,7 @@ def capacity(shape: Shape, where: str, mesh: str = "", *, share: float | None = 
         needed = shape.memory(1, split, chip.copies)
         raise BicacheError(
             f"{shape.config} on {where}: one row needs {needed.total / GIB:.1f} GiB a device, of which"
-            f" {needed.params / GIB:.1f} are weights, and {limit / GIB:.1f} may be used: --quantize w8, fewer tokens, or"
+            f" {needed.params / GIB:.1f} are weights, and {limit / GIB:.1f} may be used: --quantize w8, fewer tokens or"
             " more devices (--mesh model=M) need less"
         )
     rows = shape.settled(most)
