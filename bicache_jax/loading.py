@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bicache_jax.checkpoints.eight_bits import eight_bits_of, scale_path, with_scales, without_format
 from bicache_jax.checkpoints.fields import TensorMap, read_ids, read_json
 from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
 from bicache_jax.checkpoints.other_formats import refuse_other_formats, unknown_model_type
@@ -83,12 +84,13 @@ def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
     Raises:
         BicacheError: they cannot be read.
     """
-    return OrbaxFolder(folder) if is_orbax(folder) else SafetensorsFolder(folder)
+    return OrbaxFolder(folder) if is_orbax(folder) else SafetensorsFolder(folder, eight_bits_of(folder))
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:
     """Where the parameters of a model are in a checkpoint in Hugging Face layout."""
-    return FAMILIES[config.family].tensor_map(config)
+    mapping: TensorMap = FAMILIES[config.family].tensor_map(config)
+    return with_scales(mapping, (path for path, leaf in paths(abstract(config)) if leaf.dtype == jnp.int8))
 
 
 def load_model(
@@ -127,7 +129,7 @@ def load_model(
     folder = find_folder(path)
     refuse_other_formats(folder)
     source = folder / "config.json"
-    fields = read_json(source)
+    fields = without_format(read_json(source))
     family, model_type = family_of(fields), fields.get("model_type")
     if family is None:
         known = ", ".join(dict.fromkeys(t for f in FAMILIES.values() for t in f.MODEL_TYPES))
@@ -149,7 +151,7 @@ def load_model(
         config = dataclasses.replace(config, quantize=_format(quantize, tensors.quantize, folder))
         stored = dataclasses.replace(config, quantize=tensors.quantize)
         params = tensors.load(
-            tensor_map(config),
+            tensor_map(stored),
             _targets(stored, resolve_dtype(dtype), mesh),
             check=check_weights,
             finish=_Shrink(stored, config, mesh),
@@ -199,9 +201,7 @@ class _Shrink:
         """The parameter, or its integers and their scales."""
         if path not in self._paths:
             return [(path, array)]
-        *above, name = path
-        scale = (*above, "scale") if name in ("kernel", "weight") else (f"{name}_scale",)
-        places = (path, scale)
+        places = (path, scale_path(path))
         run = jax.jit(
             quantise,
             static_argnames="axis",
@@ -210,7 +210,7 @@ class _Shrink:
         )
         with warnings.catch_warnings():  # integers do not fit into the floats' memory
             warnings.simplefilter("ignore", UserWarning)
-            return list(zip(places, run(array, axis=-2 if name == "kernel" else -1), strict=True))
+            return list(zip(places, run(array, axis=-2 if path[-1] == "kernel" else -1), strict=True))
 
 
 def _block_causal(family: Any, model_type: Any, source: Path) -> Mapping[str, Any]:
