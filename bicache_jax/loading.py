@@ -22,9 +22,10 @@ from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
 from bicache_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bicache_jax.checkpoints.tree import paths, tree_of
-from bicache_jax.configs import model_shape, published_table
+from bicache_jax.configs import device_of, model_shape, published_table
 from bicache_jax.core.boundary import load_table
 from bicache_jax.core.config import DTYPES, QUANTIZE, ModelConfig, Quantize
+from bicache_jax.core.device import LEAST_CAPABILITY, compute_capability
 from bicache_jax.core.quantized import quantise
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.models import AXES, FAMILIES, abstract, family_of, init
@@ -35,19 +36,29 @@ TABLE_FILE = "boundary_table.json"
 
 
 def resolve_dtype(dtype: Any) -> jnp.dtype:
-    """`auto` is float32 on CPU and bfloat16 elsewhere.
+    """`auto` is float32 on CPU, float16 on GPUs that have no bfloat16, and bfloat16 elsewhere.
 
     Raises:
-        BicacheError: the dtype is none of `auto`, `float32`, `bfloat16`.
+        BicacheError: the dtype is none of `auto`, `float32`, `bfloat16`, `float16`.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = _native_dtype(jax.devices()[0])
     elif isinstance(dtype, str) and dtype not in DTYPES:
         raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     resolved = jnp.dtype(dtype)
-    if resolved not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+    if resolved.name not in DTYPES:
         raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {resolved.name!r}")
     return resolved
+
+
+def _native_dtype(device: Any) -> str:
+    """What models are loaded in where nobody says: by the device's data, or by what it says of itself."""
+    if device.platform == "cpu":
+        return "float32"
+    known, capability = device_of(device.device_kind), compute_capability(device)
+    if known is not None:
+        return known.dtype
+    return "float16" if capability is not None and capability < LEAST_CAPABILITY else "bfloat16"
 
 
 def find_folder(path: str | Path) -> Path:
@@ -109,7 +120,7 @@ def load_model(
     Args:
         path: folder with `config.json` and `*.safetensors` (tokenizer files optional), an orbax folder written by
             `bicache convert`, a hub id, or `example`.
-        dtype: `auto`, `float32` or `bfloat16`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, in which weights beyond 65,504 are refused.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         block_causal: it was trained with block-causal attention, though its config does not say so: A2D models that
             were trained as BD3LM.

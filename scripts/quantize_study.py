@@ -64,7 +64,7 @@ def answers(name: str) -> list[dict[str, Any]]:
     """Exact match and agreement of all formats on a task, without a cache and with BiCache."""
     facts = TASKS[name]
     model = _model(facts["model"])
-    formats = {quantize: _model(facts["model"], quantize) for quantize in FORMATS}
+    formats: dict[str, Model] = {quantize: _model(facts["model"], quantize) for quantize in FORMATS}
     names = ("none", "bicache")
     policies = [*names, *(f"{policy}@{quantize}" for quantize in FORMATS for policy in names)]
     results = evaluate(

@@ -253,5 +253,6 @@ def read_part(
         part = tensors.read(name, inner)
         if name.endswith(SCALE) and not (np.isfinite(part) & (part > 0)).all():
             raise BicacheError(f"{tensors.folder}: scales in {name} are not positive: damaged; convert the model again")
-        array[place] = part.T if transposed else part
+        with np.errstate(over="ignore"):  # what float16 cannot hold is found by `WeightCheck`
+            array[place] = part.T if transposed else part
     return array

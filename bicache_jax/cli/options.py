@@ -70,6 +70,12 @@ class Parser(argparse.ArgumentParser):
         raise BicacheError(f"{message} (see {self.prog} --help)")
 
 
+DTYPE_HELP = (
+    "auto: float32 on CPU, float16 on GPUs that have no bfloat16 (before compute capability 8), else bfloat16 (default:"
+    " %(default)s)"
+)
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """The argument type of integers from `least` to `most`."""
 

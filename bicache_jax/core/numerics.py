@@ -1,4 +1,4 @@
-"""Matmul precision for each dtype, and sums over mesh axes."""
+"""Matmul precision for each dtype, the unit of the residual stream, and sums over mesh axes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import jax.numpy as jnp
 def precision(dtype: Any) -> jax.lax.Precision:
     """Matmul precision of a dtype: float32 is float32 everywhere (GPUs and TPUs would round inputs otherwise)."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def residual_unit(dtype: Any) -> float:
+    """What the residual stream is multiplied with, all of it; 1 but in float16.
+
+    A few features of large models grow far beyond what the others are, and float16 ends at 65,504. In units of 64 it
+    reaches to four million, with as many bits for every number that is not tiny. Norms undo it; what is added to the
+    stream is brought to the same unit before it is rounded (`bicache_jax.models.linear.swiglu`).
+    """
+    return 2.0**-6 if jnp.dtype(dtype) == jnp.float16 else 1.0
 
 
 def psum(x: jax.Array, axis: str | None) -> jax.Array:

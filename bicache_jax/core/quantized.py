@@ -38,8 +38,13 @@ def quantise(weight: Float[Array, "..."], axis: int) -> tuple[Int8[Array, "..."]
     """
     exact = weight.astype(jnp.float32)
     peak = jnp.max(jnp.abs(exact), axis=axis, keepdims=True)
-    scale = jnp.where(peak > 0, peak / MOST, 1)
+    scale = _scale(peak)
     return jnp.round(exact / scale).astype(jnp.int8), jnp.squeeze(scale, axis)
+
+
+def _scale(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The scale of what is at most `peak`. That of NaN is NaN: integers have none, and it must not get lost."""
+    return jnp.where(peak == 0, 1, peak / MOST)
 
 
 def in_8_bits(x: Float[Array, "*B D"], axis: str | None = None) -> tuple[Int8[Array, "*B D"], Float[Array, "*B 1"]]:
@@ -52,7 +57,7 @@ def in_8_bits(x: Float[Array, "*B D"], axis: str | None = None) -> tuple[Int8[Ar
     exact = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
     peak = peak if axis is None else jax.lax.pmax(peak, axis)
-    scale = jnp.where(peak > 0, peak / MOST, 1)
+    scale = _scale(peak)
     return jnp.round(exact / scale).astype(jnp.int8), scale
 
 
