@@ -7,6 +7,7 @@ it. Memory is the planner's (`bicache_jax.serving.memory`). Requests an hour are
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -114,10 +115,7 @@ class Shape:
 
     def footprint(self, split: int, copies: Copies) -> Footprint:
         """Memory of batches on a device that holds one of `split` parts of the model."""
-        kept = self.cache.block_cache != "off"
-        return Footprint.of(
-            Partition(self.model, split), [self.layers], jnp.dtype(self.dtype), block_cache=kept, copies=copies
-        )
+        return _footprint(self.model, split, self.layers, self.dtype, self.cache.block_cache != "off", copies)
 
     def most_rows(self, limit: float, split: int, copies: Copies) -> int:
         """The most rows of which the planner says that they fit into so many bytes; 0: not even one."""
@@ -179,6 +177,13 @@ class Shape:
             published=False,
             sums=(lambda nbytes: chip.all_reduce_seconds(nbytes, split)) if links else lambda nbytes: 0.0,
         )
+
+
+@functools.lru_cache(maxsize=64)  # shapes of parameters come from tracing their initialisation
+def _footprint(
+    config: ModelConfig, split: int, boundary: int, dtype: str, block_cache: bool, copies: Copies
+) -> Footprint:
+    return Footprint.of(Partition(config, split), [boundary], jnp.dtype(dtype), block_cache=block_cache, copies=copies)
 
 
 def capacity(shape: Shape, where: str, mesh: str = "", *, share: float | None = None) -> dict[str, Any]:
