@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from bicache_jax.checkpoints.fields import TensorMap
+from bicache_jax.checkpoints.eight_bits import FIELD, EightBits, without_format
+from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.orbax_folder import MANIFEST, OrbaxFolder, write_params
+from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.tree import paths
 from bicache_jax.core.config import Quantize
 from bicache_jax.core.types import BicacheError
@@ -43,7 +46,7 @@ def convert(
         to: format of the output.
         dtype: of the parameters.
         mask_id: as in `load_model`; it is not written anywhere.
-        quantize: as in `load_model`; 8-bit weights need an orbax folder.
+        quantize: as in `load_model`; in safetensors as `bicache_jax.checkpoints.eight_bits` says.
         check_weights: as in `load_model`.
 
     Returns:
@@ -57,8 +60,6 @@ def convert(
         raise BicacheError(f"{output} exists already: name a new folder")
     folder = find_folder(source)
     model = load_model(source, dtype=dtype, mask_id=mask_id, quantize=quantize, check_weights=check_weights)
-    if to == "safetensors" and model.config.quantize != "none":
-        raise BicacheError(f"{source}: 8-bit weights ({model.config.quantize}) are written as orbax folders only")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, since only a rename within a file system is atomic.
@@ -75,6 +76,8 @@ def convert(
                 OrbaxFolder(made).verify()
             else:
                 _write_safetensors(made, model.params, tensor_map(model.config))
+                if model.config.quantize != "none":
+                    _write_format(made, EightBits(model.config.quantize, model.checkpoint, ""))
             os.replace(made, target)  # over an empty folder, too
     except OSError as error:
         raise BicacheError(f"cannot write {output}: {error.strerror or error}") from error
@@ -87,6 +90,21 @@ def _copy_side_files(folder: Path, target: Path) -> None:
         for file in sorted(folder.glob(pattern)):
             if file.is_file() and file.name != MANIFEST and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, target / file.name)
+    fields = read_json(folder / "config.json")
+    if FIELD in fields:  # says how the source holds its weights
+        _write_config(target, without_format(fields))
+
+
+def _write_config(folder: Path, fields: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_format(folder: Path, eight: EightBits) -> None:
+    """Says in `config.json` that the tensors beside it are 8-bit ones."""
+    fields = read_json(folder / "config.json")
+    with SafetensorsFolder(folder, eight) as tensors:
+        written = dataclasses.replace(eight, contents=tensors.contents(fields))
+    _write_config(folder, {**fields, FIELD: written.to_json()})
 
 
 def _tensors(params: Mapping[str, Any], mapping: TensorMap) -> Iterator[tuple[str, np.ndarray]]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bicache_jax.checkpoints.eight_bits import eight_bits_of, scale_path, with_scales, without_format
 from bicache_jax.checkpoints.fields import TensorMap, read_ids, read_json
 from bicache_jax.checkpoints.orbax_folder import OrbaxFolder, is_orbax
 from bicache_jax.checkpoints.other_formats import refuse_other_formats, unknown_model_type
@@ -21,9 +22,10 @@ from bicache_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from bicache_jax.checkpoints.targets import Target, targets
 from bicache_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bicache_jax.checkpoints.tree import paths, tree_of
-from bicache_jax.configs import model_shape, published_table
+from bicache_jax.configs import device_of, model_shape, published_table
 from bicache_jax.core.boundary import load_table
 from bicache_jax.core.config import DTYPES, QUANTIZE, ModelConfig, Quantize
+from bicache_jax.core.device import LEAST_CAPABILITY, compute_capability
 from bicache_jax.core.quantized import quantise
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.models import Family, family_for, family_of, registered
@@ -35,19 +37,29 @@ TABLE_FILE = "boundary_table.json"
 
 
 def resolve_dtype(dtype: Any) -> jnp.dtype:
-    """`auto` is float32 on CPU and bfloat16 elsewhere.
+    """`auto` is float32 on CPU, float16 on GPUs that have no bfloat16, and bfloat16 elsewhere.
 
     Raises:
-        BicacheError: the dtype is none of `auto`, `float32`, `bfloat16`.
+        BicacheError: the dtype is none of `auto`, `float32`, `bfloat16`, `float16`.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = _native_dtype(jax.devices()[0])
     elif isinstance(dtype, str) and dtype not in DTYPES:
         raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     resolved = jnp.dtype(dtype)
-    if resolved not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+    if resolved.name not in DTYPES:
         raise BicacheError(f"dtype must be one of {', '.join(DTYPES)}, got {resolved.name!r}")
     return resolved
+
+
+def _native_dtype(device: Any) -> str:
+    """What models are loaded in where nobody says: by the device's data, or by what it says of itself."""
+    if device.platform == "cpu":
+        return "float32"
+    known, capability = device_of(device.device_kind), compute_capability(device)
+    if known is not None:
+        return known.dtype
+    return "float16" if capability is not None and capability < LEAST_CAPABILITY else "bfloat16"
 
 
 def find_folder(path: str | Path) -> Path:
@@ -84,12 +96,14 @@ def open_checkpoint(folder: Path) -> SafetensorsFolder | OrbaxFolder:
     Raises:
         BicacheError: they cannot be read.
     """
-    return OrbaxFolder(folder) if is_orbax(folder) else SafetensorsFolder(folder)
+    return OrbaxFolder(folder) if is_orbax(folder) else SafetensorsFolder(folder, eight_bits_of(folder))
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:
     """Where the parameters of a model are in a checkpoint in Hugging Face layout."""
-    return family_for(config).tensors(config)
+    family = family_for(config)
+    eight = (path for path, leaf in paths(family.abstract(config)) if leaf.dtype == jnp.int8)
+    return with_scales(family.tensors(config), eight)
 
 
 def load_model(
@@ -108,7 +122,7 @@ def load_model(
     Args:
         path: folder with `config.json` and `*.safetensors` (tokenizer files optional), an orbax folder written by
             `bicache convert`, a hub id, or `example`.
-        dtype: `auto`, `float32` or `bfloat16`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, in which weights beyond 65,504 are refused.
         mask_id: replaces the checkpoint's mask token (iLLaDA-8B needs 5).
         block_causal: it was trained with block-causal attention, though its config does not say so: A2D models that
             were trained as BD3LM.
@@ -128,7 +142,7 @@ def load_model(
     folder = find_folder(path)
     refuse_other_formats(folder)
     source = folder / "config.json"
-    fields = read_json(source)
+    fields = without_format(read_json(source))
     family, model_type = family_of(fields), fields.get("model_type")
     if family is None or family.config_from_hf is None:
         known = ", ".join(dict.fromkeys(t for f in registered().values() for t in f.model_types))
@@ -152,7 +166,7 @@ def load_model(
         config = dataclasses.replace(config, quantize=_format(quantize, tensors.quantize, folder))
         stored = dataclasses.replace(config, quantize=tensors.quantize)
         params = tensors.load(
-            tensor_map(config),
+            tensor_map(stored),
             _targets(stored, resolve_dtype(dtype), mesh),
             check=check_weights,
             finish=_Shrink(stored, config, mesh),
@@ -205,9 +219,7 @@ class _Shrink:
         """The parameter, or its integers and their scales."""
         if path not in self._paths:
             return [(path, array)]
-        *above, name = path
-        scale = (*above, "scale") if name in ("kernel", "weight") else (f"{name}_scale",)
-        places = (path, scale)
+        places = (path, scale_path(path))
         run = jax.jit(
             quantise,
             static_argnames="axis",
@@ -216,7 +228,7 @@ class _Shrink:
         )
         with warnings.catch_warnings():  # integers do not fit into the floats' memory
             warnings.simplefilter("ignore", UserWarning)
-            return list(zip(places, run(array, axis=-2 if name == "kernel" else -1), strict=True))
+            return list(zip(places, run(array, axis=-2 if path[-1] == "kernel" else -1), strict=True))
 
 
 def _block_causal(family: Family, model_type: Any, source: Path) -> Mapping[str, Any]:

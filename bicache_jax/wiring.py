@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bicache_jax.configs import Device as Device
 from bicache_jax.configs import Topology as Topology
+from bicache_jax.configs import device as device
+from bicache_jax.configs import device_of
 from bicache_jax.configs import model_shape as model_shape
 from bicache_jax.configs import published_table as published_table
 from bicache_jax.configs import topology as topology
-from bicache_jax.configs import topology_of
 from bicache_jax.core.backbone import Backbone, MakeBackbone, Params, lacking
 from bicache_jax.core.config import ATTENTION, ModelConfig
 from bicache_jax.core.device import DeviceMemory
@@ -62,7 +64,7 @@ def device_memory(devices: Sequence[Any]) -> DeviceMemory | None:
     nbytes = min(((device.memory_stats() or {}).get("bytes_limit", 0) for device in mine), default=0)
     if not nbytes:
         return None
-    known = topology_of(mine[0].device_kind)
+    known = device_of(mine[0].device_kind)
     return DeviceMemory(nbytes) if known is None else DeviceMemory(nbytes, known.copies)
 
 

@@ -1,4 +1,4 @@
-"""Settings kept as data: model shapes, boundary tables, TPU generations, presets (`bicache_jax.cli.presets`)."""
+"""Settings kept as data: model shapes, boundary tables, TPU generations, GPUs, presets (`bicache_jax.cli.presets`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import Any
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from bicache_jax.core.boundary import BoundaryTable, table_from_json
 from bicache_jax.core.config import Experts, ModelConfig
 from bicache_jax.core.device import Copies
 from bicache_jax.core.types import BicacheError
+
+D = TypeVar("D", bound="Device")
 
 
 def _read(folder: str, name: str) -> Any:
@@ -19,7 +24,7 @@ def _read(folder: str, name: str) -> Any:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files in a folder (`models`, `boundary`, `topologies`)."""
+    """Names of the files in a folder (`models`, `boundary`, `topologies`, `gpus`)."""
     entries = (importlib.resources.files(__name__) / folder).iterdir()
     return sorted(entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json"))
 
@@ -40,54 +45,119 @@ def model_shape(name: str) -> ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-    """A TPU generation. Figures are per device; some generations have two devices on a chip.
+class Device:
+    """A kind of device; its figures are those that its maker publishes.
 
     Attributes:
-        platform: name of the generation, as in `v5e:2x4`.
-        hbm_gib: memory that programs can use.
-        tflops_bfloat16: peak arithmetic in 10^12 operations per second.
-        hbm_gb_per_second: memory bandwidth in 10^9 bytes per second.
-        ici_gb_per_second: bandwidth of a chip's links to other chips, both directions together.
-        ici_ports: how many links those are: 4 in a 2D torus, 6 in a 3D one.
-        devices_per_chip: number of JAX devices per chip.
-        device_kind: JAX's name for the device.
+        memory_gib: memory. Of TPUs what programs can use, of GPUs all that there is.
+        memory_share: share of it that JAX gives to programs if it is not told otherwise.
+        tera_per_second: peak arithmetic in 10^12 operations per second, by the type of what is multiplied, without
+            sparsity. A type that is missing has no peak of its own: matrix units do not take it, or nobody says.
+        memory_gb_per_second: memory bandwidth in 10^9 bytes per second.
+        device_kinds: JAX's names for the device.
         mlp_copies: activations as wide as the MLP that its compiler keeps at the same time (`scripts/what_fits.py`).
         weight_copies: copies of all parameters that its compiler makes before a program; TPU7x changes their tiling.
         source: source of the figures.
     """
 
-    platform: str
-    hbm_gib: float
-    tflops_bfloat16: float
-    hbm_gb_per_second: float
-    ici_gb_per_second: float
-    ici_ports: int
-    devices_per_chip: int
-    device_kind: str
+    memory_gib: float
+    memory_share: float
+    tera_per_second: Mapping[str, float] = dataclasses.field(hash=False)
+    memory_gb_per_second: float
+    device_kinds: tuple[str, ...]
     mlp_copies: int
     weight_copies: int
     source: str
 
-    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
-        """Lower bound of the time of an all-reduce along one axis of the torus.
-
-        A ring sends `2 (n - 1) / n` of the bytes out of each device, on the axis's two links in both directions; the
-        devices of a chip share its links.
-
-        Args:
-            nbytes: bytes of the result on a device.
-            devices: n, devices that take part.
-        """
-        if devices < 2:
-            return 0.0
-        links = self.ici_gb_per_second / self.ici_ports * 1e9  # two of them, each with half of a port's for one way
-        return 2 * (devices - 1) / devices * nbytes * self.devices_per_chip / links
+    @property
+    def dtype(self) -> str:
+        """The 16-bit type in which it multiplies: `bfloat16` where that exists, else `float16`."""
+        return "bfloat16" if "bfloat16" in self.tera_per_second else "float16"
 
     @property
     def copies(self) -> Copies:
         """What its compiler keeps in memory in addition to a program's arrays."""
         return Copies(self.mlp_copies, self.weight_copies)
+
+    def peak(self, dtype: str) -> float:
+        """Operations per second with operands of a type.
+
+        Raises:
+            BicacheError: no peak is known.
+        """
+        if dtype not in self.tera_per_second:
+            known = ", ".join(self.tera_per_second)
+            raise BicacheError(f"{self.device_kinds[0]}: no peak is published for {dtype}, only for {known}")
+        return self.tera_per_second[dtype] * 1e12
+
+    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
+        """Lower bound of the time of an all-reduce.
+
+        Args:
+            nbytes: bytes of the result on a device.
+            devices: n, devices that take part.
+
+        Raises:
+            BicacheError: the speed of the links is not known.
+        """
+        raise NotImplementedError
+
+
+def _ring_seconds(nbytes: float, devices: int, bytes_per_second: float) -> float:
+    """A ring sends `2 (n - 1) / n` of the bytes out of each device."""
+    return 2 * (devices - 1) / devices * nbytes / bytes_per_second
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Device):
+    """A GPU.
+
+    Attributes:
+        link_gb_per_second: bandwidth of its links to the other GPUs of a machine, both directions together; None: it
+            has none of its own.
+    """
+
+    link_gb_per_second: float | None
+
+    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
+        """Lower bound of the time of an all-reduce over switched links: half of their speed for each direction."""
+        if devices < 2:
+            return 0.0
+        if self.link_gb_per_second is None:
+            raise BicacheError(f"{self.device_kinds[0]}: it has no links to other GPUs whose speed is published")
+        return _ring_seconds(nbytes, devices, self.link_gb_per_second / 2 * 1e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology(Device):
+    """A TPU generation. Figures are per device; some generations have two devices on a chip.
+
+    Attributes:
+        platform: name of the generation, as in `v5e:2x4`.
+        ici_gb_per_second: bandwidth of a chip's links to other chips, both directions together.
+        ici_ports: how many links those are: 4 in a 2D torus, 6 in a 3D one.
+        devices_per_chip: number of JAX devices per chip.
+    """
+
+    platform: str
+    ici_gb_per_second: float
+    ici_ports: int
+    devices_per_chip: int
+
+    def all_reduce_seconds(self, nbytes: float, devices: int) -> float:
+        """Lower bound of the time of an all-reduce along one axis of the torus.
+
+        It uses the axis's two links in both directions; the devices of a chip share its links.
+        """
+        if devices < 2:
+            return 0.0
+        links = self.ici_gb_per_second / self.ici_ports * 1e9  # two of them, each with half of a port's for one way
+        return _ring_seconds(nbytes * self.devices_per_chip, devices, links)
+
+
+def _device(kind: type[D], folder: str, name: str) -> D:
+    fields = _read(folder, name)
+    return kind(**fields | {"device_kinds": tuple(fields["device_kinds"])})
 
 
 def topology(name: str) -> Topology:
@@ -99,14 +169,35 @@ def topology(name: str) -> Topology:
     generation = name.split(":")[0]
     if generation not in names("topologies"):
         raise BicacheError(f"topology {name!r}: generations are {', '.join(names('topologies'))}")
-    return Topology(**_read("topologies", generation))
+    return _device(Topology, "topologies", generation)
+
+
+def device(name: str) -> tuple[Device, int]:
+    """A kind of device, and how many of JAX's devices a name stands for.
+
+    Args:
+        name: a GPU (`t4`, `h100`) or a TPU generation (`v5e`), also several: `h100-8`, `v5e-8`, `v5e:2x4`.
+
+    Raises:
+        BicacheError: there is no such device.
+    """
+    found = re.fullmatch(r"(\w+)(?:-([1-9]\d*)|:([1-9]\d*(?:x[1-9]\d*)*))?", name)
+    if found is not None:
+        chips = math.prod(int(side) for side in (found[2] or found[3] or "1").split("x"))
+        if found[1] in names("topologies"):
+            generation = topology(found[1])
+            return generation, chips * generation.devices_per_chip
+        if found[1] in names("gpus"):
+            return _device(Gpu, "gpus", found[1]), chips
+    known = ", ".join([*names("gpus"), *names("topologies")])
+    raise BicacheError(f"device {name!r}: devices are {known}; several are h100-8, v5e-8 or v5e:2x4")
 
 
 @functools.cache  # every plan calls it
-def topology_of(device_kind: str) -> Topology | None:
-    """The TPU generation of a device; None for any other device."""
-    known = (topology(name) for name in names("topologies"))
-    return next((one for one in known if one.device_kind == device_kind), None)
+def device_of(device_kind: str) -> Device | None:
+    """What is known of a device, by JAX's name for it; None: nothing."""
+    known = (device(name)[0] for folder in ("topologies", "gpus") for name in names(folder))
+    return next((one for one in known if device_kind in one.device_kinds), None)
 
 
 def published_table(config: ModelConfig) -> BoundaryTable | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+from bicache_jax.core.device import LEAST_CAPABILITY, compute_capability
 
 PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 _DTYPES = {"pallas_tpu": ("float32", "bfloat16"), "pallas_gpu": ("float32", "bfloat16", "float16")}
@@ -63,7 +66,7 @@ def check(
 
 
 def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:
-    """Why a kernel does not support a call, on any platform; None if it does.
+    """Why a kernel does not support a call, on any platform or on the devices that are here; None if it does.
 
     Args:
         implementation: `pallas_tpu` or `pallas_gpu`.
@@ -75,6 +78,10 @@ def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:
         return f"{implementation} takes arrays of one dtype, got {', '.join(names)}"
     if names[0] not in _DTYPES[implementation]:
         return f"{implementation} computes in {', '.join(_DTYPES[implementation])}, got {names[0]}"
+    if implementation == "pallas_gpu" and jax.default_backend() == "gpu":
+        capability = compute_capability(jax.devices()[0])
+        if capability is not None and capability < LEAST_CAPABILITY:
+            return f"{implementation} needs compute capability {LEAST_CAPABILITY}, this device has {capability}"
     if implementation == "pallas_tpu" and q.shape[-1] > _WIDEST:
         return f"{implementation} takes head sizes up to {_WIDEST}, got {q.shape[-1]}"
     return None

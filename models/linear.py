@@ -10,7 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bicache_jax.core.config import Quantize
+from bicache_jax.core.numerics import residual_unit
 from bicache_jax.core.quantized import product, quantise
+
+
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The activation of an MLP or expert, in the unit of the residual stream, to which it is projected."""
+    unit = residual_unit(gate.dtype)
+    if unit == 1:
+        return jax.nn.silu(gate) * up
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32) * unit).astype(gate.dtype)
 
 
 class Linear(nnx.Module):

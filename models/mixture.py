@@ -20,7 +20,7 @@ from bicache_jax.core.axes import vary_like
 from bicache_jax.core.config import Experts, ModelConfig, Quantize
 from bicache_jax.core.numerics import precision
 from bicache_jax.core.quantized import product, quantise
-from bicache_jax.models.linear import Linear
+from bicache_jax.models.linear import Linear, swiglu
 
 TILE = 32
 """Tokens of one expert that are multiplied at a time, where it is not TPUs that do it."""
@@ -145,7 +145,7 @@ def _swiglu(x: Array, gate: Any, up: Any, down: Any, *, quantize: Quantize, axis
     def times(x: Array, part: Any, axis: str | None = None) -> Array:
         return product(x, part["kernel"], part.get("scale"), quantize=quantize, axis=axis)
 
-    return times(jax.nn.silu(times(x, gate)) * times(x, up), down, axis)
+    return times(swiglu(times(x, gate), times(x, up)), down, axis)
 
 
 def _ragged(x_nd: Array, sizes: Array, layer: Array, gate: Any, up: Any, down: Any) -> Float[Array, "n D"]:
@@ -159,7 +159,7 @@ def _ragged(x_nd: Array, sizes: Array, layer: Array, gate: Any, up: Any, down: A
         kernels = stack["kernel"]
         return jax.lax.ragged_dot(x, kernels.reshape(-1, *kernels.shape[2:]), groups, precision=high)
 
-    return times(jax.nn.silu(times(x_nd, gate)) * times(x_nd, up), down)
+    return times(swiglu(times(x_nd, gate), times(x_nd, up)), down)
 
 
 def _tiles(

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 from bicache_jax.core.attention import Attention
 from bicache_jax.core.backbone import STACKS, LayerParams, Params
 from bicache_jax.core.config import Experts, ModelConfig
-from bicache_jax.core.numerics import psum
+from bicache_jax.core.numerics import psum, residual_unit
 from bicache_jax.core.quantized import quantise
-from bicache_jax.models.linear import Linear
+from bicache_jax.models.linear import Linear, swiglu
 from bicache_jax.models.mixture import Mixture, mix
 from bicache_jax.models.rope import rotate
 
@@ -33,9 +33,15 @@ class Norm(nnx.Module):
     """RMSNorm as in the published code: statistics in float32, rounded before scale and bias are applied."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, size: int | None = None):
-        """Initialises the scale to one and the bias, if any, to zero; `size` is the width if it is not given."""
+        """Initialises the scale to one and the bias, if any, to zero.
+
+        Args:
+            config: the architecture.
+            dtype: of the parameters.
+            size: of what is normalised; None: it is the residual stream, which has a unit of its own.
+        """
+        self.epsilon = config.norm_eps * (residual_unit(dtype) ** 2 if size is None else 1)
         size = config.d_model if size is None else size
-        self.epsilon = config.norm_eps
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.bias = nnx.Param(jnp.zeros((size,), dtype)) if config.norm_bias else None
 
@@ -220,21 +226,22 @@ class Transformer:
         return nnx.merge(_graphs(self.config, dtype)[0], nnx.State(own))
 
     def _sum(self, linear: Linear, x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
-        """A projection whose inputs are split over shards; its bias is added once."""
-        if self.axis is None or linear.bias is None:
-            return psum(linear(x, self.axis), self.axis)
-        first = jax.lax.axis_index(self.axis) == 0
-        linear.bias[...] = jnp.where(first, linear.bias[...], 0)
+        """A projection to the residual stream, in the unit of which its inputs are; its bias is added once."""
+        if linear.bias is not None:
+            linear.bias[...] *= residual_unit(x.dtype)
+            if self.axis is not None:
+                linear.bias[...] = jnp.where(jax.lax.axis_index(self.axis) == 0, linear.bias[...], 0)
         return psum(linear(x, self.axis), self.axis)
 
     def embed(self, params: Params, ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings, summed over shards: each shard looks up its own part of the vocabulary, zeros elsewhere."""
         table, scale = params["embed"], params.get("embed_scale")
         dtype = params["norm"]["scale"].dtype
+        unit = residual_unit(dtype)
 
         def rows(index: Array) -> Array:
             found = table[index]
-            return found if scale is None else (found * scale[index][..., None]).astype(dtype)
+            return found * unit if scale is None else (found * scale[index][..., None] * unit).astype(dtype)
 
         if self.axis is None:
             return rows(ids)
@@ -276,7 +283,7 @@ class Transformer:
             block = self._block(layer)
             width = self.config.num_heads * self.config.head_dim
             merged = attended_bnth.swapaxes(1, 2).reshape(*x_btd.shape[:2], width)
-            x_btd = x_btd + self._sum(block.o, merged)
+            x_btd = x_btd + self._sum(block.o, merged * residual_unit(merged.dtype))
             normed = block.mlp_norm(x_btd)
             if self.config.experts is None:
                 return x_btd + self._mlp(block, normed)
@@ -284,7 +291,7 @@ class Transformer:
 
     def _mlp(self, mlp: Any, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """SwiGLU of the normalised residual stream."""
-        return self._sum(mlp.down, jax.nn.silu(mlp.gate(normed)) * mlp.up(normed))
+        return self._sum(mlp.down, swiglu(mlp.gate(normed), mlp.up(normed)))
 
     def _mixed(self, experts: Experts, layer: LayerParams, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The mixture of experts of a layer, or its MLP where it has one."""

@@ -105,8 +105,21 @@ def lower_program(
     prefix: int = 256,
     suffix: int = 128,
     block_cache: BlockCache = "off",
+    **changes: Any,
 ) -> Any:
-    """Lowers the decode program with a published model's widths and a few layers, in bfloat16."""
+    """Lowers the decode program with a published model's widths and a few layers, in bfloat16.
+
+    Args:
+        topology: generation of TPUs, or a slice.
+        shape: the model.
+        layers: L.
+        boundary: b.
+        rows: B.
+        prefix: P.
+        suffix: U.
+        block_cache: what is frozen inside a block.
+        **changes: further fields of the architecture that are not the model's.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -119,7 +132,7 @@ def lower_program(
     from bicache_jax.serving.programs import lower_decode
     from bicache_jax.wiring import backbone_for
 
-    config = dataclasses.replace(model_shape(shape), num_layers=layers)
+    config = dataclasses.replace(model_shape(shape), num_layers=layers, **changes)
     gen_length = suffix // 2
     sampling, cache = SamplingConfig(gen_length), CacheConfig(boundary=boundary, block_cache=block_cache)
     prompt = (1,) * (prefix + suffix - gen_length)

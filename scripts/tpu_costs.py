@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from what_fits import MESHES, MODELS
+from what_fits import MODELS, SLICES
 
 from bicache_jax import BicacheError
 from bicache_jax.measure.aot import AotCase
@@ -96,7 +96,7 @@ def main() -> int:
     kept = args.output.with_suffix(".json")
     records: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     known = {tuple(record[field] for field in ("config", "topology", "mesh", "block_cache")) for record in records}
-    for config, (where, mesh), cache in itertools.product(MODELS, MESHES.items(), ("off", "dual")):
+    for config, (where, mesh), cache in itertools.product(MODELS, SLICES.items(), ("off", "dual")):
         key = (config, where, mesh, cache)
         if key in known:
             continue

@@ -50,6 +50,11 @@ for family, folder in FOLDERS.items():
         for source in (folder, orbax):
             jax.tree.map(same, load_model(source, mesh=mesh, check_weights=spec == "model=3").params, expected)
         print(family, spec, flush=True)
+    eight = Path(sys.argv[1]) / f"{family}-w8"
+    convert(folder, eight, to="safetensors", quantize="w8")
+    mesh, whole_w8 = make_mesh("data=2,model=4"), load_model(folder, quantize="w8")
+    expected = shard_params(whole_w8.params, AXES, Partition(whole_w8.config, 4), mesh)
+    jax.tree.map(same, load_model(eight, mesh=mesh).params, expected)
     if family == "llada":
         continue
     mesh = make_mesh("model=4")

@@ -1,4 +1,7 @@
-"""Looks for NaN and infinity in weights: checks each parameter on its device while the checkpoint is loaded."""
+"""Looks for NaN and infinity in weights: checks each parameter on its device while the checkpoint is loaded.
+
+In float16, which ends at 65,504, it is always done: a weight beyond is infinite there.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ class WeightCheck:
 
         Args:
             folder: the checkpoint.
-            wanted: whether to check; if False, all methods do nothing.
+            wanted: whether to check; if False, only what is float16 is.
         """
         self._folder, self._wanted = folder, wanted
         self._found: list[str] = []
+        self._narrow = False
 
     def look(self, array: jax.Array, names: Sequence[str]) -> jax.Array:
         """Checks a parameter.
@@ -40,7 +44,8 @@ class WeightCheck:
         Returns:
             The parameter itself.
         """
-        if self._wanted:
+        if self._wanted or array.dtype == jnp.float16:
+            self._narrow |= array.dtype == jnp.float16
             here = array.sharding
             everywhere = NamedSharding(here.mesh, PartitionSpec()) if isinstance(here, NamedSharding) else None
             axes = next(n for n in range(array.ndim + 1) if math.prod(array.shape[:n]) == len(names))
@@ -58,6 +63,11 @@ class WeightCheck:
         if self._found:
             more = len(self._found) - _MOST_NAMED
             listed = ", ".join(self._found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+            if self._narrow:
+                raise BicacheError(
+                    f"{self._folder}: beyond 65504, where float16 ends, or not finite: {listed}; load it in float32 or"
+                    " bfloat16 (--dtype)"
+                )
             raise BicacheError(
                 f"{self._folder}: NaN or infinity in {listed}: the checkpoint is damaged; download or convert it again"
             )

@@ -29,7 +29,7 @@ MANIFEST = "bicache.json"
 PARAMS = "params"
 # A shard reads whole chunks. With one chunk per parameter every process would read everything.
 CHUNK_BYTES = 4 << 20
-_WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
+_WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @jax.jit

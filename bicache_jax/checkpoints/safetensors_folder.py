@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bicache_jax.checkpoints.eight_bits import SCALE, EightBits
 from bicache_jax.checkpoints.fields import TensorMap, read_json
 from bicache_jax.checkpoints.fingerprint import fingerprint
 from bicache_jax.checkpoints.finite import WeightCheck
@@ -30,23 +31,34 @@ from bicache_jax.core.types import BicacheError
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
+def _dtypes(name: str, dtype: Any) -> tuple[str, ...]:
+    """Types that a tensor may have which is loaded as `dtype`."""
+    if dtype == np.int8:
+        return ("I8",)
+    return ("F32",) if name.endswith(SCALE) else _WEIGHT_DTYPES
+
+
 class SafetensorsFolder:
     """Tensors of a checkpoint folder by name, from one file or several; files are opened once and read lazily.
 
     Attributes:
         folder: its path.
+        quantize: format of the weights.
         bytes_read: bytes of tensors read so far.
     """
 
-    quantize: Quantize = "none"
-
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, eight: EightBits | None = None):
         """Reads headers only.
+
+        Args:
+            folder: its path.
+            eight: what its `config.json` says of 8-bit weights; None: its tensors are floats.
 
         Raises:
             BicacheError: there is no safetensors file, a file cannot be read, or the index names a missing file.
         """
-        self.folder = folder
+        self.folder, self._eight = folder, eight
+        self.quantize: Quantize = "none" if eight is None else eight.format
         self.bytes_read = 0
         index, single = folder / "model.safetensors.index.json", "model.safetensors"
         if (folder / single).is_file():  # as the Hub's libraries do; other files are then not part of the model
@@ -85,6 +97,15 @@ class SafetensorsFolder:
 
     @property
     def names(self) -> frozenset[str]:
+        """Names of all tensors but the scales of 8-bit ones."""
+        return (
+            self.all_names
+            if self._eight is None
+            else frozenset(name for name in self.all_names if not name.endswith(SCALE))
+        )
+
+    @property
+    def all_names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._where)
 
@@ -94,11 +115,32 @@ class SafetensorsFolder:
         return str(view.get_dtype()), tuple(view.get_shape())
 
     def mark(self, fields: Mapping[str, Any]) -> str:
-        """The checkpoint's fingerprint; `fields` are those of its `config.json`."""
-        headers = {name: self.header(name) for name in sorted(self.names)}
-        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1]
+        """The checkpoint's fingerprint, of 8-bit weights that of the floats that they were made from.
+
+        Args:
+            fields: those of its `config.json`, without `quantization_config`.
+
+        Raises:
+            BicacheError: 8-bit weights are not those that were written with the `config.json`.
+        """
+        found = self.contents(fields)
+        if self._eight is None:
+            return found
+        if found != self._eight.contents:
+            raise BicacheError(
+                f"{self.folder}: config.json or tensors are not those that 'bicache convert' wrote; convert the model"
+                " again"
+            )
+        return self._eight.fingerprint
+
+    def contents(self, fields: Mapping[str, Any]) -> str:
+        """The fingerprint of the folder as it is; `fields` as in `mark`."""
+        headers = {name: self.header(name) for name in sorted(self.all_names)}
+        scales = [name for name in headers if self._eight is not None and name.endswith(SCALE)]
+        vectors = [name for name, (_, shape) in headers.items() if len(shape) == 1 and name not in scales]
         # Norms, by the names that PyTorch gives them; other vectors, in families without; else everything.
         vectors = [name for name in vectors if name.endswith("weight")] or vectors or list(headers)
+        vectors += [name for name in scales if name not in vectors]
         return fingerprint(fields, headers, [(name, self.read(name)) for name in vectors])
 
     def load(
@@ -148,7 +190,8 @@ def load_params(
     layers = max((leaf.shape[0] for path, leaf in leaves.items() if mapping.stack_axes(path)), default=0)
     if layers > len(tensors.names):  # report the wrong number, not a list of missing tensors
         raise BicacheError(f"{tensors.folder}: config.json has {layers} layers, for {len(tensors.names)} tensors")
-    refuse_quantised(tensors.folder, tensors.names)
+    if tensors.quantize == "none":
+        refuse_quantised(tensors.folder, tensors.all_names)
     plan = {path: mapping.stored(path, leaf.shape) for path, leaf in leaves.items()}
     faults: list[str] = []
     for path, leaf in leaves.items():
@@ -157,16 +200,17 @@ def load_params(
         if path in mapping.rows:
             expected = (mapping.rows[path][1], *expected[1:])
         for name in plan[path]:
-            if name not in tensors.names:
+            if name not in tensors.all_names:
                 faults.append(f"missing {name}")
                 continue
             dtype, found = tensors.header(name)
             if found != expected:
                 faults.append(f"misshaped {name}: {list(found)}, expected {list(expected)}")
-            if dtype not in _WEIGHT_DTYPES:
-                faults.append(f"unsupported {name}: {dtype}, expected one of {', '.join(_WEIGHT_DTYPES)}")
+            wanted_dtypes = _dtypes(name, leaf.dtype)
+            if dtype not in wanted_dtypes:
+                faults.append(f"unsupported {name}: {dtype}, expected {' or '.join(wanted_dtypes)}")
     known = {name for names in plan.values() for name in names}
-    faults += [f"extra {name}" for name in sorted(tensors.names - known) if not name.endswith(mapping.ignored)]
+    faults += [f"extra {name}" for name in sorted(tensors.all_names - known) if not name.endswith(mapping.ignored)]
     if faults:
         raise BicacheError(f"{tensors.folder}: tensors do not fit config.json: " + "; ".join(faults))
     weights = WeightCheck(tensors.folder, wanted=check)
@@ -197,6 +241,9 @@ def read_part(
         shape: its shape in the checkpoint.
         dtype: dtype of the result.
         index: one slice per axis, with start and stop.
+
+    Raises:
+        BicacheError: a scale of 8-bit weights is none.
     """
     axes, transposed = mapping.stack_axes(path), path[-1] in mapping.transposed
     array = np.empty([part.stop - part.start for part in index], dtype)
@@ -207,5 +254,8 @@ def read_part(
     names = np.asarray(mapping.stored(path, shape), object).reshape(shape[:axes])[index[:axes]]
     for place, name in np.ndenumerate(names):
         part = tensors.read(name, inner)
-        array[place] = part.T if transposed else part
+        if name.endswith(SCALE) and not (np.isfinite(part) & (part > 0)).all():
+            raise BicacheError(f"{tensors.folder}: scales in {name} are not positive: damaged; convert the model again")
+        with np.errstate(over="ignore"):  # what float16 cannot hold is found by `WeightCheck`
+            array[place] = part.T if transposed else part
     return array

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 
-from bicache_jax.cli.options import flag_named, integer
+from bicache_jax.cli.options import flag_named, integer, row_count
 from bicache_jax.core.config import BLOCK_CACHES, QUANTIZE
 
 HELP = "compile for a TPU slice that is not here, and say whether the programs fit"
@@ -53,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument(
         "--rows",
-        type=_row_count,
+        type=row_count,
         default=8,
         metavar="B",
-        help="rows of a data shard; max: as many as should fit (default: %(default)s)",
+        help="rows of a data shard; max: as many as should fit; auto: as many as generate takes (default: %(default)s)",
     )
     shape.add_argument(
         "--per-prefix", type=integer(1), default=16, metavar="n", help="rows that share a prefix (default: %(default)s)"
@@ -82,16 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for people")
 
 
-def _row_count(text: str) -> int | None:
-    """Value of `--rows`; None for `max`."""
-    return None if text == "max" else integer(1)(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs `bicache aot`; returns the exit status."""
     from bicache_jax.measure.aot import AotCase, check, describe
 
-    case = AotCase(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AotCase)})
+    given = vars(args)
+    case = AotCase(**{name: given[name] for name in AotCase.__dataclass_fields__ if name in given})
     with flag_named("mesh"), flag_named("config"):
         found = check(case)
     print(json.dumps(found, indent=1) if args.json else describe(found))

@@ -10,6 +10,7 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import (
+    DTYPE_HELP,
     add_checkpoint_flags,
     auto_or_integer,
     boundary,
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = what.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
     model.add_argument("--random", metavar="SHAPE", help="random, such as llada_8b, sdar_4b, small or small_blocks")
-    what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     add_checkpoint_flags(what)
 
     grid = parser.add_argument_group("settings")

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from bicache_jax.cli.options import add_quantize_flag, add_weights_flag, integer
+from bicache_jax.cli.options import DTYPE_HELP, add_quantize_flag, add_weights_flag, integer
 from bicache_jax.core.config import DTYPES
 
 HELP = "convert a checkpoint to an orbax folder, or back"
@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=("orbax", "safetensors"), default="orbax", help="format to write (default: %(default)s)"
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     parser.add_argument("--mask-id", type=integer(0), metavar="ID", help="mask token, where no file names it")
     add_quantize_flag(parser)
     add_weights_flag(parser)

@@ -11,7 +11,15 @@ from typing import Any
 
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
-from bicache_jax.cli.options import add_checkpoint_flags, auto_or_integer, boundary, from_flags, integer, warn
+from bicache_jax.cli.options import (
+    DTYPE_HELP,
+    add_checkpoint_flags,
+    auto_or_integer,
+    boundary,
+    from_flags,
+    integer,
+    warn,
+)
 from bicache_jax.core.config import DTYPES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.serving.inputs import read_requests
@@ -49,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_checkpoint_flags(what, formats=True)
-    what.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
 
     cache = parser.add_argument_group("cache and decoding")
     cache.add_argument("--boundary", type=boundary, default="auto", metavar="auto|INT", help="(default: auto)")

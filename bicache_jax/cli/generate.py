@@ -13,7 +13,15 @@ from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import Parser, add_checkpoint_flags, auto_or_integer, boundary, from_flags, integer
+from bicache_jax.cli.options import (
+    DTYPE_HELP,
+    Parser,
+    add_checkpoint_flags,
+    auto_or_integer,
+    boundary,
+    from_flags,
+    integer,
+)
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
@@ -94,16 +102,19 @@ def add_arguments(parser: Parser) -> None:
     add_answering_arguments(parser)
 
 
-def add_running_arguments(parser: Parser) -> None:
-    """Adds the flags that say what to run and how, whatever the files are."""
+def add_running_arguments(parser: Parser, *, required: bool = True) -> None:
+    """Adds the flags that say what to run and how, whatever the files are.
+
+    Args:
+        parser: where to.
+        required: whether there must be a model.
+    """
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
+        "--model", required=required, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
     )
     add_checkpoint_flags(model)
-    model.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU, else bfloat16 (default: %(default)s)"
-    )
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
 
     cache = parser.add_argument_group("cache")
     cache.add_argument(

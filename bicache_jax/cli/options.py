@@ -70,6 +70,12 @@ class Parser(argparse.ArgumentParser):
         raise BicacheError(f"{message} (see {self.prog} --help)")
 
 
+DTYPE_HELP = (
+    "auto: float32 on CPU, float16 on GPUs that have no bfloat16 (before compute capability 8), else bfloat16 (default:"
+    " %(default)s)"
+)
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """The argument type of integers from `least` to `most`."""
 
@@ -127,6 +133,11 @@ def auto_or_integer(least: int) -> Callable[[str], int | str]:
             raise argparse.ArgumentTypeError(f"must be 'auto' or an integer >= {least}, got {text!r}") from None
 
     return parse
+
+
+def row_count(text: str) -> int | str:
+    """The argument type of `--rows`: `auto`, `max` or a number."""
+    return text if text == "max" else auto_or_integer(1)(text)
 
 
 def boundary(text: str) -> int | str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
-from bicache_jax.cli.options import add_checkpoint_flags, fraction, integer
+from bicache_jax.cli.options import DTYPE_HELP, add_checkpoint_flags, fraction, integer
 from bicache_jax.core.config import DTYPES, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.core.version import version
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="M", help="folder in Hugging Face layout, hub id, or 'example'"
     )
     add_checkpoint_flags(model)
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: %(default)s)")
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
 
     what = parser.add_argument_group("measurement")
     what.add_argument(

@@ -19,8 +19,8 @@ Quantize = Literal["none", "w8", "w8a8"]
 QUANTIZE: tuple[Quantize, ...] = typing.get_args(Quantize)
 """Formats of weights: `w8` in 8 bits, `w8a8` also the activations that they are multiplied with."""
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
-DTYPES = ("auto", "float32", "bfloat16")
-"""Of parameters and caches; `auto` is float32 on CPUs and bfloat16 elsewhere."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of parameters and caches; `auto`: float32 on CPUs, float16 on GPUs that have no bfloat16, else bfloat16."""
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache", "exact")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,18 @@ class DeviceMemory:
 
     nbytes: int
     copies: Copies = Copies()
+
+
+def compute_capability(device: Any) -> float | None:
+    """What a GPU is capable of, as NVIDIA counts it: 7.5 of a T4, 8.0 of an A100; None for what is no such GPU."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+LEAST_CAPABILITY = 8.0
+"""Compute capability from which GPUs have bfloat16, and Triton's kernels run."""
 
 
 def file_name(kind: str) -> str:

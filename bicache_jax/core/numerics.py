@@ -1,4 +1,4 @@
-"""Matmul precision for each dtype, the dtype of activations, and sums over mesh axes."""
+"""Matmul precision for each dtype, the dtype of activations, the unit of the residual stream, sums over mesh axes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def activation_dtype(params: Any) -> Any:
     """
     found = {leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return min(found, key=lambda dtype: (dtype.itemsize, dtype.name))
+
+
+def residual_unit(dtype: Any) -> float:
+    """What the residual stream is multiplied with, all of it; 1 but in float16.
+
+    A few features of large models grow far beyond what the others are, and float16 ends at 65,504. In units of 64 it
+    reaches to four million, with as many bits for every number that is not tiny. Norms undo it; what is added to the
+    stream is brought to the same unit before it is rounded (`bicache_jax.models.linear.swiglu`).
+    """
+    return 2.0**-6 if jnp.dtype(dtype) == jnp.float16 else 1.0
 
 
 def psum(x: jax.Array, axis: str | None) -> jax.Array:

@@ -5,10 +5,13 @@ the memory. `w8a8` also brings each token's activations to int8, with a scale of
 integers and their sums exact: half the memory and, where a device multiplies int8 faster, less time. A token's scale
 depends on that token alone, so what it gets does not depend on its neighbours.
 
-[qwix](https://github.com/google/qwix) rewrites a model's dots by interception, with rules by module path. Here one
-block is traced once and its stacked parameters are read inside `fori_loop` under `shard_map`, where a split input needs
-its scale agreed over the shards, and loading has to quantise one leaf at a time: two functions do that, and no rule
-could.
+[qwix](https://github.com/google/qwix) would do most of this (tried with 0.1.8). Its rules, which go by module path,
+hold for a block that is split once and merged inside `fori_loop`, and its products are of integers, too. It is not used
+for three reasons. It calibrates what a device holds: where a projection's inputs are split over a mesh, a token gets a
+scale on every device, and its result depends on the mesh; here they agree on one (`axis`). Its scales have the weights'
+dtype, in bfloat16 eight bits of it; here they are float32. And a quantised leaf is a tree of its own, whereas loading,
+partition tables, checkpoints and fingerprints here know a parameter by its path. What it would replace are the
+functions of this file; it has no kernels of its own for these products.
 """
 
 from __future__ import annotations
@@ -38,8 +41,13 @@ def quantise(weight: Float[Array, "..."], axis: int) -> tuple[Int8[Array, "..."]
     """
     exact = weight.astype(jnp.float32)
     peak = jnp.max(jnp.abs(exact), axis=axis, keepdims=True)
-    scale = jnp.where(peak > 0, peak / MOST, 1)
+    scale = _scale(peak)
     return jnp.round(exact / scale).astype(jnp.int8), jnp.squeeze(scale, axis)
+
+
+def _scale(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The scale of what is at most `peak`. That of NaN is NaN: integers have none, and it must not get lost."""
+    return jnp.where(peak == 0, 1, peak / MOST)
 
 
 def in_8_bits(x: Float[Array, "*B D"], axis: str | None = None) -> tuple[Int8[Array, "*B D"], Float[Array, "*B 1"]]:
@@ -52,7 +60,7 @@ def in_8_bits(x: Float[Array, "*B D"], axis: str | None = None) -> tuple[Int8[Ar
     exact = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
     peak = peak if axis is None else jax.lax.pmax(peak, axis)
-    scale = jnp.where(peak > 0, peak / MOST, 1)
+    scale = _scale(peak)
     return jnp.round(exact / scale).astype(jnp.int8), scale
 
 

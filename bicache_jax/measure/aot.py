@@ -13,58 +13,32 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.core.backbone import Backbone, Params
-from bicache_jax.core.boundary import boundary_at
-from bicache_jax.core.buckets import count_bucket, length_bucket
-from bicache_jax.core.config import CACHED_BLOCK, BlockCache, CacheConfig, ModelConfig, Quantize, SamplingConfig
-from bicache_jax.core.types import BicacheError, Request
+from bicache_jax.core.buckets import count_bucket
+from bicache_jax.core.types import BicacheError
 from bicache_jax.measure.hlo import Collective, collectives, compile_with_text, crossing
-from bicache_jax.serving.flops import Job, batch_seconds, jobs, row_flops
-from bicache_jax.serving.grouping import Batch, Row, prefix_ratio
+from bicache_jax.serving.capacity import GIB as GIB
+from bicache_jax.serving.capacity import Shape
+from bicache_jax.serving.flops import jobs, row_flops
 from bicache_jax.serving.memory import Buffers, Footprint
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import lower_decode, lower_encode
 from bicache_jax.sharding import make_mesh, param_shardings
 from bicache_jax.sharding.topologies import slice_devices
-from bicache_jax.wiring import Topology, abstract_params, backbone_for, model_shape, published_table, topology
-
-GIB = 2**30
+from bicache_jax.wiring import Topology, abstract_params, backbone_for, topology
 
 
 @dataclasses.dataclass(frozen=True)
-class AotCase:
-    """One compile check.
+class AotCase(Shape):
+    """One compile check: a batch on a slice.
 
     Attributes:
-        config: name of a model shape.
         topology: the slice, for example `v5e:2x4`.
         mesh: how its devices are used, for example `data=2,model=4`.
-        prefix: P.
-        suffix: U.
-        rows: B per data shard; None: as many as should fit.
-        per_prefix: rows that share a prefix.
-        boundary: b; None: from the published table, or half of the layers where there is none; under block-causal
-            attention always L.
-        gen_length: response tokens.
-        block_length: tokens per block; None: the model's own under block-causal attention, else 32.
-        block_cache: what is frozen inside a block.
-        dtype: dtype of parameters and caches.
-        quantize: format of the weights.
     """
 
-    config: str
     topology: str
     mesh: str
-    prefix: int = 1024
-    suffix: int = 512
-    rows: int | None = 8
-    per_prefix: int = 16
-    boundary: int | None = None
-    gen_length: int = 256
-    block_length: int | None = None
-    block_cache: BlockCache = "off"
-    dtype: str = "bfloat16"
-    quantize: Quantize = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +48,6 @@ class _Setting:
     placement: Placement
     backbone: Backbone
     params: Params
-    boundary: int
     most_rows: int
     plan: Plan
     footprint: Footprint
@@ -86,12 +59,8 @@ class _Setting:
         return dict(self.placement.mesh.shape)
 
 
-def _config(case: AotCase) -> ModelConfig:
-    return dataclasses.replace(model_shape(case.config), quantize=case.quantize)
-
-
 def _setting(case: AotCase) -> _Setting:
-    config, chip = _config(case), topology(case.topology)
+    config, chip = case.model, topology(case.topology)
     mesh = make_mesh(case.mesh, slice_devices(case.topology))
     placement, dtype = Placement(config, mesh), jnp.dtype(case.dtype)
     backbone = backbone_for(placement.partition.local, axis=placement.axis)
@@ -101,36 +70,14 @@ def _setting(case: AotCase) -> _Setting:
         shapes,
         param_shardings(backbone.axes, shapes, mesh),
     )
-    boundary, cache = _boundary(case, config), _cache(case, config)
-    footprint = Footprint.of(
-        placement.partition, [boundary], dtype, block_cache=cache.block_cache != "off", copies=chip.copies
-    )
-    most = footprint.most_rows(
-        chip.hbm_gib * GIB,
-        prefix=length_bucket(case.prefix),
-        suffix=length_bucket(case.suffix),
-        per_prefix=case.per_prefix,
-    )
-    asked = case.rows or most
+    split = placement.partition.shards
+    most = case.most_rows(chip.memory_gib * GIB, split, chip.copies)
+    asked = case.settled(most)
     if not asked:
         raise BicacheError(f"mesh {case.mesh}: not even one row should fit; cut the model over more devices")
-    plan = _plan(case, placement, boundary, asked)
-    return _Setting(placement, backbone, params, boundary, most, plan, footprint)
-
-
-def _boundary(case: AotCase, config: ModelConfig) -> int:
-    if config.block_causal:
-        return config.num_layers
-    if case.boundary is not None:
-        return case.boundary
-    table = published_table(config)
-    if table is None:
-        return config.num_layers // 2
-    return boundary_at(table.table, prefix_ratio(case.prefix, case.prefix + case.suffix))
-
-
-def _cache(case: AotCase, config: ModelConfig) -> CacheConfig:
-    return CacheConfig(policy="auto" if case.prefix else "none", block_cache=case.block_cache).for_model(config)
+    rounds = ((case.batch(asked),) * placement.shards,)
+    plan = Plan(config, dtype, case.cache, rounds, Buffers.of(rounds, config.num_layers))
+    return _Setting(placement, backbone, params, most, plan, case.footprint(split, chip.copies))
 
 
 def compile_decode(case: AotCase) -> tuple[Plan, dict[str, int], str]:
@@ -158,7 +105,7 @@ def check(case: AotCase) -> dict[str, Any]:
     Raises:
         BicacheError: the model, slice or mesh does not exist, or they cannot be combined.
     """
-    one, config, chip = _setting(case), _config(case), topology(case.topology)
+    one, config, chip = _setting(case), case.model, topology(case.topology)
     plan, mesh = one.plan, one.mesh
     groups, prefix, rows, suffix = plan.shape(*plan.rounds[0])
     planned = one.footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
@@ -167,17 +114,17 @@ def check(case: AotCase) -> dict[str, Any]:
         "config": case.config,
         "topology": case.topology,
         "mesh": mesh,
-        "hbm_gib": chip.hbm_gib,
+        "hbm_gib": chip.memory_gib,
         "rows": rows,
         "prefixes": groups,
         "prefix": prefix,
         "suffix": suffix,
-        "boundary": one.boundary,
+        "boundary": case.layers,
         "dtype": case.dtype,
         "quantize": case.quantize,
         "planned_bytes": planned.total,
         "flops_per_device": sum(row_flops(config, job) for job in runs) / mesh["model"],
-        "links_share": _links_share(config, chip, runs, mesh["model"], jnp.dtype(case.dtype).itemsize),
+        "links_share": _links_share(case, len(runs), chip, mesh["model"]),
         "decode": _compile(lower_decode, one.backbone, one.params, plan, one.placement),
         "encode": _compile(lower_encode, one.backbone, one.params, plan, one.placement),
     }
@@ -187,36 +134,16 @@ def check(case: AotCase) -> dict[str, Any]:
     return found
 
 
-def _links_share(config: ModelConfig, chip: Topology, runs: Sequence[Job], split: int, itemsize: int) -> float:
-    """Share of a run that its sums over the model axis take at least, with the rest at the peak of arithmetic.
+def _links_share(case: AotCase, rows: int, chip: Topology, split: int) -> float | None:
+    """Share of a run that its sums over the model axis take at least, with the rest at peak rates.
 
-    The runs are equal.
+    None where no peak is published for what is multiplied.
     """
-
-    def seconds(sums: Callable[[float], float]) -> float:
-        peak = split * chip.tflops_bfloat16 * 1e12
-        return batch_seconds(config, runs[0], len(runs), peak=peak, itemsize=itemsize, published=False, sums=sums)
-
-    free = seconds(lambda nbytes: 0.0)
-    return round(1 - free / seconds(lambda nbytes: chip.all_reduce_seconds(nbytes, split)), 3)
-
-
-def _plan(case: AotCase, placement: Placement, boundary: int, rows: int) -> Plan:
-    """A round of equal batches of the requested shape."""
-    config = placement.config
-    groups = -(-rows // case.per_prefix)
-    response = min(case.gen_length, case.suffix - config.shifted)  # shifted logits need a prompt token first
-    block = min(case.block_length or (config.block_length if config.block_causal else CACHED_BLOCK), response)
-    sampling = SamplingConfig(response - response % block, None, block)
-    rest = tuple(range(case.suffix - sampling.gen_length))
-    made = []
-    for number in range(rows):
-        prefix = (number * groups // rows, *range(1, case.prefix))[: case.prefix]
-        made.append(Row(Request(str(number), prefix + rest, case.prefix, sampling), 0, case.prefix, 0, boundary))
-    prefixes = tuple(dict.fromkeys(row.prefix for row in made))
-    batch = Batch(tuple(made), prefixes, tuple(prefixes.index(row.prefix) for row in made), boundary)
-    rounds = ((batch,) * placement.shards,)
-    return Plan(config, jnp.dtype(case.dtype), _cache(case, config), rounds, Buffers.of(rounds, config.num_layers))
+    try:
+        free, whole = (case.seconds(rows, chip, split, links=links) for links in (False, True))
+    except BicacheError:
+        return None
+    return round(1 - free / whole, 3)
 
 
 def _compile(

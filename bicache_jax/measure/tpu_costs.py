@@ -82,7 +82,7 @@ def clock(name: str) -> float:
     ]
     _, text = compile_with_text(jax.jit(lambda left, right: left @ right).lower(*operands))
     cycles = sum(loop.cycles for loop in program(text).walk())
-    return cycles * topology(name).tflops_bfloat16 * 1e12 / (2 * rows * inner * columns)
+    return cycles * topology(name).peak("bfloat16") / (2 * rows * inner * columns)
 
 
 def step_costs(case: AotCase) -> tuple[Job, list[StepCost]]:
@@ -98,7 +98,7 @@ def step_costs(case: AotCase) -> tuple[Job, list[StepCost]]:
     root = program(text)
     config, chip, split = model_shape(case.config), topology(case.topology), mesh["model"]
     rows, job = len(plan.batches[0].rows), jobs(plan.batches[0].rows, plan.cache)[0]
-    peak, bandwidth, hertz = chip.tflops_bfloat16 * 1e12, chip.hbm_gb_per_second * 1e9, clock(case.topology)
+    peak, bandwidth, hertz = chip.peak("bfloat16"), chip.memory_gb_per_second * 1e9, clock(case.topology)
     head = _head(root, -(-config.vocab_size // split // TILE))
     found = []
     for kind, loops in _kinds(root).items():

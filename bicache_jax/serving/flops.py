@@ -123,12 +123,15 @@ def finish_flops(config: ModelConfig, tokens: int) -> int:
     return round(2 * tokens * config.d_model * columns)
 
 
-def layer_flops(config: ModelConfig, tokens: int, keys: int) -> int:
-    """One whole layer for `tokens` tokens that attend to `keys`."""
+def layer_flops(config: ModelConfig, tokens: int, keys: int, attention: float = 1.0) -> float:
+    """One whole layer for `tokens` tokens that attend to `keys`.
+
+    An operation of attention counts as `attention` ones, where those of products with weights are faster.
+    """
     return (
         kv_flops(config, tokens)
         + query_flops(config, tokens)
-        + attention_flops(config, tokens, keys)
+        + attention * attention_flops(config, tokens, keys)
         + finish_flops(config, tokens)
     )
 
@@ -138,40 +141,48 @@ def head_flops(config: ModelConfig, positions: int) -> int:
     return 2 * positions * config.d_model * config.vocab_size
 
 
-def encode_flops(config: ModelConfig, prefix: int, boundary: int) -> int:
+def encode_flops(config: ModelConfig, prefix: int, boundary: int, attention: float = 1.0) -> float:
     """Encoding of a prefix alone: layers below the boundary, and K and V of the layer at the boundary."""
     if not prefix:
         return 0
     boundary = clamp_boundary(boundary, config.num_layers)
-    return boundary * layer_flops(config, prefix, prefix) + kv_flops(config, prefix)
+    return boundary * layer_flops(config, prefix, prefix, attention) + kv_flops(config, prefix)
 
 
 def pass_flops(
-    config: ModelConfig, job: Job, span: int, *, refresh: bool, published: bool, keys: int | None = None
+    config: ModelConfig,
+    job: Job,
+    span: int,
+    *,
+    refresh: bool,
+    published: bool,
+    keys: int | None = None,
+    attention: float = 1.0,
 ) -> float:
     """A step that runs `span` suffix tokens, plus the deep prefix KV if it refreshes them; without the head.
 
-    They attend to `keys` tokens; None: to the whole sequence.
+    They attend to `keys` tokens; None: to the whole sequence. `attention` as in `layer_flops`.
 
     The published algorithm runs whole layers `b..L-1` over the prefix. This library skips three parts that do not
     change a token: K and V of layer b, its queries except for one row per prefix, and in layer L - 1 everything except
     K and V.
     """
     total, deep = job.prefix + job.suffix, config.num_layers - job.boundary
-    suffix = float(config.num_layers * layer_flops(config, span, total if keys is None else keys))
+    suffix = float(config.num_layers * layer_flops(config, span, total if keys is None else keys, attention))
     if not refresh or deep <= 0 or (deep == 1 and not published):
         return suffix
-    whole = suffix + deep * layer_flops(config, job.prefix, total)
+    whole = suffix + deep * layer_flops(config, job.prefix, total, attention)
     if published:
         return whole
     saved_at_boundary = kv_flops(config, job.prefix) + query_flops(config, job.prefix) * (1 - 1 / job.rows_per_prefix)
-    saved_at_top = layer_flops(config, job.prefix, total) - kv_flops(config, job.prefix)
+    saved_at_top = layer_flops(config, job.prefix, total, attention) - kv_flops(config, job.prefix)
     return whole - saved_at_boundary - saved_at_top
 
 
-def _encoding(config: ModelConfig, job: Job, *, published: bool) -> float:
+def _encoding(config: ModelConfig, job: Job, *, published: bool, attention: float = 1.0) -> float:
     """A row's share of the cost of encoding its prefix."""
-    return encode_flops(config, job.prefix, config.num_layers if published else job.boundary) / job.rows_per_prefix
+    boundary = config.num_layers if published else job.boundary
+    return encode_flops(config, job.prefix, boundary, attention) / job.rows_per_prefix
 
 
 def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> float:
@@ -193,7 +204,11 @@ def row_flops(config: ModelConfig, job: Job, *, published: bool = False) -> floa
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the parameters that a step reads: all layers, with all of their experts, and the head."""
+    """Bytes of the parameters that a step reads: all layers, with all of their experts, and the head.
+
+    Weights in 8 bits have one each, whatever `itemsize` is; norms, routers and scales are left out.
+    """
+    itemsize = itemsize if config.quantize == "none" else 1
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     layer = config.d_model * (heads + 3 * config.mlp_weights)
     return round(itemsize * (config.num_layers * layer + config.vocab_size * config.d_model))
@@ -224,6 +239,7 @@ def batch_seconds(
     rows: int,
     *,
     peak: float,
+    attention: float = 1.0,
     bandwidth: float = math.inf,
     itemsize: int = 4,
     published: bool = True,
@@ -235,7 +251,8 @@ def batch_seconds(
         config: the architecture.
         job: the run of each row.
         rows: rows in the batch.
-        peak: operations per second.
+        peak: operations per second in products with weights.
+        attention: how many of these take as long as one of attention.
         bandwidth: bytes per second; infinite: arithmetic only.
         itemsize: bytes per number.
         published: count the algorithm as published instead of what this library runs.
@@ -247,9 +264,11 @@ def batch_seconds(
     kv = 2 * itemsize * config.num_kv_heads * config.head_dim * config.num_layers * (job.prefix + job.suffix)
     traffic = (weight_bytes(config, itemsize) + rows * kv) / bandwidth
     head = head_flops(config, job.block)
-    seconds = rows * _encoding(config, job, published=published) / peak
+    seconds = rows * _encoding(config, job, published=published, attention=attention) / peak
     for (refresh, span, keys), count in job.passes().items():
-        flops = pass_flops(config, job, span, refresh=refresh, published=published, keys=keys) + head
+        flops = head + pass_flops(
+            config, job, span, refresh=refresh, published=published, keys=keys, attention=attention
+        )
         seconds += count * max(rows * flops / peak, traffic)
         seconds += count * sums(rows * summed_bytes(config, job, span, refresh=refresh, itemsize=itemsize))
     return seconds

@@ -181,7 +181,7 @@ class Footprint:
         Activations are those of a refresh step in attention or in the MLP, whichever is larger. Attention holds the
         residual stream and its norm, queries, keys and values twice (as projected and as attention reads them), and the
         attended values. The total is within 6 % of the TPU compiler's figures for LLaDA-8B and Dream-7B on four
-        generations (`scripts/results/what_fits.md`).
+        generations (`scripts/results/what_fits.md`; in 8 bits `one_chip.md`).
 
         Args:
             groups: G.
@@ -200,13 +200,15 @@ class Footprint:
         attention = 2 * config.d_model + 2 * (heads + 2 * kv_heads) + heads
         # A mixture sorts its tokens: each is there once for every expert that it runs through, in front and behind.
         routed = 0 if config.experts is None else 2 * config.experts.per_token * config.d_model
-        mlp = 2 * config.d_model + self.copies.mlp * max(config.d_mlp, config.mlp_columns) + routed
+        columns = max(config.d_mlp, config.mlp_columns)
+        mlp = 2 * config.d_model + self.copies.mlp * columns + routed
+        integers = columns if config.quantize == "w8a8" else 0  # beside the floats that they are made from
         return Memory(
             params=self.params * (1 + self.copies.weights),
             prefixes=groups * prefix_bytes(config, itemsize, length=prefix, layers=self.buffers.shallow),
             deep=deep * rows * prefix * kv,
             suffixes=config.num_layers * rows * suffix * kv if self.block_cache else 0,
-            activations=round(tokens * max(attention, mlp) * itemsize),
+            activations=round(tokens * max(attention * itemsize, mlp * itemsize + integers)),
         )
 
     def most_rows(self, limit: float, *, prefix: int, suffix: int, per_prefix: int = 1) -> int:

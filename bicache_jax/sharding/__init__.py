@@ -4,6 +4,7 @@ from bicache_jax.sharding.meshes import DATA as DATA
 from bicache_jax.sharding.meshes import MODEL as MODEL
 from bicache_jax.sharding.meshes import check_mesh as check_mesh
 from bicache_jax.sharding.meshes import make_mesh as make_mesh
+from bicache_jax.sharding.meshes import mesh_sizes as mesh_sizes
 from bicache_jax.sharding.partition import Partition as Partition
 from bicache_jax.sharding.partition import param_shardings as param_shardings
 from bicache_jax.sharding.partition import param_specs as param_specs

@@ -15,6 +15,23 @@ from bicache_jax.core.types import BicacheError
 DATA, MODEL = "data", "model"
 
 
+def mesh_sizes(spec: str) -> dict[str, int]:
+    """Sizes of the axes of a mesh, from its description; see `make_mesh`.
+
+    Raises:
+        BicacheError: the description cannot be parsed.
+    """
+    sizes = {DATA: 1, MODEL: 1}
+    seen = set()
+    for part in spec.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
+        if found is None or found[1] not in sizes or found[1] in seen:
+            raise BicacheError(f"mesh {spec}: expected data=INT,model=INT with sizes of 1 or more")
+        seen.add(found[1])
+        sizes[found[1]] = int(found[2])
+    return sizes
+
+
 def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh from its description.
 
@@ -28,14 +45,7 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         BicacheError: the description cannot be parsed, or needs more devices than exist.
     """
-    sizes = {DATA: 1, MODEL: 1}
-    seen = set()
-    for part in spec.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
-        if found is None or found[1] not in sizes or found[1] in seen:
-            raise BicacheError(f"mesh {spec}: expected data=INT,model=INT with sizes of 1 or more")
-        seen.add(found[1])
-        sizes[found[1]] = int(found[2])
+    sizes = mesh_sizes(spec)
     wanted = math.prod(sizes.values())
     have = list(jax.devices() if devices is None else devices)
     if wanted > len(have):

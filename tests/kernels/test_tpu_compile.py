@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from loops import taken_out
+from loops import copies, taken_out
 
 from bicache_jax.kernels import prefix_attention
 from scripts import compile_kernels
@@ -18,7 +17,6 @@ from scripts import compile_kernels
 pytest.importorskip("libtpu")
 
 MIB = 1 << 20
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 FULL = (pytest.mark.slow, pytest.mark.full)
 OTHERS = [pytest.param(name, marks=FULL) for name in compile_kernels.TOPOLOGIES if name != "v5e"]
 
@@ -46,57 +44,6 @@ def test_a_stack_of_prefixes_stays_where_it_is() -> None:
     (call,) = (line for line in text.splitlines() if "tpu_custom_call" in line)
     held = re.findall(r'"operand_index":"\d+","color":"0"', call)
     assert len(held) >= 2, "both stacks, whose color is that of HBM"
-
-
-def copies(hlo: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Copies of 1 MiB or more inside loops: (computation, dimensions).
-
-    A copy into or out of VMEM with the layout as it was is how a TPU reads and writes; any other one is counted.
-    """
-    bodies = _loops(hlo)
-    computation = None
-    for line in hlo.splitlines():
-        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = found[1]
-        if computation not in bodies:
-            continue
-        found = re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\(?)(\w+)\[([\d,]*)\]\{([^}]*)\}(.*)", line)
-        if found is None:
-            continue
-        opened, dtype, sizes, layout, rest = found.groups()
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-        if math.prod(shape) * _BYTES.get(dtype, 8) < MIB:
-            continue
-        if opened and " copy-start(" in rest:
-            source = re.match(r", \w+\[[\d,]*\]\{([^}]*)\}", rest)
-            assert source is not None
-            if re.sub(r"S\(\d+\)", "", layout) == re.sub(r"S\(\d+\)", "", source[1]):
-                continue
-        elif opened or not re.match(r" (copy|transpose)\(", rest):
-            continue
-        yield computation, shape
-
-
-def _loops(hlo: str) -> set[str]:
-    """Computations that run inside a while loop."""
-    calls: dict[str, set[str]] = {}
-    roots: set[str] = set()
-    computation = ""
-    for line in hlo.splitlines():
-        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = found[1]
-            calls[computation] = set()
-        named = re.findall(r"(?:body|calls|to_apply|branch_computations|async_wrapped)=\{?%?([\w.\-, %]+)", line)
-        targets = {name.strip(" %") for group in named for name in group.split(",")}
-        calls.get(computation, set()).update(targets)
-        roots.update(re.findall(r"\bbody=%?([\w.\-]+)", line))
-    inside: set[str] = set()
-    while roots:
-        name = roots.pop()
-        if name not in inside:
-            inside.add(name)
-            roots |= calls.get(name, set())
-    return inside
 
 
 def test_the_search_finds_copies_where_there_are_some() -> None:

@@ -50,7 +50,8 @@ from bicache_jax.measure.aot import AotCase
 from bicache_jax.measure.tpu_costs import clock, facts, per_step, step_costs
 from bicache_jax.serving.flops import summed_bytes
 from bicache_jax.wiring import model_shape
-case = AotCase("small", "v5e:2x2", "data=2,model=2", 128, 64, 2, 2, 3, 32, 8, block_cache=sys.argv[1])
+size = {"prefix": 128, "suffix": 64, "rows": 2, "per_prefix": 2, "boundary": 3, "gen_length": 32, "block_length": 8}
+case = AotCase("small", "v5e:2x2", "data=2,model=2", **size, block_cache=sys.argv[1])
 config, (job, costs) = model_shape("small"), step_costs(case)
 counted = [summed_bytes(config, job, cost.tokens, refresh=cost.kind == "refresh", itemsize=2) for cost in costs]
 found = {"steps": list(map(facts, costs)), "counted": counted, "mean": per_step(costs, job), "clock": clock("v5e:2x2")}

@@ -61,6 +61,20 @@ def test_a_token_of_zeros_and_one_alone() -> None:
     np.testing.assert_array_equal(product(x[2:3], whole, scale, quantize="w8a8")[0], found[2])
 
 
+@pytest.mark.parametrize("quantize", ["w8", "w8a8"])
+def test_nan_is_not_lost_in_integers(quantize: Any) -> None:
+    """It ends a request with an error, and must reach the logits for that."""
+    x, weight = np.ones((3, 8), np.float32), np.ones((8, 4), np.float32)
+    whole, scale = quantise(jnp.asarray(weight), 0)
+    for bad in (np.nan, np.inf):
+        x[1, 3] = bad
+        found = np.isfinite(product(jnp.asarray(x), whole, scale, quantize=quantize)).all(axis=-1)
+        assert found.tolist() == [True, False, True]
+    weight[2, 1] = np.nan
+    found = np.isfinite(product(jnp.ones((2, 8)), *quantise(jnp.asarray(weight), 0), quantize=quantize)).all(axis=0)
+    assert found.tolist() == [True, False, True, True]
+
+
 def plainly(model: Model, mode: Any) -> Model:
     """The floats of a model rounded as its 8-bit form has them: what `w8` must compute."""
     shapes = dict(paths(abstract(dataclasses.replace(model.config, quantize=mode))))
@@ -136,8 +150,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     folder = golden.FOLDERS["llada"]
     with pytest.raises(BicacheError, match="quantize must be one of none, w8, w8a8, got 'int4'"):
         inspect.unwrap(load_model)(folder, quantize="int4")
-    with pytest.raises(BicacheError, match="are written as orbax folders only"):
-        convert(folder, tmp_path / "st", to="safetensors", quantize="w8")
     convert(folder, tmp_path / "w8", quantize="w8")
     with pytest.raises(BicacheError, match="its weights are stored in 8 bits"):
         load_model(tmp_path / "w8", quantize="none")
