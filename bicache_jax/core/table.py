@@ -98,7 +98,8 @@ def _apart(lines: Sequence[str], *, before: bool = True) -> list[str]:
 
 
 def _cell(tag: str, text: str, side: str) -> str:
-    return f'<{tag} style="text-align:{side}">{html.escape(text)}</{tag}>'
+    whole = ";white-space:nowrap" if side == "right" else ""
+    return f'<{tag} style="text-align:{side}{whole}">{html.escape(text)}</{tag}>'
 
 
 def _written(value: Any) -> str:

@@ -107,17 +107,14 @@ class Verdict:
         """Whether a boundary is safe.
 
         Args:
-            boundary: one that was measured.
+            boundary: b.
 
         Returns:
             `safe`: at this one and all shallower ones that were measured it costs less than the margin. `unsafe`: it
-            costs accuracy, beyond chance. `open`: more questions are needed to tell.
-
-        Raises:
-            ValueError: it was not measured.
+            costs accuracy, beyond chance. `open`: more questions are needed to tell, or it was not measured.
         """
         if boundary not in self.differences:
-            raise ValueError(f"boundary must be one of {sorted(self.differences)}, got {boundary}")
+            return "open"
         if self.differences[boundary][2] < 0:
             return "unsafe"
         upto = [low for place, (low, _, _) in self.differences.items() if place <= boundary]

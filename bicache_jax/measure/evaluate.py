@@ -247,6 +247,7 @@ def evaluate(
     batch_size: int | None = None,
     attention: str = "auto",
     timed: int = 100,
+    turns: int = TURNS,
     progress: Callable[[int], None] = lambda done: None,
     formats: Mapping[str, Model] | None = None,
 ) -> list[dict[str, Any]]:
@@ -263,6 +264,7 @@ def evaluate(
         batch_size: most rows of a batch.
         attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
+        turns: most turns of that.
         progress: called with the number of responses that have been made since.
         formats: the model with weights in other formats, by their names.
 
@@ -289,7 +291,7 @@ def evaluate(
     reference = answers[reference_of(policies)]
     stats = [engine.stats for engine in engines]
     place = reference_of(policies)
-    times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
+    times = measure_speed(engines, requests[:timed], turns=turns, progress=progress) if timed else None
     made = sum(request.sampling.gen_length for request in requests[:timed])
     results: list[dict[str, Any]] = []
     for index, name in enumerate(policies):

@@ -155,7 +155,7 @@ def growth(record: dict[str, Any], across: str) -> Figure:
 
 
 def bars(values: Mapping[str, float], *, label: str, title: str = "") -> Figure:
-    """Draws a bar with its number for each value, and how many times the first each of the others is.
+    """Draws a bar with its number for each value.
 
     Args:
         values: numbers by name, the one that the others are compared with first.
@@ -164,14 +164,12 @@ def bars(values: Mapping[str, float], *, label: str, title: str = "") -> Figure:
     """
     figure = _figure(7.0, 0.5 * len(values) + 1.1)
     axes = figure.subplots()
-    first = next(iter(values.values()))
-    for place, (name, value) in enumerate(values.items()):
-        (bar,) = axes.barh(place, value, color="tab:grey" if place == 0 else "tab:orange")
-        times = f"  {value:,.0f}" + (f"  ({value / first:.2f} x {next(iter(values))})" if place and first else "")
-        axes.annotate(times, (value, place), va="center")
+    for place, value in enumerate(values.values()):
+        axes.barh(place, value, color="tab:grey" if place == 0 else "tab:orange")
+        axes.annotate(f"  {value:,.0f}", (value, place), va="center")
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
-    axes.set(xlabel=label, xlim=(0, 1.35 * max(values.values())))
+    axes.set(xlabel=label, xlim=(0, 1.15 * max(values.values())))
     if title:
         axes.set_title(title, loc="left", fontsize="medium")
     return figure

@@ -124,10 +124,15 @@ class Plan:
         footprint = Footprint(self.part or self.config, self.weights, self.buffers, self.dtype, block_cache, copies)
         return footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
 
+    @property
+    def peak(self) -> Memory | None:
+        """Planned memory of a device in the round that takes most; None if there is nothing to run."""
+        memories = (self.memory(*batches) for batches in self.rounds)
+        return max(memories, key=lambda memory: memory.total, default=None)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; sizes in bytes."""
-        memories = [self.memory(*batches) for batches in self.rounds]
-        most = max(memories, key=lambda memory: memory.total, default=None)
+        most = self.peak
         return {
             "rows": len(self.rows),
             "prefixes": len({prefix for batch in self.batches for prefix in batch.prefixes if prefix}),
