@@ -40,14 +40,21 @@ TIMED = 64  # questions on which speed is measured
 # %% tags=["quick"]
 QUESTIONS, PEOPLE, FACTS, BOUNDARIES, MARGIN, TIMED = 6, (12, 12), (4, 4), (8,), 1.0, 0
 
+
 # %%
+def read(path):
+    """The requests of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 model = load_model(MODEL, **FORMAT)
 if TASK:
-    lines = [json.loads(line) for line in Path(TASK).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read(Path(TASK))
 else:
     lines = list(task.draw_requests(task.FIRST_HELD_OUT + 77, QUESTIONS, people=PEOPLE, facts=FACTS))
 lines = lines[:QUESTIONS]
-questions = [{key: line[key] for key in ("prompt", "messages", "prefix_len") if key in line} for line in lines]
+asked = ("prompt", "messages", "prefix_len")
+questions = [{key: line[key] for key in asked if key in line} for line in lines]
 sampling = SamplingConfig(gen_length=GEN_LENGTH)
 items = items_of(lines, model, sampling, TASK or "the bundled questions")
 model
@@ -57,10 +64,10 @@ model
 #
 # The published way to a boundary: a layer is *shallow* while the keys and values that a prefix gets alone are like
 # those that it gets in the whole sequence, above 0.97 of cosine similarity. `b(r)` counts them, for a prefix that is
-# r percent of the sequence.
+# r percent of the sequence, response included.
 
 # %%
-table = profile_model(model, questions, samples=8)
+table = profile_model(model, questions, response=GEN_LENGTH, samples=8)
 table
 
 # %%
@@ -78,7 +85,8 @@ def measured(model, items, sampling, boundaries):
     """Accuracy at boundaries, with a bar."""
     depths = range(model.config.num_layers + 1) if boundaries is None else boundaries
     with tqdm(total=(1 + len(depths)) * len(items), unit="answer", leave=False) as bar:
-        return accuracy_by_boundary(model, items, sampling=sampling, boundaries=depths, progress=bar.update)
+        settings = {"sampling": sampling, "boundaries": depths}
+        return accuracy_by_boundary(model, items, **settings, progress=bar.update)
 
 
 rows = measured(model, items, sampling, BOUNDARIES)
@@ -107,8 +115,8 @@ Table(("boundary that the table chooses", "verdict"), [(b, judged.judge(b)) for 
 # %%
 cap = 0 if deepest is None else deepest
 capped = {ratio: min(b, cap) for ratio, b in table.table.items()}
-cache = CacheConfig(table=capped)
-evaluation(evaluate(model, items, ["none", "naive", "bicache"], cache=cache, sampling=sampling, timed=TIMED))
+settings = {"cache": CacheConfig(table=capped), "sampling": sampling, "timed": TIMED}
+evaluation(evaluate(model, items, ["none", "naive", "bicache"], **settings))
 
 # %% [markdown]
 # ## A warning: a model where similarity picks the wrong boundary
@@ -126,21 +134,23 @@ TRIPS_ASKED, TRIPS_BOUNDARIES = 6, (2,)
 # %%
 TRIPS = Path("../examples/trips")
 if not TRIPS.is_dir() and REPOSITORY:
-    subprocess.run(["git", "clone", "-q", "--depth", "1", f"https://github.com/{REPOSITORY}", "repository"], check=True)
+    address = f"https://github.com/{REPOSITORY}"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", address, "repository"], check=True)
     TRIPS = Path("repository/examples/trips")
 if TRIPS.is_dir():
     trips = load_model(TRIPS / "bidirectional/model", dtype="float32")
-    lines = [json.loads(line) for line in (TRIPS / "questions.jsonl").read_text().splitlines()][:TRIPS_ASKED]
+    lines = read(TRIPS / "questions.jsonl")[:TRIPS_ASKED]
     short = SamplingConfig(gen_length=8)
     items = items_of(lines, trips, short, "trips")
-    asked = [{"prompt": line["prompt"], "prefix_len": line["prefix_len"]} for line in lines]
-    guess = profile_model(trips, asked, samples=8)
+    questions = [{"prompt": line["prompt"], "prefix_len": line["prefix_len"]} for line in lines]
+    guess = profile_model(trips, questions, response=8, samples=8)
     rows = measured(trips, items, short, TRIPS_BOUNDARIES)
     warning = verdict(rows, margin=MARGIN)
     print("similarity says b =", max(guess.table.values()))
     print("answers say b =", warning.deepest())
 else:
-    print("examples/trips is not in the package: get the repository, and run this notebook from its folder notebooks/")
+    print("examples/trips is in the repository, not in the package:")
+    print("get the repository, and run this notebook from its folder notebooks/")
 
 # %%
 accuracy_over_boundaries(rows) if TRIPS.is_dir() else None

@@ -9,7 +9,7 @@
 # %%
 QWEN, LLADA = "dllm-collection/Qwen3-0.6B-diffusion-mdlm-v0.1", "GSAI-ML/LLaDA-8B-Instruct"
 MODEL, FORMAT, PEOPLE, QUESTIONS, STEPS = {
-    "CPU": (QWEN, {"dtype": "float32", "mask_id": 151669}, 8, 4, 8),  # a real model is slow here: few questions
+    "CPU": (QWEN, {"dtype": "float32", "mask_id": 151669}, 8, 4, 8),  # slow here: few questions
     "T4": (QWEN, {"dtype": "float32", "mask_id": 151669}, 24, 64, 16),  # a T4 has no bfloat16
     "L4": (LLADA, {"dtype": "bfloat16", "quantize": "w8a8"}, 32, 64, 16),
     "A100": (LLADA, {"dtype": "bfloat16", "quantize": "w8a8"}, 32, 64, 16),
@@ -32,8 +32,8 @@ from bicache_jax.measure.profile import profile_model
 
 try:
     model = load_model(MODEL, **FORMAT)
-except BicacheError:
-    print(f"{MODEL} is neither here nor can it be downloaded: the bundled model takes its place")
+except BicacheError as error:
+    print(f"{error}\nThe bundled model takes its place.")
     MODEL, PEOPLE, QUESTIONS, STEPS = "example", 12, 64, 16
     model = load_model(MODEL)
 bundled = MODEL == "example"
@@ -41,6 +41,7 @@ model
 
 # %%
 TURNS = 4  # of the chat
+LENGTH = 16  # tokens of an answer
 
 # %% tags=["quick"]
 QUESTIONS, TURNS = 6, 2
@@ -78,9 +79,9 @@ system = {"role": "system", "content": document}
 conversations = [[system, {"role": "user", "content": written(question)}] for question in asked]
 table = model.boundaries
 if table is None:
-    profile = profile_model(model, conversations, samples=8)
-    table = profile.table
-Table(("r, %, from", "boundary b"), sorted(table.items()))
+    table = profile_model(model, conversations, response=LENGTH, samples=8).table
+ratios = sorted(table)
+Table(("r, %, from", *map(str, ratios)), [("boundary b", *(table[r] for r in ratios))])
 
 # %% [markdown]
 # ## A chat that keeps its document
@@ -90,7 +91,7 @@ Table(("r, %, from", "boundary b"), sorted(table.items()))
 # the last message. With full attention that is another encoding in every turn.)
 
 # %%
-sampling = SamplingConfig(gen_length=16, steps=STEPS, early_stop=True)
+sampling = SamplingConfig(gen_length=LENGTH, steps=STEPS, early_stop=True)
 engine = Engine(model, cache=CacheConfig(policy="bicache", table=table), sampling=sampling)
 prefix_len = engine.prefixes.add([system])
 
@@ -100,9 +101,8 @@ for question in asked[:TURNS]:
     started = time.perf_counter()
     request = {"id": written(question), "messages": conversation, "prefix_len": prefix_len}
     (answer,) = watch(engine.stream(request))
-    turns.append(
-        (answer.id, answer.text, " ".join(question.answer), answer.cached_tokens, time.perf_counter() - started)
-    )
+    seconds = time.perf_counter() - started
+    turns.append([answer.id, answer.text, " ".join(question.answer), answer.cached_tokens, seconds])
     conversation.append({"role": "assistant", "content": answer.text})
 Table(("question", "answer", "right", "tokens found in the cache", "seconds"), turns)
 
@@ -139,17 +139,17 @@ found = watch(engine.stream(batch), rows=12, total=len(batch))
 right = {written(question): set(question.answer) for question in asked}
 rows, speed = [], {}
 for policy in ("none", "bicache"):
-    other = Engine(
-        model, cache=CacheConfig(policy=policy, table=table if policy == "bicache" else None), sampling=sampling
-    )
+    cache = CacheConfig(policy="none") if policy == "none" else engine.cache
+    other = Engine(model, cache=cache, sampling=sampling)
     other.warmup(batch)
     started = time.perf_counter()
     given = other.generate(batch)
     seconds = time.perf_counter() - started
     plan = other.plan(batch)
     correct = sum(right[r.id] <= set(r.text.replace(".", " ").replace(",", " ").split()) for r in given)
+    answered = f"{correct} of {len(given)}"
     speed[policy] = len(given) / seconds
-    rows.append((policy, f"{correct} of {len(given)}", seconds, speed[policy], plan.peak.total / 2**20, plan.gain))
+    rows.append((policy, answered, seconds, speed[policy], plan.peak.total / 2**20, plan.gain))
 Table(("policy", "right", "seconds", "answers/s", "memory, MiB", "gain"), rows)
 
 # %%

@@ -107,9 +107,10 @@ from bicache_jax.display import evaluation
 from bicache_jax.measure.evaluate import evaluate, items_of
 from bicache_jax.measure.plots import bars
 
-items = items_of([{**r, "prefix_len": shared} for r in requests], model, engine.sampling, "these questions")
-policies = ["none", "naive", "bicache"]
-measured = evaluate(model, items, policies, cache=CacheConfig(), sampling=engine.sampling, timed=TIMED, turns=TURNS)
+questions = [{**request, "prefix_len": shared} for request in requests]
+items = items_of(questions, model, engine.sampling, "these questions")
+settings = {"cache": CacheConfig(), "sampling": engine.sampling, "timed": TIMED, "turns": TURNS}
+measured = evaluate(model, items, ["none", "naive", "bicache"], **settings)
 bars({found["policy"]: found["tokens_per_s"] for found in measured}, label="tokens/s")
 
 # %%

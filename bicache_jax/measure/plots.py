@@ -166,7 +166,7 @@ def bars(values: Mapping[str, float], *, label: str, title: str = "") -> Figure:
     axes = figure.subplots()
     for place, value in enumerate(values.values()):
         axes.barh(place, value, color="tab:grey" if place == 0 else "tab:orange")
-        axes.annotate(f"  {value:,.0f}", (value, place), va="center")
+        axes.annotate(f"  {value:,.0f}" if value >= 100 else f"  {value:.3g}", (value, place), va="center")
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set(xlabel=label, xlim=(0, 1.15 * max(values.values())))

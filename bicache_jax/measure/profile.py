@@ -169,6 +169,7 @@ def profile_model(
     requests: Asked,
     *,
     split: bool = False,
+    response: int = 0,
     ratio_step: int = 5,
     samples: int = 16,
     threshold: float = THRESHOLD,
@@ -184,6 +185,8 @@ def profile_model(
         model: the model.
         requests: texts, conversations or dicts, as `Engine.generate` takes them; like what the model will be asked.
         split: take prompts as plain text, and split them at every ratio; False: measure at their own prefixes.
+        response: masked response tokens behind each prompt, where prompts are not split. With as many as will be asked
+            for, the table has the ratios that these requests will have; 0 is what is published.
         ratio_step: percent from one ratio to the next.
         samples: most samples of a ratio.
         threshold: similarity above which a layer is shallow.
@@ -195,9 +198,11 @@ def profile_model(
         BicacheError: the model's caches are exact, a request is faulty, or none has a prefix to measure.
     """
     refuse_exact(model, model.name)
-    parser = Parser(model.config, model.tokenizer, SamplingConfig(gen_length=1))
+    parser = Parser(model.config, model.tokenizer, SamplingConfig(gen_length=max(1, response)))
     asked = [entry for entry in admit(requests, parser, errors="raise") if isinstance(entry, Request)]
-    drawn = draw_samples(model, asked, split=split, ratio_step=ratio_step, per_ratio=samples)
+    drawn = draw_samples(
+        model, asked, split=split, ratio_step=ratio_step, per_ratio=samples, with_response=response > 0
+    )
     if not drawn:
         raise BicacheError("no request has a shared prefix to measure; give 'prefix_len', or split=True")
     measured = []

@@ -48,12 +48,12 @@ def test_accuracy_by_boundary_is_what_evaluate_finds():
     lines = list(task.draw_requests(task.FIRST_HELD_OUT, 4, people=(4, 4), facts=(2, 2)))
     items = items_of(lines, model, sampling, "test")
     made: list[int] = []
-    rows = accuracy_by_boundary(model, items, sampling=sampling, boundaries=(0, 8), progress=made.append)
-    assert sum(made) == 3 * 4 and [r["boundary"] for r in rows] == [0, 8]
+    rows = accuracy_by_boundary(model, items, sampling=sampling, boundaries=(8,), progress=made.append)
+    assert sum(made) == 2 * 4 and [r["boundary"] for r in rows] == [8]
     none, naive = evaluate(model, items, ["none", "naive"], cache=CacheConfig(), sampling=sampling, timed=0)
-    assert rows[1]["without_cache"] == none["exact_match"] and rows[1]["exact_match"] == naive["exact_match"]
+    assert rows[0]["without_cache"] == none["exact_match"] and rows[0]["exact_match"] == naive["exact_match"]
     for key in ("difference", "difference_interval", "mcnemar_p", "by_kind", "by_ratio"):
-        assert rows[1][key] == naive[key]
+        assert rows[0][key] == naive[key]
     assert verdict(rows).judge(8) in ("open", "unsafe")  # four questions show nothing
 
     table = profile_model(model, [{"prompt": x["prompt"], "prefix_len": x["prefix_len"]} for x in lines], samples=2)
