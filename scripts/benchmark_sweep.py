@@ -22,7 +22,7 @@ from bicache_jax.cli.options import Parser, add_checkpoint_flags, boundary, inte
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError
 from bicache_jax.measure import benchmark
-from bicache_jax.measure.plots import growth
+from bicache_jax.measure.plots import DPI, growth
 
 AXES = ("prefix", "rows", "prefixes", "refresh_interval")
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     (args.output / "benchmark_sweep.json").write_text(json.dumps(record, indent=1) + "\n")
     for axis in AXES:
-        growth(record, axis, args.output / f"benchmark_{axis}.png")
+        growth(record, axis).savefig(args.output / f"benchmark_{axis}.png", dpi=DPI)
     return 0
 
 

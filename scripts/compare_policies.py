@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Request, SamplingConfig, load_model
-from bicache_jax.measure.evaluate import exact_match, measure_speed
+from bicache_jax.measure.evaluate import measure_speed
 from bicache_jax.measure.policies import comparable_blocks, parse_policy
+from bicache_jax.measure.scorers import exact_match
 from bicache_jax.serving.answers import accepted
 from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.requests import Parser

@@ -29,8 +29,12 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"core", "checkpoints", "loading"},
     "bulk": {"core", "serving"},
     "measure": {"core", "sharding", "decoding", "serving", "wiring", "testing"},
+    "display": {"core", "serving"},
     "example": {"core"},
-    "cli": {"core", "sharding", "checkpoints", "serving", "bulk", "measure", "example", "loading", "convert", "wiring"},
+    "cli": {
+        *("core", "sharding", "checkpoints", "serving", "bulk", "measure", "display", "example"),
+        *("loading", "convert", "wiring"),
+    },
 }
 FACES = {"__init__", "__main__"}  # what a user calls; they may import anything
 

@@ -22,6 +22,7 @@ from bicache_jax.cli.options import (
     listed,
 )
 from bicache_jax.core.config import DTYPES, REFRESH_INTERVAL
+from bicache_jax.core.table import Table
 from bicache_jax.core.types import BicacheError
 
 HELP = "measure the speed of policies, and how near the limit it is"
@@ -216,9 +217,9 @@ def run(args: argparse.Namespace) -> int:
             if case.policy not in args.baseline:
                 result.update(measure_restart(model.config, case, flags))
     if args.plot:
-        from bicache_jax.measure.plots import speed_over_settings
+        from bicache_jax.measure.plots import DPI, speed_over_settings
 
-        speed_over_settings(record, args.plot)
+        speed_over_settings(record).savefig(args.plot, dpi=DPI)
     print(json.dumps(record) if args.json else table(record))
     return 0
 
@@ -304,18 +305,16 @@ def _cases(args: argparse.Namespace) -> list[Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Results for people, in Markdown."""
-    lines = [
+    above = (
         f"{record['model']}, {record['dtype']}, {record['device']}, jax {record['jax']}; "
         f"matmul peak {record['matmul_peak_gflops']:.0f} GFLOP/s; medians of {record['turns']} turns; "
-        f"load average {', '.join(str(load) for load in record['load_average'])}",
-        "",
-    ]
+        f"load average {', '.join(str(load) for load in record['load_average'])}"
+    )
     heads = [*"policy P U r rows G N b steps tokens/s".split(), "ratio (spread)", *"limit share mfu".split()]
     heads += ["first token", "kept", *"memory cache compile dispatches".split()]
     restarted = any("cold_start_s" in result for result in record["results"])
     heads += ["cold", "warm"] if restarted else []
-    lines += ["| " + " | ".join(heads) + " |"]
-    lines += ["|" + "---|" * len(heads)]
+    rows = []
 
     def number(value: Any, form: str, unit: str = "") -> str:
         return "" if value is None else f"{value:{form}}{unit}"
@@ -342,25 +341,23 @@ def table(record: dict[str, Any]) -> str:
         ]
         if restarted:
             cells += [number(result.get(name), ".1f", " s") for name in ("cold_start_s", "warm_start_s")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return Table(heads, rows, above=(above,)).markdown()
 
 
 def mixed_table(record: dict[str, Any]) -> str:
     """Results of mixed work for people, in Markdown."""
-    lines = [
+    above = (
         f"{record['model']}, {record['dtype']}, {record['device']}, jax {record['jax']}; P {record['prefix']}; "
-        f"load average {', '.join(str(load) for load in record['load_average'])}",
-        "",
-        "| policy | requests | rows | passes a response | own | own, waiting | responses/s | ratio (spread) | differ |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+        f"load average {', '.join(str(load) for load in record['load_average'])}"
+    )
+    heads = ("policy", "requests", "rows", "passes a response", "own", "own, waiting", "responses/s", "ratio (spread)")
+    rows = []
     for result in record["results"]:
         low, mean, high = result["passes"]
         spread = result["ratio_spread"]
-        lines.append(
-            f"| {result['policy']} | {result['requests']} | {result['rows']} | {low}-{high}, mean {mean} "
-            f"| {result['own']:.3f} | {result['own_waiting']:.3f} | {result['responses_per_s']:.2f} "
-            f"| {result['ratio']:.2f} ({spread[0]:.2f}-{spread[1]:.2f}) | {result['differ']} |"
-        )
-    return "\n".join(lines)
+        speeds = (f"{result['own']:.3f}", f"{result['own_waiting']:.3f}", f"{result['responses_per_s']:.2f}")
+        ratio = f"{result['ratio']:.2f} ({spread[0]:.2f}-{spread[1]:.2f})"
+        counts = (f"{result['requests']}", f"{result['rows']}", f"{low}-{high}, mean {mean}")
+        rows.append((result["policy"], *counts, *speeds, ratio, str(result["differ"])))
+    return Table((*heads, "differ"), rows, above=(above,)).markdown()

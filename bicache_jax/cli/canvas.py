@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from bicache_jax.core.types import HOLE, Key, Record
+from bicache_jax.core.types import HOLE, Record
+from bicache_jax.display import Board, printable, row_name, row_text
 
 _ASCII_HOLE = "_"  # where the terminal's encoding has no other
 _UP, _CLEAR, _BOLD, _DIM, _PLAIN = "\x1b[{}F", "\x1b[J", "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -26,37 +27,31 @@ class Canvas:
     def __init__(self, stream: Any = None) -> None:
         """Draws on a terminal, standard output by default."""
         self._stream = stream or sys.stdout
-        self._live: dict[Key, Record] = {}
+        self._board = Board()
         self._height = 0  # lines that the rows at work take
         self._many = False  # whether they had to take a line each
 
     def show(self, record: Record) -> None:
         """Draws a result, finished or not."""
-        key = (record["id"], record["sample"])
-        if record["finish_reason"] is None:
-            self._live[key] = record
-            self._many = self._many or len(self._live) > 1
-            if key == next(reversed(self._live)):  # the last row of an interval edge: all have moved
-                self._draw("")
-        else:
-            self._live.pop(key, None)
-            self._many = self._many and bool(self._live)
-            self._draw(self._finished(record))
+        news, live = self._board.take(record), len(self._board.live)
+        self._many = live > 1 or (self._many and live > 0)
+        if news:
+            self._draw("" if record["finish_reason"] is None else self._finished(record))
 
     def _draw(self, above: str) -> None:
         size = shutil.get_terminal_size()
         lines = list(self._lines(size.columns))
         most = max(1, size.lines - 2)
         if len(lines) > most:  # what has scrolled off the screen cannot be drawn over
-            lines = [*lines[: most - 1], f"{_DIM}... {len(self._live)} rows at work{_PLAIN}"]
+            lines = [*lines[: most - 1], f"{_DIM}... {len(self._board.live)} rows at work{_PLAIN}"]
         back = _UP.format(self._height) if self._height else ""
         text = "".join(f"{line}\n" for line in lines)
         self._height = len(lines)
         self._write(f"{back}{_CLEAR}{above}{text}")
 
     def _lines(self, columns: int) -> Iterator[str]:
-        for record in self._live.values():
-            name, text = _name(record), printable(_text(record))
+        for record in self._board.live.values():
+            name, text = row_name(record), printable(row_text(record))
             if self._many:
                 room = max(8, columns - _width(name) - 3)
                 yield f"{_DIM}{name}{_PLAIN}  {next(wrapped(text, room), '')}"
@@ -65,8 +60,7 @@ class Canvas:
                 yield from wrapped(text, columns - 1)
 
     def _finished(self, record: Record) -> str:
-        text = record["error"] if record["finish_reason"] == "error" else _text(record)
-        return f"{_BOLD}{_name(record)}{_PLAIN}  " + printable(text, keep="\n") + "\n"
+        return f"{_BOLD}{row_name(record)}{_PLAIN}  " + printable(row_text(record), keep="\n") + "\n"
 
     def _write(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"
@@ -76,26 +70,6 @@ class Canvas:
             text = text.replace(HOLE, _ASCII_HOLE).encode(encoding, "replace").decode(encoding)
         self._stream.write(text)
         self._stream.flush()
-
-
-def _name(record: Record) -> str:
-    return printable(record["id"] + (f"/{record['sample']}" if record["sample"] else ""))
-
-
-def _text(record: Record) -> str:
-    """The text, or token ids where there is no tokenizer."""
-    if record["text"] is not None:
-        return str(record["text"])
-    masked = set(record.get("masked", ()))
-    return " ".join(HOLE if place in masked else str(token) for place, token in enumerate(record["token_ids"]))
-
-
-def printable(text: str, keep: str = "") -> str:
-    """The text without control characters: a model's output must not steer the terminal."""
-    return "".join(
-        char if char in keep or unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp", "Cs") else " "
-        for char in text
-    )
 
 
 def _width(text: str) -> int:

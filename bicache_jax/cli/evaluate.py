@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +21,7 @@ from bicache_jax.cli.options import (
 )
 from bicache_jax.core.config import DTYPES, CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError
+from bicache_jax.display import evaluation
 from bicache_jax.serving.inputs import read_requests
 
 HELP = "compare the accuracy of policies on the same questions"
@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.core.boundary import load_table
-    from bicache_jax.measure.evaluate import TURNS, evaluate, find_scorer, items_of
+    from bicache_jax.measure.evaluate import TURNS, evaluate, items_of
+    from bicache_jax.measure.scorers import find_scorer
 
     if ":" in args.scorer:
         sys.path.append("")  # a scorer may lie in the current folder
@@ -150,46 +151,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"model": args.model, "task": args.task, "seed": args.seed, "results": results}))
     else:
-        print(markdown(results))
+        print(evaluation(results).markdown())
     return 0
-
-
-def markdown(results: list[dict[str, Any]]) -> str:
-    """Results for people, in Markdown."""
-    kinds = sorted({kind for result in results for kind in result["by_kind"] if kind})
-    heads = [
-        "policy",
-        "exact match",
-        "agreement",
-        "difference (95 %)",
-        "McNemar p",
-        "tokens/s",
-        "ratio",
-        "limit",
-        "passes",
-        *kinds,
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for result in results:
-        low, high = result["difference_interval"]
-        cells = [
-            result["policy"],
-            f"{100 * result['exact_match']:.1f} %",
-            _or_dash(result["agreement"], lambda value: f"{100 * value:.1f} %"),
-            f"{100 * result['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-            f"{result['mcnemar_p']:.2g}",
-            _or_dash(result["tokens_per_s"], lambda value: f"{value:.0f}"),
-            _or_dash(result["ratio"], lambda value: f"{value:.2f}"),
-            _or_dash(result["limit"], lambda value: f"{value:.2f}"),
-            str(result["forward_passes"]),
-            *(f"{100 * result['by_kind'][kind]['exact_match']:.1f} %" for kind in kinds),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
-    return "-" if value is None else form(value)
 
 
 def _lines(args: argparse.Namespace) -> tuple[list[Any], str]:

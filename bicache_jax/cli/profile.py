@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs `bicache profile`; returns the exit status."""
     from tqdm import tqdm
 
-    from bicache_jax.measure.profile import make_table, measure
+    from bicache_jax.measure.profile import make_table, measure, refuse_exact
 
     data = read_requests(args.data, flag="--data")
     plot = None if args.no_plot else Path(args.plot or Path(args.output).with_suffix(".png"))
@@ -93,11 +93,7 @@ def run(args: argparse.Namespace) -> int:
         path = journal_path(args.output)
         journal = stack.enter_context(Journal(path, resume=args.resume, overwrite=args.overwrite))
         model = backend.load(args)
-        if model.config.block_causal:
-            raise BicacheError(
-                f"--model {args.model}: its attention is block-causal, so its caches are exact and there is no boundary"
-                " to measure"
-            )
+        refuse_exact(model, f"--model {args.model}")
         samples = _samples(args, model, data.lines, data.source)
         settings = {name: value for name, value in vars(args).items() if name in _DETERMINING}
         shape = hashlib.sha256(json.dumps([[s.ids, s.prefix_len] for s in samples]).encode()).hexdigest()
@@ -121,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
         table = make_table(model, measured, threshold=args.threshold)
         write_atomic(args.output, [json.dumps(table.to_json(), indent=2).encode() + b"\n"])
         if plot is not None and _has_matplotlib():
-            from bicache_jax.measure.plots import similarity_heat_map
+            from bicache_jax.measure.plots import DPI, similarity_heat_map
 
-            similarity_heat_map(table, plot)
+            similarity_heat_map(table).savefig(plot, dpi=DPI)
         journal.remove()
     if not args.quiet:
         listed = " ".join(f"{ratio}:{boundary}" for ratio, boundary in table.table.items())
@@ -135,27 +131,21 @@ _DETERMINING = ("synthetic", "samples", "ratio_step", "with_response", "gen_leng
 
 
 def _samples(args: argparse.Namespace, model: Model, lines: list[bytes], source: str) -> list[Any]:
-    from bicache_jax.measure.profile import samples_of_requests, synthetic_samples
+    from bicache_jax.measure.profile import draw_samples
     from bicache_jax.serving.requests import Parser
 
     sampling = SamplingConfig(gen_length=args.gen_length if args.with_response else 1)
     requests = Parser(model.config, model.tokenizer, sampling).requests(lines, f"--data {source}")
-    if args.synthetic:
-        samples = synthetic_samples(
-            [request.prompt_ids for request in requests],
-            ratio_step=args.ratio_step,
-            per_ratio=args.samples,
-            seed=args.seed,
-            most_tokens=min(args.max_tokens, model.config.max_length),
-        )
-    else:
-        samples = samples_of_requests(
-            requests,
-            ratio_step=args.ratio_step,
-            per_ratio=args.samples,
-            mask_id=model.config.mask_id,
-            with_response=args.with_response,
-        )
+    samples = draw_samples(
+        model,
+        requests,
+        split=args.synthetic,
+        ratio_step=args.ratio_step,
+        per_ratio=args.samples,
+        with_response=args.with_response,
+        most_tokens=args.max_tokens,
+        seed=args.seed,
+    )
     if not samples:
         raise BicacheError(
             f"--data {source}: no request has a shared prefix to measure; give 'prefix_len', or use --synthetic"

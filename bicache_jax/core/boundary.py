@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bicache_jax.core.table import Table
 from bicache_jax.core.types import BicacheError, Model
 
 
@@ -57,6 +58,12 @@ class BoundaryTable:
         if self.fingerprint and self.fingerprint.partition("+")[0] != model.checkpoint:
             return f"was made for another checkpoint ({self.model})"
         return None
+
+    def _repr_html_(self) -> str:
+        ratios = sorted(self.table)
+        heads = ("prefix ratio r, %", *map(str, ratios))
+        above = f"{self.model}: {self.num_layers} layers, similarity above {self.threshold:g}"
+        return Table(heads, [("boundary b", *(self.table[ratio] for ratio in ratios))], above=(above,))._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         """The table as it stands in a file."""

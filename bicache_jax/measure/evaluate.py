@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +14,11 @@ import scipy.stats
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
 from bicache_jax.measure.policies import comparable_blocks, parse_policy, reference_of
+from bicache_jax.measure.scorers import Scorer, exact_match
 from bicache_jax.serving.answers import accepted
-from bicache_jax.serving.answers import exact_match as exact_match
 from bicache_jax.serving.engine import Engine
 from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.requests import Parser
-
-Scorer = Callable[[str, Sequence[str]], bool]
 
 TURNS = 3
 """Turns in which speed is measured, behind one that is not counted."""
@@ -75,58 +71,6 @@ def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, sourc
     return items
 
 
-def _last_number(text: str) -> float | None:
-    found = re.findall(r"(?:(?<![\w.,])-)?\d[\d,]*(?:\.\d+)?", text)  # 3-5 are two numbers, neither negative
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def numeric_match(text: str, answers: Sequence[str]) -> bool:
-    """The last number of the response equals an answer (as GSM8K is scored; thousands separators allowed)."""
-    value = _last_number(text)
-    return value is not None and value in map(_last_number, answers)
-
-
-# In the order in which they are believed; "I think" and "A man" name no choice as long as another letter does.
-_CHOICES = (
-    r"(?i:answer)\W*(?:(?i:is)\b)?\W*([A-J])\b",
-    r"\(([A-J])\)",
-    r"^\W*([A-J])(?=\s*(?:[).:,]|$))",
-    r"\b([B-HJ])\b",
-    r"\b([AI])\b",
-)
-
-
-def choice_match(text: str, answers: Sequence[str]) -> bool:
-    """The letter from A to J that the response chooses is the answer's: "answer is B", "(B)", "B." or a lone B."""
-    found = next((match[1] for pattern in _CHOICES if (match := re.search(pattern, text))), None)
-    return found is not None and found in [answer.strip().strip("().").upper() for answer in answers]
-
-
-SCORERS: Mapping[str, Scorer] = {"exact": exact_match, "numeric": numeric_match, "choice": choice_match}
-
-
-def find_scorer(name: str) -> Scorer:
-    """A scorer by name, or by import path `package.module:function`.
-
-    Raises:
-        BicacheError: there is none of that name.
-    """
-    if name in SCORERS:
-        return SCORERS[name]
-    module, _, function = name.partition(":")
-    try:
-        scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module is the user's: it may fail in any way
-        known = ", ".join(SCORERS)
-        raise BicacheError(
-            f"scorer {name!r}: neither one of {known} nor importable as module:function"
-            f" ({type(error).__name__}: {error})"
-        ) from None
-    if not callable(scorer):
-        raise BicacheError(f"scorer {name!r}: not a function (text, answers) -> bool")
-    return scorer
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """How a policy's accuracy differs from the reference's on the same questions.
@@ -140,6 +84,15 @@ class Comparison:
     difference: float
     interval: tuple[float, float]
     p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as it stands in results."""
+        low, high = self.interval
+        return {
+            "difference": round(self.difference, 6),
+            "difference_interval": [round(low, 6), round(high, 6)],
+            "mcnemar_p": self.p_value,
+        }
 
 
 def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, resamples: int = 2000) -> Comparison:
@@ -168,7 +121,8 @@ def _answer_tokens(model: Model, result: Result) -> tuple[int, ...]:
     return result.token_ids[:end]
 
 
-def _share(flags: Sequence[bool]) -> float:
+def share(flags: Sequence[bool]) -> float:
+    """The share of true ones, rounded as results have it."""
     return round(float(np.mean(flags)), 6)
 
 
@@ -176,7 +130,15 @@ def _breakdown(right: Sequence[bool], labels: Sequence[str]) -> dict[str, dict[s
     groups: dict[str, list[bool]] = {}
     for flag, label in zip(right, labels, strict=True):
         groups.setdefault(label, []).append(flag)
-    return {label: {"exact_match": _share(flags), "samples": len(flags)} for label, flags in sorted(groups.items())}
+    return {label: {"exact_match": share(flags), "samples": len(flags)} for label, flags in sorted(groups.items())}
+
+
+def breakdowns(right: Sequence[bool], items: Sequence[Item], ratios: Sequence[int]) -> dict[str, Any]:
+    """Accuracy by kind of question and by prefix ratio, as results have it."""
+    return {
+        "by_kind": _breakdown(right, [item.kind for item in items]),
+        "by_ratio": _breakdown(right, [_decade(ratio) for ratio in ratios]),
+    }
 
 
 def measure_speed(
@@ -224,6 +186,56 @@ def _texts(model: Model, results: Sequence[Result]) -> list[str]:
     return [" ".join(map(str, _answer_tokens(model, result))) for result in results]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What an engine answered.
+
+    Attributes:
+        right: whether each question was answered rightly.
+        tokens: response tokens of each, up to the end of the text.
+        boundaries: boundaries in use, ascending.
+        intervals: refresh intervals in use, ascending.
+    """
+
+    right: list[bool]
+    tokens: list[tuple[int, ...]]
+    boundaries: list[int]
+    intervals: list[int]
+
+
+def ask(
+    engine: Engine,
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    scorer: Scorer,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Answers:
+    """Asks an engine all questions.
+
+    Args:
+        engine: who is asked.
+        items: the questions.
+        requests: their requests, as they are run.
+        scorer: decides whether a response is right.
+        progress: called with the number of responses that have been made since.
+
+    Raises:
+        BicacheError: the scorer fails.
+    """
+    answered: dict[str, Result] = {}
+    for result in engine.stream(requests, partial=False):
+        answered[result.id] = result
+        progress(1)
+    found = [answered[request.id] for request in requests]
+    texts = _texts(engine.model, found)
+    return Answers(
+        [_score(scorer, text, item) for text, item in zip(texts, items, strict=True)],
+        [_answer_tokens(engine.model, result) for result in found],
+        sorted({result.boundary for result in found}),
+        sorted({result.refresh_interval for result in found}),
+    )
+
+
 def evaluate(
     model: Model,
     items: Sequence[Item],
@@ -235,6 +247,7 @@ def evaluate(
     batch_size: int | None = None,
     attention: str = "auto",
     timed: int = 100,
+    turns: int = TURNS,
     progress: Callable[[int], None] = lambda done: None,
     formats: Mapping[str, Model] | None = None,
 ) -> list[dict[str, Any]]:
@@ -251,6 +264,7 @@ def evaluate(
         batch_size: most rows of a batch.
         attention: implementation of prefix attention (see `bicache_jax.kernels.prefix_attention`).
         timed: speed is measured on the first this many questions, see `measure_speed`; 0: not at all.
+        turns: most turns of that.
         progress: called with the number of responses that have been made since.
         formats: the model with weights in other formats, by their names.
 
@@ -272,51 +286,36 @@ def evaluate(
         Engine(own, cache=way, sampling=sampling, batch_size=batch_size, attention=attention)
         for own, way in zip(models, caches, strict=True)
     ]
-    ratios = _ratios(model, requests, cache, sampling)
-    right: list[list[bool]] = []
-    tokens: list[list[tuple[int, ...]]] = []
-    boundaries: list[list[int]] = []
-    intervals: list[list[int]] = []
-    for engine in engines:
-        answered: dict[str, Result] = {}
-        for result in engine.stream(requests, partial=False):
-            answered[result.id] = result
-            progress(1)
-        found = [answered[request.id] for request in requests]
-        texts = _texts(model, found)
-        right.append([_score(scorer, text, item) for text, item in zip(texts, items, strict=True)])
-        tokens.append([_answer_tokens(model, result) for result in found])
-        boundaries.append(sorted({result.boundary for result in found}))
-        intervals.append(sorted({result.refresh_interval for result in found}))
+    ratios = prefix_ratios(model, requests, cache, sampling)
+    answers = [ask(engine, items, requests, scorer, progress) for engine in engines]
+    reference = answers[reference_of(policies)]
     stats = [engine.stats for engine in engines]
     place = reference_of(policies)
-    times = measure_speed(engines, requests[:timed], progress=progress) if timed else None
+    times = measure_speed(engines, requests[:timed], turns=turns, progress=progress) if timed else None
     made = sum(request.sampling.gen_length for request in requests[:timed])
     results: list[dict[str, Any]] = []
     for index, name in enumerate(policies):
-        comparison = compare(right[index], right[place])
+        own = answers[index]
+        comparison = compare(own.right, reference.right)
         ratio = None if times is None else times[:, place] / times[:, index]
-        agreement = [a == b for a, b in zip(tokens[index], tokens[place], strict=True)]
+        agreement = [a == b for a, b in zip(own.tokens, reference.tokens, strict=True)]
         results.append(
             {
                 "policy": name,
                 "samples": len(items),
-                "exact_match": _share(right[index]),
-                "agreement": _share(agreement) if "none" in policies else None,
+                "exact_match": share(own.right),
+                "agreement": share(agreement) if "none" in policies else None,
                 "compared_with": policies[place],
-                "difference": round(comparison.difference, 6),
-                "difference_interval": [round(value, 6) for value in comparison.interval],
-                "mcnemar_p": comparison.p_value,
+                **comparison.to_json(),
                 "tokens_per_s": None if times is None else round(made / float(np.median(times[:, index])), 2),
                 "ratio": None if ratio is None else round(float(np.median(ratio)), 3),
                 "ratio_spread": None if ratio is None else [round(float(ratio.min()), 3), round(float(ratio.max()), 3)],
                 "limit": _limit(engines[index], requests[:timed] if timed else requests),
                 "forward_passes": stats[index].forward_passes,
                 "prefixes_encoded": stats[index].prefixes_encoded,
-                "boundaries": boundaries[index],
-                "refresh_intervals": intervals[index],
-                "by_kind": _breakdown(right[index], [item.kind for item in items]),
-                "by_ratio": _breakdown(right[index], [_decade(ratio) for ratio in ratios]),
+                "boundaries": own.boundaries,
+                "refresh_intervals": own.intervals,
+                **breakdowns(own.right, items, ratios),
             }
         )
     return results
@@ -341,7 +340,7 @@ def _decade(ratio: int) -> str:
     return f"{low}-{low + 9 if low < 90 else 100}"
 
 
-def _ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:
+def prefix_ratios(model: Model, requests: Sequence[Request], cache: CacheConfig, sampling: SamplingConfig) -> list[int]:
     """Prefix ratio of each request, whatever a policy makes of it."""
     cached = "exact" if model.config.block_causal else "naive"
     engine = Engine(model, cache=parse_policy(cached, cache), sampling=sampling)

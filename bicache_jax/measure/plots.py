@@ -1,13 +1,25 @@
-"""Plots of measurements; matplotlib is imported when a plot is drawn."""
+"""Plots of measurements, as matplotlib figures; matplotlib is imported when a plot is drawn.
+
+A notebook shows a figure that a cell ends with; `figure.savefig(path, dpi=110)` writes it to a file.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bicache_jax.core.boundary import BoundaryTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib is an extra
+
+DPI = 110
 
 _SETTINGS = {
     "prefix": "prefix tokens P",
@@ -19,19 +31,30 @@ _SETTINGS = {
 }
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+@functools.cache
+def _picture() -> Any:
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    class Picture(Figure):
+        """A figure that notebooks show as it is, whether or not pyplot has been imported."""
+
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            self.savefig(written, format="png", dpi=DPI, metadata={"Software": None})
+            return written.getvalue()
+
+    return Picture
 
 
-def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
+def _figure(width: float, height: float) -> Any:
+    return _picture()(figsize=(width, height), layout="constrained")
+
+
+def similarity_heat_map(table: BoundaryTable) -> Figure:
     """Draws similarity by layer and prefix ratio, the threshold's contour, and the chosen boundaries.
 
     Args:
         table: a table with measurements.
-        path: PNG file.
 
     Raises:
         ValueError: the table has no measurements.
@@ -40,7 +63,8 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
         raise ValueError("the table holds no similarities")
     ratios = sorted(table.similarity)
     values = np.asarray([table.similarity[ratio] for ratio in ratios]).T
-    figure, axes = _axes(7.0, 4.2)
+    figure = _figure(7.0, 4.2)
+    axes = figure.subplots()
     columns = np.arange(len(ratios))
     image = axes.pcolormesh(columns, np.arange(table.num_layers), values, cmap="viridis", vmax=1.0, shading="nearest")
     figure.colorbar(image, ax=axes, label="mean cosine similarity")
@@ -53,22 +77,19 @@ def similarity_heat_map(table: BoundaryTable, path: Path) -> None:
     axes.set(xlabel="prefix ratio r, %", ylabel="layer", ylim=(-0.5, table.num_layers))
     axes.set_title(f"Prefix KV alone and in the full sequence: {table.model}")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
+def speed_over_settings(record: dict[str, Any]) -> Figure:
     """Draws tokens/s, the speed-up over no cache and its limit against the setting that varies most.
 
     Args:
         record: the output of `bicache benchmark --json`.
-        path: PNG file.
     """
-    from matplotlib.figure import Figure
-
     results = record["results"]
     across = max(_SETTINGS, key=lambda name: len({result[name] for result in results}))
     others = [name for name in _SETTINGS if name not in (across, "boundary")]
-    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    figure = _figure(9.0, 4.0)
     speed, ratio = figure.subplots(1, 2)
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
@@ -87,21 +108,18 @@ def speed_over_settings(record: dict[str, Any], path: Path | str) -> None:
     ratio.set(xlabel=_SETTINGS[across], ylabel="ratio to none (dashed: limit by counted operations)", ylim=(0, None))
     speed.legend(fontsize="small")
     figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}", fontsize="medium")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
+def growth(record: dict[str, Any], across: str) -> Figure:
     """Draws tokens/s, with the limit, and memory against one setting.
 
     Args:
         record: the output of `scripts/benchmark_sweep.py`.
         across: the setting, a key of `record["sweeps"]`.
-        path: PNG file.
     """
-    from matplotlib.figure import Figure
-
     results = record["sweeps"][across]
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    figure = _figure(9.0, 3.6)
     speed, memory = figure.subplots(1, 2)
     places = sorted({result[across] for result in results})
     none = {result[across]: result for result in results if result["policy"] == "none"}
@@ -133,4 +151,61 @@ def growth(record: dict[str, Any], across: str, path: Path | str) -> None:
     speed.legend(fontsize="small")
     fixed = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in record["base"].items() if name != across)
     figure.suptitle(f"{record['model']}, {record['dtype']}, {record['device']}\n{fixed}", fontsize="small")
-    figure.savefig(path, dpi=110)
+    return figure
+
+
+def bars(values: Mapping[str, float], *, label: str, title: str = "") -> Figure:
+    """Draws a bar with its number for each value.
+
+    Args:
+        values: numbers by name, the one that the others are compared with first.
+        label: what they count, with their unit.
+        title: of the picture.
+    """
+    figure = _figure(7.0, 0.5 * len(values) + 1.1)
+    axes = figure.subplots()
+    for place, value in enumerate(values.values()):
+        axes.barh(place, value, color="tab:grey" if place == 0 else "tab:orange")
+        axes.annotate(f"  {value:,.0f}" if value >= 100 else f"  {value:.3g}", (value, place), va="center")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set(xlabel=label, xlim=(0, 1.15 * max(values.values())))
+    if title:
+        axes.set_title(title, loc="left", fontsize="medium")
+    return figure
+
+
+BANDS = ((0, 49), (50, 69), (70, 79), (80, 89), (90, 100))
+
+
+def bands(by_ratio: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Merges ranges of ten percent into a few ranges with enough questions each."""
+    joined = {}
+    for low, high in BANDS:
+        members = [group for label, group in by_ratio.items() if low <= int(label.split("-")[0]) <= high]
+        samples = sum(group["samples"] for group in members)
+        if samples:
+            right = sum(group["exact_match"] * group["samples"] for group in members)
+            joined[f"{low}-{high}"] = {"exact_match": right / samples, "samples": samples}
+    return joined
+
+
+def accuracy_over_boundaries(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws accuracy against the boundary: a line for each range of r on the left, for each kind on the right.
+
+    Args:
+        rows: what `bicache_jax.measure.by_boundary.accuracy_by_boundary` returns.
+    """
+    figure = _figure(9.0, 3.6)
+    panels = zip(figure.subplots(1, 2, sharey=True), ("by_ratio", "by_kind"), ("r, %", "kind"), strict=True)
+    rows = [{**row, "by_ratio": bands(row["by_ratio"])} for row in rows]
+    for axes, field, title in panels:
+        for label in rows[0][field]:
+            values = [row[field][label]["exact_match"] for row in rows]
+            count = rows[0][field][label]["samples"]
+            axes.plot([row["boundary"] for row in rows], values, marker="o", label=f"{label} ({count})")
+        axes.plot([row["boundary"] for row in rows], [row["exact_match"] for row in rows], color="black", label="all")
+        axes.set(xlabel="boundary b (L: naive prefix cache)", ylim=(0, 1.03))
+        axes.legend(title=title, fontsize="x-small", title_fontsize="x-small", ncols=2, loc="lower left")
+    figure.axes[0].set_ylabel("exact match")
+    return figure

@@ -7,16 +7,19 @@ full-sequence KV is above a threshold; b(r) is the number of leading shallow lay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.core.boundary import BoundaryTable
 from bicache_jax.core.buckets import length_bucket
-from bicache_jax.core.types import Model, Request
+from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.types import BicacheError, Model, Request
 from bicache_jax.measure.similarity import layer_similarity
+from bicache_jax.serving.admission import Asked, admit
 from bicache_jax.serving.grouping import detect_prefixes
+from bicache_jax.serving.requests import Parser
 from bicache_jax.wiring import backbone_here
 
 THRESHOLD = 0.97
@@ -103,6 +106,110 @@ def synthetic_samples(
             prefix_len = min(len(ids) - 1, max(1, round(ratio / 100 * len(ids))))
             samples.append(Sample(ids, prefix_len, ratio))
     return samples
+
+
+def draw_samples(
+    model: Model,
+    requests: Sequence[Request],
+    *,
+    split: bool,
+    ratio_step: int = 5,
+    per_ratio: int = 64,
+    with_response: bool = False,
+    most_tokens: int = 1024,
+    seed: int = 0,
+) -> list[Sample]:
+    """Calibration sequences of requests, at the prefixes they have or split at every ratio.
+
+    Args:
+        model: whose keys and values will be compared.
+        requests: where the tokens come from.
+        split: take prompts as plain text (`synthetic_samples`), instead of their own prefixes (`samples_of_requests`).
+        ratio_step: percent from one ratio to the next.
+        per_ratio: most samples of a ratio.
+        with_response: append the masked response, where prompts are not split.
+        most_tokens: of a split text.
+        seed: of the splits.
+    """
+    if split:
+        return synthetic_samples(
+            [request.prompt_ids for request in requests],
+            ratio_step=ratio_step,
+            per_ratio=per_ratio,
+            seed=seed,
+            most_tokens=min(most_tokens, model.config.max_length),
+        )
+    return samples_of_requests(
+        requests,
+        ratio_step=ratio_step,
+        per_ratio=per_ratio,
+        mask_id=model.config.mask_id,
+        with_response=with_response,
+    )
+
+
+def refuse_exact(model: Model, name: str) -> None:
+    """Says that a model has no boundary to measure.
+
+    Args:
+        model: the model.
+        name: what messages call it.
+
+    Raises:
+        BicacheError: its attention is block-causal.
+    """
+    if model.config.block_causal:
+        raise BicacheError(
+            f"{name}: its attention is block-causal, so its caches are exact and there is no boundary to measure"
+        )
+
+
+def profile_model(
+    model: Model,
+    requests: Asked,
+    *,
+    split: bool = False,
+    response: int = 0,
+    ratio_step: int = 5,
+    samples: int = 16,
+    threshold: float = THRESHOLD,
+    attention: str = "auto",
+    progress: Callable[[int], None] = lambda done: None,
+) -> BoundaryTable:
+    """Makes the boundary table of a model, as `bicache profile` does.
+
+    `CacheConfig(table=found.table)` uses it. Similarity is not accuracy: check a table against answers
+    (`bicache_jax.measure.by_boundary`).
+
+    Args:
+        model: the model.
+        requests: texts, conversations or dicts, as `Engine.generate` takes them; like what the model will be asked.
+        split: take prompts as plain text, and split them at every ratio; False: measure at their own prefixes.
+        response: masked response tokens behind each prompt, where prompts are not split. With as many as will be asked
+            for, the table has the ratios that these requests will have; 0 is what is published.
+        ratio_step: percent from one ratio to the next.
+        samples: most samples of a ratio.
+        threshold: similarity above which a layer is shallow.
+        attention: implementation of attention (see `bicache_jax.kernels.prefix_attention`).
+        progress: called with the number of samples that have been measured since.
+
+    Raises:
+        TypeError: something is not a request.
+        BicacheError: the model's caches are exact, a request is faulty, or none has a prefix to measure.
+    """
+    refuse_exact(model, model.name)
+    parser = Parser(model.config, model.tokenizer, SamplingConfig(gen_length=max(1, response)))
+    asked = [entry for entry in admit(requests, parser, errors="raise") if isinstance(entry, Request)]
+    drawn = draw_samples(
+        model, asked, split=split, ratio_step=ratio_step, per_ratio=samples, with_response=response > 0
+    )
+    if not drawn:
+        raise BicacheError("no request has a shared prefix to measure; give 'prefix_len', or split=True")
+    measured = []
+    for place, similarity in measure(model, drawn, attention=attention):
+        measured.append((drawn[place].ratio, [float(value) for value in similarity]))
+        progress(1)
+    return make_table(model, measured, threshold=threshold)
 
 
 def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto") -> Iterator[tuple[int, np.ndarray]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bicache_jax.core.buckets import prefix_bucket, suffix_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
+from bicache_jax.core.table import Table
 from bicache_jax.serving.flops import jobs, row_flops
 from bicache_jax.serving.grouping import Batch, Row, default_rows
 from bicache_jax.serving.memory import RESERVE, Buffers, Footprint, Memory
@@ -52,7 +53,7 @@ def rows_fitting(
     return most
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What `Engine.generate` would do.
 
@@ -123,10 +124,15 @@ class Plan:
         footprint = Footprint(self.part or self.config, self.weights, self.buffers, self.dtype, block_cache, copies)
         return footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
 
+    @property
+    def peak(self) -> Memory | None:
+        """Planned memory of a device in the round that takes most; None if there is nothing to run."""
+        memories = (self.memory(*batches) for batches in self.rounds)
+        return max(memories, key=lambda memory: memory.total, default=None)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; sizes in bytes."""
-        memories = [self.memory(*batches) for batches in self.rounds]
-        most = max(memories, key=lambda memory: memory.total, default=None)
+        most = self.peak
         return {
             "rows": len(self.rows),
             "prefixes": len({prefix for batch in self.batches for prefix in batch.prefixes if prefix}),
@@ -155,33 +161,43 @@ class Plan:
             "cache": self.cache_bytes(batch),
         }
 
-    def describe(self) -> str:
-        """The plan as a readable table."""
+    def table(self) -> Table:
+        """The plan for people: a line for each batch."""
         plan = self.to_json()
         intervals = sorted({batch["refresh_interval"] for batch in plan["batches"]})
-        lines = [
-            f"{plan['rows']} rows over {plan['prefixes']} prefixes in {len(plan['batches'])} batches; "
-            f"policy {plan['policy']}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
-            f"cache buffers: {plan['shared_layers']} shared layers, {plan['layers_per_row']} layers per row, "
-            f"{plan['dtype']}",
-            "",
-            f"{'batch':>5} {'rows':>5} {'prefixes':>8} {'r %':>9} {'b':>4} {'B':>4} {'G':>4} {'P':>6} {'U':>6} "
-            f"{'steps':>6} {'cache MiB':>10}",
-        ]
+        rows = []
         for number, batch in enumerate(plan["batches"], 1):
             low, high = batch["ratio"]
-            ratio, shape = f"{low}" if low == high else f"{low}-{high}", batch["shape"]
-            lines.append(
-                f"{number:>5} {batch['rows']:>5} {batch['prefixes']:>8} {ratio:>9} {batch['boundary']:>4} "
-                f"{shape['B']:>4} {shape['G']:>4} {shape['P']:>6} {shape['U']:>6} {batch['steps']:>6} "
-                f"{batch['cache'] / 2**20:>10.1f}"
+            ratio = f"{low}" if low == high else f"{low}-{high}"
+            sizes = [batch["shape"][letter] for letter in "BGPU"]
+            rows.append(
+                [number, batch["rows"], batch["prefixes"], ratio, batch["boundary"], *sizes, batch["steps"]]
+                + [f"{batch['cache'] / 2**20:,.1f}"]
             )
-        lines += [
-            "",
-            _memory_line(plan["memory"], plan["device_memory"]),
-            f"expected gain over no cache: at most {plan['gain']:.2f}x, by counted operations",
-        ]
-        return "\n".join(lines)
+        return Table(
+            (*"batch rows prefixes".split(), "r %", *"b B G P U steps".split(), "cache MiB"),
+            rows,
+            above=(
+                f"{plan['rows']} rows over {plan['prefixes']} prefixes in {len(plan['batches'])} batches; "
+                f"policy {plan['policy']}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
+                f"cache buffers: {plan['shared_layers']} shared layers, {plan['layers_per_row']} layers per row, "
+                f"{plan['dtype']}",
+            ),
+            below=(
+                _memory_line(plan["memory"], plan["device_memory"]),
+                f"expected gain over no cache: at most {plan['gain']:.2f}x, by counted operations",
+            ),
+        )
+
+    def describe(self) -> str:
+        """The plan as text."""
+        return str(self.table())
+
+    def __repr__(self) -> str:
+        return self.describe()  # the fields hold every token of every request
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def _memory_line(memory: dict[str, int] | None, device: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from bicache_jax.core.table import fields_table
 from bicache_jax.serving.compilation import CompileCounter
 
 
@@ -38,6 +39,9 @@ class Stats:
     compilations: int = 0
     compile_seconds: float = 0.0
     seconds: float = 0.0
+
+    def _repr_html_(self) -> str:
+        return fields_table(self)._repr_html_()
 
 
 class Counters:

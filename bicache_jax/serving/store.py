@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from bicache_jax.core.table import fields_table, mebibytes
 from bicache_jax.serving.host_tier import HostTier
 from bicache_jax.serving.memory import Buffers
 from bicache_jax.serving.placement import Piece
@@ -82,6 +83,16 @@ class PrefixStats:
     misses: int = 0
     evictions: int = 0
     flops_saved: float = 0.0
+
+    def _repr_html_(self) -> str:
+        return fields_table(self, _shown)._repr_html_()
+
+
+def _shown(name: str, count: float) -> object:
+    """A count as people read it."""
+    if name in ("nbytes", "budget", "host_nbytes"):
+        return mebibytes(count)
+    return f"{count:.3g}" if name == "flops_saved" else count
 
 
 @runtime_checkable

@@ -13,17 +13,9 @@ from bicache_jax import Engine, load_model
 from bicache_jax.cli import main
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
-from bicache_jax.measure.evaluate import (
-    Item,
-    choice_match,
-    compare,
-    evaluate,
-    exact_match,
-    find_scorer,
-    measure_speed,
-    numeric_match,
-    parse_policy,
-)
+from bicache_jax.measure.evaluate import Item, compare, evaluate, measure_speed
+from bicache_jax.measure.policies import parse_policy
+from bicache_jax.measure.scorers import choice_match, exact_match, find_scorer, numeric_match
 
 
 def test_scorers() -> None:
