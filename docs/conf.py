@@ -1,6 +1,5 @@
 """Settings of the documentation site: `python -m sphinx -W --keep-going -b html docs site`."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -14,12 +13,12 @@ author = "the bicache-jax authors"
 project_copyright = "the bicache-jax authors, Apache-2.0"
 version = release = _version()
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_reference"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_library"]
 exclude_patterns = ["_ext"]
-nitpick_ignore_regex = [(r"py:.*", r".*")]  # annotations name types of jax and jaxtyping, whose pages are elsewhere
 
-myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # flags have two hyphens
 
 # Docstrings are written for editors and `help()`, with single backticks for code.
 default_role = "code"
@@ -41,16 +40,3 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
-pygments_style = "default"
-
-
-def _plain_shapes(app, what, name, obj, options, signature, returns):
-    """Signatures show `Int[Array, 'B U']` as it is written, not the objects that it stands for."""
-    if signature:
-        signature = re.sub(r"<object object at 0x[0-9a-f]+>", "...", signature)
-    return signature, returns
-
-
-def setup(app):
-    """Connects what is above."""
-    app.connect("autodoc-process-signature", _plain_shapes)
