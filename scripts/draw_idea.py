@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation: what each kind of step computes, and a run of the bundled model that does it.
+"""Draws the pictures of the documentation: what each kind of step computes, and a run of the bundled model.
 
 python scripts/draw_idea.py docs/_static
 """
@@ -111,10 +111,9 @@ def draw_kinds(layers: int, path: Path) -> None:
         draw_layers(place, kind, layers, labels=place is places[0])
         place.set_title(TITLES[kind], fontsize=10, loc="left", color=INK)
     places[0].set_ylabel("layer", fontsize=9, color=DIM)
-    places[-1].annotate(
-        "boundary b", (sum(WIDTHS), BOUNDARY - 0.06), xytext=(4, 0), textcoords="offset points", fontsize=9, va="center",
-        annotation_clip=False,
-    )  # fmt: skip
+    edge = (sum(WIDTHS), BOUNDARY - 0.06)
+    beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    places[-1].annotate("boundary b", edge, fontsize=9, **beside)
     legend(figure, tuple(COLOURS), loc="lower left", bbox_to_anchor=(0.05, -0.01), ncols=2)
     figure.subplots_adjust(left=0.06, right=0.9, top=0.92, bottom=0.23, wspace=0.08)
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
