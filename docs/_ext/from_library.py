@@ -52,7 +52,7 @@ class ModuleText(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Makes the nodes."""
-        return _as_it_stands(inspect.getdoc(importlib.import_module(self.arguments[0])) or "")
+        return _as_it_stands(inspect.getdoc(importlib.import_module(self.arguments[0])) or "", wrap=False)
 
 
 class FieldList(SphinxDirective):
@@ -122,12 +122,20 @@ def _literal(text: str) -> Iterator[str]:
         yield f"`````{{code-block}} text\n:class: prose\n\n{text}\n`````\n"
 
 
-def _as_it_stands(text: str) -> list[nodes.Node]:
-    return [nodes.literal_block(text, text, language="text", classes=["prose"])]
+def _as_it_stands(text: str, *, wrap: bool = True) -> list[nodes.Node]:
+    return [nodes.literal_block(text, text, language="text", classes=["prose"] * wrap)]
+
+
+def _dashes(app: Sphinx, tree: nodes.document) -> None:
+    """The dash between a parameter and its text, which Sphinx leaves to smart quotes: with these, flags lose one."""
+    for node in list(tree.findall(nodes.Text)):
+        if node == " -- ":
+            node.parent.replace(node, nodes.Text(" – "))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the directives."""
+    app.connect("doctree-read", _dashes)
     app.add_directive("commands", Commands)
     app.add_directive("command-text", CommandText)
     app.add_directive("fields", FieldList)
