@@ -94,6 +94,7 @@ def test_sdist_can_be_tested_and_has_no_file_twice(built):
         assert all(member.isfile() or member.isdir() for member in archive)
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/test_packaging.py", "examples/requests.jsonl"} <= names
+    assert "docs/index.md" in names  # the README links to the pages
     assert {name.split("/")[0] for name in names}.isdisjoint(LINKED)
 
 

@@ -31,20 +31,16 @@ def test_commands_exist(monkeypatch):
     assert tests and tests[-1] in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w./]+/[\w./]*|[\w./]+\.(?:py|json|jsonl|toml))`", TEXT))))
-def test_paths_exist(path):
-    assert (ROOT / path).exists() or (ROOT / "bicache_jax" / path).exists()
-
-
-@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="needs the documentation")
-def test_links_lead_somewhere():
+def test_links_and_paths_lead_somewhere():
     assert "](docs/" in TEXT and not list(pages.broken_links(README))
+    assert all((ROOT / path).exists() for path in pages.paths(README))
 
 
 @pytest.mark.skipif(not (ROOT / "models").exists(), reason="an unpacked sdist has no top-level folders")
 def test_every_top_level_folder_is_explained():
-    for folder in ("bicache_jax", "models", "kernels", "configs", "scripts", "examples", "docs", "tests"):
-        assert re.search(rf"^{folder}/ ", TEXT, re.MULTILINE), folder
+    explained = re.findall(r"^(\w+)/ ", TEXT, re.MULTILINE)
+    assert {*explained} == {"bicache_jax", "models", "kernels", "configs", "scripts", "examples", "docs", "tests"}
+    assert all((ROOT / folder).is_dir() for folder in explained)
 
 
 def test_it_stays_short():

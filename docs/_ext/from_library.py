@@ -42,7 +42,9 @@ class CommandText(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Makes the nodes."""
         module = COMMANDS[self.arguments[0]]
-        return _as_it_stands(module.EPILOG if "epilog" in self.options else module.DESCRIPTION)
+        if "epilog" in self.options:
+            return _as_it_stands(module.EPILOG, wrap=False)
+        return _as_it_stands(module.DESCRIPTION)
 
 
 class ModuleText(SphinxDirective):
@@ -99,7 +101,7 @@ def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"**{group.title}**" + (f": {_escape(group.description)}" if group.description else "") + "\n"
         for action in actions:
             yield from _option(parser, action)
-    yield from _literal(parser.epilog or "")
+    yield from _literal(parser.epilog or "", wrap=False)
 
 
 def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:
@@ -116,10 +118,10 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#$~|])", r"\\\1", text)
 
 
-def _literal(text: str) -> Iterator[str]:
+def _literal(text: str, *, wrap: bool = True) -> Iterator[str]:
     text = textwrap.dedent(text).strip("\n")
     if text:
-        yield f"`````{{code-block}} text\n:class: prose\n\n{text}\n`````\n"
+        yield "`````{code-block} text\n" + ":class: prose\n" * wrap + f"\n{text}\n`````\n"
 
 
 def _as_it_stands(text: str, *, wrap: bool = True) -> list[nodes.Node]:
@@ -133,9 +135,15 @@ def _dashes(app: Sphinx, tree: nodes.document) -> None:
             node.parent.replace(node, nodes.Text(" – "))
 
 
+def _letters(app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """An attribute that is explained by one letter, such as `L.`, is no numbered list."""
+    lines[:] = [re.sub(r"^(:\w+ \w+: )([A-Z]\.)", r"\1\\\2", line) for line in lines]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the directives."""
     app.connect("doctree-read", _dashes)
+    app.connect("autodoc-process-docstring", _letters, priority=900)  # after napoleon
     app.add_directive("commands", Commands)
     app.add_directive("command-text", CommandText)
     app.add_directive("fields", FieldList)
