@@ -122,3 +122,7 @@ def broken_links(page: Path) -> Iterator[str]:
     for link in named:
         if "://" not in link and not (page.parent / link.partition("#")[0]).exists():
             yield link
+
+
+if __name__ == "__main__":
+    run_examples(Path(sys.argv[1]))
