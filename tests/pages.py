@@ -70,6 +70,8 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             values = vars(build_parser().parse_args(rest))
         case ["python", script, *rest] if script.startswith("scripts/"):
             values = _parsed_by_script(script, rest, monkeypatch)
+        case ["python", script] if script.startswith("examples/"):
+            values = {"script": script}
         case ["python", "-m", "pytest", *rest]:
             values = {"tests": [word for word in rest if word.startswith("tests/")]}
         case ["python", "-m", "sphinx", *rest]:
