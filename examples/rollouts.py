@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -55,11 +56,9 @@ class Round:
 
 def prompts(seed: int, count: int, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """Questions of some kinds about documents of one size, so that every round has the shapes of the first one."""
-    drawn: list[dict[str, Any]] = []
-    for request in task.draw_requests(seed, 1000 * count, people=(6, 6), facts=(2, 2)):
-        if request["kind"] in kinds and len(drawn) < count:
-            drawn.append({"id": request["id"], "prompt": request["prompt"], "answer": request["answer"]})
-    return drawn
+    drawn = task.draw_requests(seed, 1000 * count, people=(6, 6), facts=(2, 2))
+    asked = itertools.islice((one for one in drawn if one["kind"] in kinds), count)
+    return [{name: one[name] for name in ("id", "prompt", "answer")} for one in asked]
 
 
 def rule(result: Result, answer: str | list[str]) -> float:

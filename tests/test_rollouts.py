@@ -47,6 +47,7 @@ def test_rounds_compile_once_encode_anew_and_go_on_with_the_new_weights(monkeypa
     assert found != Engine(model, cache=engine.cache, sampling=sampling).generate(asked)
 
 
+@pytest.mark.full
 def test_the_update_makes_better_responses_likelier() -> None:
     model = small_model()
     optimizer = rollouts.optax.sgd(0.5)
@@ -73,7 +74,7 @@ def test_the_update_makes_better_responses_likelier() -> None:
 def test_prompts_fit_into_the_update() -> None:
     model = load_model("example", dtype="float32")
     assert model.tokenizer is not None
-    for seed in range(10_000, 10_010):
+    for seed in range(10_000, 10_003):
         asked = rollouts.prompts(seed, 16, ("list",))
         longest = max(len(model.tokenizer.encode(one["prompt"])) for one in asked)
         assert len(asked) == 16 and longest + rollouts.RESPONSE <= rollouts.LENGTH
