@@ -5,9 +5,9 @@ the memory. `w8a8` also brings each token's activations to int8, with a scale of
 integers and their sums exact: half the memory and, where a device multiplies int8 faster, less time. A token's scale
 depends on that token alone, so what it gets does not depend on its neighbours.
 
-[qwix](https://github.com/google/qwix) would do most of this (tried with 0.1.8). Its rules, which go by module path,
-hold for a block that is split once and merged inside `fori_loop`, and its products are of integers, too. It is not used
-for three reasons. It calibrates what a device holds: where a projection's inputs are split over a mesh, a token gets a
+[qwix](https://github.com/google/qwix) would do most of this (tried with 0.1.8). Its rules go by module path and hold
+for a block that is split once and merged inside `fori_loop`, and its products are of integers, too. It is not used for
+three reasons. It calibrates what a device holds: where a projection's inputs are split over a mesh, a token gets a
 scale on every device, and its result depends on the mesh; here they agree on one (`axis`). Its scales have the weights'
 dtype, in bfloat16 eight bits of it; here they are float32. And a quantised leaf is a tree of its own, whereas loading,
 partition tables, checkpoints and fingerprints here know a parameter by its path. What it would replace are the
