@@ -22,7 +22,8 @@ from bicache_jax.core.axes import explicit_axis, on_auto_axes, vary_like, withou
 from bicache_jax.core.backbone import Backbone, MakeBackbone, Params, layer_params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import PrefixCache, Rows
-from bicache_jax.core.config import BlockCache, CacheConfig, ModelConfig, SamplingConfig
+from bicache_jax.core.config import BlockCache, CacheConfig, CacheDtype, ModelConfig, SamplingConfig
+from bicache_jax.core.kv import Quantized, dtype_of
 from bicache_jax.core.layout import lay_out_canvases
 from bicache_jax.core.quantized import product
 from bicache_jax.decoding.encode import encode_alone
@@ -58,6 +59,7 @@ def encode_prefix(
     prefix_len: Int[Array, " G"] | None = None,
     boundaries: Sequence[int] | None = None,
     block_length: int | None = None,
+    cache_dtype: CacheDtype = "auto",
     attention: str = "auto",
     backbone: MakeBackbone | None = None,
 ) -> PrefixCache:
@@ -75,6 +77,8 @@ def encode_prefix(
             block-causal attention: L, the only one).
         block_length: tokens of a block, under block-causal attention: as the rows will have; None: the model's own. A
             prefix ends with a block.
+        cache_dtype: how its keys and values are kept, and those that `denoise` makes of it for each row
+            (`CacheConfig.cache_dtype`).
         attention: implementation of prefix attention.
         backbone: makes the model's pieces; None: its family does.
 
@@ -82,9 +86,10 @@ def encode_prefix(
         The cache; immutable, usable by any number of `denoise` calls.
 
     Raises:
-        ValueError: a boundary is outside 0..L.
+        ValueError: a boundary is outside 0..L, or there is no such `cache_dtype`.
         TypeError: it is differentiated.
     """
+    cache_dtype = CacheConfig(cache_dtype=cache_dtype).cache_dtype
     prefix_ids = jnp.asarray(prefix_ids, jnp.int32)
     prefix_ids = prefix_ids[None] if prefix_ids.ndim == 1 else prefix_ids
     num_layers = config.num_layers
@@ -98,19 +103,23 @@ def encode_prefix(
         prefix_len = jnp.full(prefix_ids.shape[:1], prefix_ids.shape[1], jnp.int32)
     pieces = backbone_for(config, attention, make=backbone)
     along, heads = explicit_axis(prefix_ids, 0), _head_axis(pieces, params)
-    kv = P(None, along, heads)
+    kv: Any = P(None, along, heads)
+    kv = Quantized(kv, kv) if cache_dtype == "int8" else kv
     out = PrefixCache(k=kv, v=kv, hidden=P(None, along), boundaries=P(), length=P(along))  # type: ignore[arg-type]
-    run = functools.partial(_encode, pieces, tuple(inputs), block_length or config.block_length)
+    run = functools.partial(_encode, pieces, tuple(inputs), block_length or config.block_length, cache_dtype)
     return on_auto_axes(run, (params, prefix_ids, jnp.asarray(prefix_len, jnp.int32)), out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(backbone: Backbone, boundaries: tuple[int, ...], block_length: int, *arrays: Any) -> PrefixCache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _encode(
+    backbone: Backbone, boundaries: tuple[int, ...], block_length: int, cache_dtype: CacheDtype, *arrays: Any
+) -> PrefixCache:
     """`encode_prefix` on parameters, ids and lengths."""
 
     def run(*arrays: Any) -> PrefixCache:
         args = (*arrays, jnp.asarray(boundaries, jnp.int32), jnp.asarray(block_length, jnp.int32))
-        return encode_alone(backbone, *vary_like(args, args), num_layers=boundaries[-1] + 1)
+        layers = boundaries[-1] + 1
+        return encode_alone(backbone, *vary_like(args, args), num_layers=layers, cache_dtype=cache_dtype)
 
     return without_gradient(run, "encode_prefix has no gradient: how far it goes is traced; see forward")(*arrays)
 
@@ -228,10 +237,11 @@ def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: Bloc
     state = initial_state(
         config,
         rows,
-        dtype=prefix.k.dtype,
+        dtype=prefix.hidden.dtype,
         prefix_len=prefix.k.shape[-2],
         deep_layers=0 if config.block_causal else config.num_layers - 1,
         block_cache=block_cache != "off",
+        cache_dtype=dtype_of(prefix.k),
     )
     decoding = make_decoding(config, sampling, boundary, refresh_interval, block_cache=block_cache)
     for stage in stages(sampling, block_cache):
@@ -296,14 +306,26 @@ def _with_twins(
     num_prefixes = prefix.length.shape[0]
     masks = vary_like(jnp.full((num_prefixes, prefix.k.shape[-2]), backbone.config.mask_id, jnp.int32), rows)
     other = encode_alone(
-        backbone, params, masks, prefix.length, prefix.boundaries, block_length, num_layers=prefix.k.shape[0]
+        backbone,
+        params,
+        masks,
+        prefix.length,
+        prefix.boundaries,
+        block_length,
+        num_layers=prefix.k.shape[0],
+        cache_dtype=dtype_of(prefix.k),
     )
+
+    def joined(name: str, axis: int) -> Any:
+        parts = getattr(prefix, name), getattr(other, name)
+        return jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=axis), *parts)
+
     both = PrefixCache(
-        k=jnp.concatenate([prefix.k, other.k], axis=1),
-        v=jnp.concatenate([prefix.v, other.v], axis=1),
-        hidden=jnp.concatenate([prefix.hidden, other.hidden], axis=1),
+        k=joined("k", 1),
+        v=joined("v", 1),
+        hidden=joined("hidden", 1),
         boundaries=prefix.boundaries,
-        length=jnp.concatenate([prefix.length, other.length]),
+        length=joined("length", 0),
     )
     twins = dataclasses.replace(
         rows,

@@ -19,6 +19,7 @@ from bicache_jax.conformance import Fault as Fault
 from bicache_jax.conformance import backbone_faults as backbone_faults
 from bicache_jax.conformance import check_backbone as check_backbone
 from bicache_jax.core.config import ATTENTION
+from bicache_jax.core.kv import KV, floats, stored
 from bicache_jax.kernels import elsewhere, refusal
 from bicache_jax.kernels import prefix_attention as prefix_attention
 from bicache_jax.kernels.forms import Candidate as Candidate
@@ -48,6 +49,7 @@ class AttentionCase:
         layers: layers of a stacked cache; 0: the prefix of one layer is given alone.
         own: every row has its own prefix and no index is given.
         block: tokens of a block of the suffix, under block-causal attention; 0: full attention.
+        quantized: the prefix is in 8 bits.
     """
 
     rows: int
@@ -62,6 +64,7 @@ class AttentionCase:
     layers: int = 0
     own: bool = False
     block: int = 0
+    quantized: bool = False
 
     def __str__(self) -> str:
         """A line that a report can hold."""
@@ -69,7 +72,7 @@ class AttentionCase:
         parts += f" P={self.prefix} T={self.queries} S={self.suffix} {self.dtype}"
         more = {"layers": self.layers, "block": self.block}
         parts += "".join(f" {name}={value}" for name, value in more.items() if value)
-        return parts + (" own" if self.own else "")
+        return parts + " own" * self.own + " int8" * self.quantized
 
     def arrays(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Random inputs in float64: prefixes shuffled and ragged, one of several empty; holes in the suffixes.
@@ -112,6 +115,8 @@ SMALL_CASES = (
     AttentionCase(2, 1, 2, 1, 16, 0, 9, 140),
     AttentionCase(3, 2, 4, 2, 32, 40, 24, 150, block=8),
     AttentionCase(2, 1, 2, 2, 16, 0, 40, 270, "bfloat16", block=32),
+    AttentionCase(3, 2, 4, 2, 20, 300, 7, 140, layers=3, block=8, quantized=True),
+    AttentionCase(2, 2, 6, 2, 64, 130, 6, 7, "bfloat16", own=True, quantized=True),
 )
 """Cases that an interpreter gets through."""
 
@@ -130,6 +135,11 @@ DEVICE_CASES = (
     # SDAR's and LLaDA2's heads: a finished block and the next one, a prompt
     AttentionCase(8, 2, 32, 8, 128, 1024, 8, 512, "bfloat16", layers=2, block=4),
     AttentionCase(2, 1, 16, 4, 128, 512, 384, 512, "bfloat16", layers=2, block=32),
+    # prefixes in 8 bits: LLaDA's suffix, Dream's block, heads too wide for Triton
+    AttentionCase(3, 2, 8, 8, 128, 1024, 130, 512, "bfloat16", layers=2, quantized=True),
+    AttentionCase(3, 1, 28, 4, 128, 1000, 32, 500, "bfloat16", layers=2, quantized=True),
+    AttentionCase(3, 2, 8, 8, 128, 1024, 130, 512, "float32", layers=2, quantized=True),
+    AttentionCase(2, 2, 4, 2, 256, 300, 40, 60, "bfloat16", quantized=True),
 )
 """Cases for a device that computes them natively."""
 
@@ -171,10 +181,18 @@ def reference_attention(
     return np.nan_to_num(out)
 
 
-def operands(case: AttentionCase, seed: int = 0) -> tuple[list[jax.Array], dict[str, Any]]:
+def _cast(case: AttentionCase, tensors: Sequence[np.ndarray]) -> list[KV]:
+    """A case's arrays in its dtype, or what it has in 8 bits."""
+    arrays: list[KV] = [jnp.asarray(tensor, case.dtype) for tensor in tensors]
+    if case.quantized:
+        arrays[1:3] = [stored(jnp.asarray(tensor, case.dtype), "int8") for tensor in tensors[1:3]]
+    return arrays
+
+
+def operands(case: AttentionCase, seed: int = 0) -> tuple[list[KV], dict[str, Any]]:
     """A case's arrays in its dtype, and the arguments of `prefix_attention` by name: the last layer of a stack."""
     tensors, named = case.arrays(seed)
-    arrays = [jnp.asarray(tensor, case.dtype) for tensor in tensors]
+    arrays = _cast(case, tensors)
     settings: dict[str, Any] = {
         "prefix_index": None if case.own else jnp.asarray(named["index"]),
         "prefix_len": jnp.asarray(named["lengths"]),
@@ -201,9 +219,9 @@ def attend(case: AttentionCase, call: Callable[..., jax.Array], seed: int = 0) -
 
 
 def exact(case: AttentionCase, seed: int = 0) -> np.ndarray:
-    """The reference on a case's inputs, rounded to its dtype [B, N, T, H]."""
+    """The reference on a case's inputs, rounded to its dtype or to 8 bits [B, N, T, H]."""
     tensors, named = case.arrays(seed)
-    rounded = [np.asarray(jnp.asarray(tensor, case.dtype), np.float64) for tensor in tensors]
+    rounded = [np.asarray(floats(array, np.float32), np.float64) for array in _cast(case, tensors)]
     if case.layers:
         rounded[1:3] = [rounded[1][-1], rounded[2][-1]]
     block_ids = (named["own"], named["blocks"]) if case.block else None
@@ -229,9 +247,4 @@ def kernel_here() -> str | None:
 
 def refused(case: AttentionCase, implementation: str) -> str | None:
     """Why a kernel does not serve a case, on any platform; None if it does."""
-    shapes = [
-        (case.rows, case.heads, case.queries, case.head_dim),
-        *[(case.prefixes, case.kv, case.prefix, case.head_dim)] * 2,
-        *[(case.rows, case.kv, case.suffix, case.head_dim)] * 2,
-    ]
-    return refusal(implementation, *(jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes))
+    return refusal(implementation, *jax.eval_shape(lambda: operands(case)[0]))

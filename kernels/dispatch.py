@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core import attention
 from bicache_jax.core.config import ATTENTION as IMPLEMENTATIONS
+from bicache_jax.core.kv import KV, Quantized
 from bicache_jax.kernels import gpu, tpu
 from bicache_jax.kernels.axes import spread
 from bicache_jax.kernels.support import PLATFORM, check, elsewhere, refusal
@@ -35,8 +36,8 @@ _KERNELS: dict[str, Call] = {
 
 def prefix_attention(
     q: Float[Array, "B N T H"],
-    k_prefix: Float[Array, "*L G K P H"],
-    v_prefix: Float[Array, "*L G K P H"],
+    k_prefix: Float[Array, "*L G K P H"] | Quantized,
+    v_prefix: Float[Array, "*L G K P H"] | Quantized,
     k_suffix: Float[Array, "B K S H"],
     v_suffix: Float[Array, "B K S H"],
     *,
@@ -58,7 +59,8 @@ def prefix_attention(
 
     Args:
         q: queries, rotated.
-        k_prefix: prefix keys, rotated; `[G, K, P, H]`, or the stack `[L, G, K, P, H]` when `layer` is given.
+        k_prefix: prefix keys, rotated; `[G, K, P, H]`, or the stack `[L, G, K, P, H]` when `layer` is given; in the
+            queries' dtype or in 8 bits.
         v_prefix: prefix values, like `k_prefix`.
         k_suffix: suffix keys, rotated.
         v_suffix: suffix values.
@@ -112,7 +114,7 @@ def prefix_attention(
     return _named(implementation, kernel, arrays, named, anywhere=interpret)
 
 
-def _or_plain(implementation: str, plain: Call, arrays: tuple[Array, ...], scale: float | None) -> Call:
+def _or_plain(implementation: str, plain: Call, arrays: tuple[KV, ...], scale: float | None) -> Call:
     """The kernel of a platform, or the plain form if the kernel does not support the call."""
     why = refusal(implementation, *arrays)
     if why is None:
@@ -127,11 +129,11 @@ def _say_once(why: str) -> None:
     warnings.warn(f"prefix attention runs as plain JAX: {why}", stacklevel=2)
 
 
-def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[KV, ...], named: dict[str, Any]) -> Array:
     """Picks the implementation at lowering time; the gradient is always the plain form's."""
 
     @jax.custom_jvp
-    def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+    def call(arrays: tuple[KV, ...], named: dict[str, Any]) -> Array:
         return jax.lax.platform_dependent(
             arrays,
             named,
@@ -147,12 +149,12 @@ def _by_platform(plain: Call, kernels: dict[str, Call], arrays: tuple[Array, ...
 
 
 def _named(
-    implementation: str, kernel: Call, arrays: tuple[Array, ...], named: dict[str, Any], *, anywhere: bool
+    implementation: str, kernel: Call, arrays: tuple[KV, ...], named: dict[str, Any], *, anywhere: bool
 ) -> Array:
     """A kernel that runs on its own platform (interpreted: on any), raises an error on others and has no gradient."""
 
     @jax.custom_jvp
-    def call(arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+    def call(arrays: tuple[KV, ...], named: dict[str, Any]) -> Array:
         if anywhere:
             return kernel(*arrays, **named)
         return jax.lax.platform_dependent(
@@ -169,9 +171,9 @@ def _named(
     return call(arrays, named)
 
 
-def _refused(implementation: str, arrays: tuple[Array, ...], named: dict[str, Any]) -> Array:
+def _refused(implementation: str, arrays: tuple[KV, ...], named: dict[str, Any]) -> Array:
     """A result with the kernel's type that cannot be lowered."""
-    (q, *_), _ = spread([*arrays, *jax.tree.leaves(named)])
+    (q, *_), _ = spread(jax.tree.leaves((arrays, named)))
     return _refused_p.bind(q, implementation=implementation)
 
 
@@ -200,7 +202,7 @@ class PrefixAttention:
     implementation: str = "auto"
     interpret: bool = False
 
-    def __call__(self, *args: Array, **kwargs: object) -> Array:
+    def __call__(self, *args: KV, **kwargs: object) -> Array:
         """Attends."""
         attend: Call = prefix_attention
         return attend(*args, **kwargs, implementation=self.implementation, interpret=self.interpret)

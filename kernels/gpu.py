@@ -7,8 +7,9 @@ that run at the same time find its KV in L2 (LLaDA-8B, P = 1024: 0.5 MB per KV h
 
 *Library*: `jax.nn.dot_product_attention` for the prefix and for the suffix, merged by their log-sum-exps. If there is
 only one prefix, all rows are folded into its queries, so it is read once. This has two costs. The library transposes KV
-to `[..., P, K, H]` first, which copies the layer's prefix in every call. And it rounds the log-sum-exps to the queries'
-dtype: in bfloat16 an error of up to 1/64 at 4 < |lse| < 8, which shifts weight between the parts by up to 0.4 %.
+to `[..., P, K, H]` first, which copies the layer's prefix in every call; of a prefix in 8 bits the copy is in floats.
+And it rounds the log-sum-exps to the queries' dtype: in bfloat16 an error of up to 1/64 at 4 < |lse| < 8, which shifts
+weight between the parts by up to 0.4 %.
 
 *Joined*: one call of a library for prefix and suffix (`bicache_jax.kernels.joined`).
 
@@ -30,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.kv import KV, Quantized, arrays_of, floats
 from bicache_jax.core.numerics import precision
 from bicache_jax.kernels import joined
 from bicache_jax.kernels.axes import spread
@@ -115,11 +117,13 @@ def _kernel(
     form: Form,
     width: int,
     scale: float,
+    quantized: bool,
 ) -> None:
     """One block of queries of a row and KV head; `width` is H, rounded up to a power of two."""
     block, head, row = (pl.program_id(axis) for axis in range(3))
     num_queries, head_dim = q_ref.shape[-2:]
-    *own_ids, out_ref = refs  # blocks of the queries, under block-causal attention
+    *more, out_ref = refs
+    scale_refs, own_ids = more[: 2 * quantized], more[2 * quantized :]  # the latter under block-causal attention
     high = precision(q_ref.dtype)
     in_head = jnp.arange(width) < head_dim
     queries = pl.ds(block * form.queries, form.queries)
@@ -131,29 +135,37 @@ def _kernel(
         own = plgpu.load(own_ids[0].at[row, queries], mask=there_q, other=0)[:, None]
     layer, prefix = plgpu.load(layer_ref.at[row]), plgpu.load(index_ref.at[row])
 
-    def walk(k_ref: Any, v_ref: Any, where: tuple[Any, ...], length: Array, mask_ref: Any, carry: Any) -> Any:
-        """Attends to the first `length` keys at `where`."""
+    def walk(
+        k_ref: Any, v_ref: Any, where: tuple[Any, ...], length: Array, mask_ref: Any, carry: Any, scales: Any = ()
+    ) -> Any:
+        """Attends to the first `length` keys at `where`; `scales` are those of keys and values in 8 bits."""
+
+        def read(ref: Any, slot: tuple[Any, ...], mask: Array) -> Array:
+            return plgpu.load(ref.at[slot], mask=mask, other=jnp.zeros((), ref.dtype))
 
         def body(step: Array, carry: Any) -> Any:
             peak, total, out = carry
             keys = pl.ds(step * form.keys, form.keys)
             there = step * form.keys + jnp.arange(form.keys) < length
-            slot = (*where, keys, pl.ds(0, width))
-            k = plgpu.load(k_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
+            slot, inside = (*where, keys, pl.ds(0, width)), there[:, None] & in_head
+            k, *factors = read(k_ref, slot, inside), *(read(ref, (*where, keys), there) for ref in scales)
             if mask_ref is None:
                 seen = there
             elif own is None:
                 seen = there & (plgpu.load(mask_ref.at[row, keys], mask=there, other=0) != 0)
             else:
                 seen = there & (plgpu.load(mask_ref.at[row, keys], mask=there, other=0) <= own)
-            scores = jnp.where(seen, plgpu.dot(q, k.T, precision=high) * (scale * math.log2(math.e)), UNSEEN)
+            scores = plgpu.dot(q, k.astype(q.dtype).T, precision=high) * (scale * math.log2(math.e))
+            scores = jnp.where(seen, scores * factors[0] if factors else scores, UNSEEN)
             higher = jnp.maximum(peak, jnp.max(scores, axis=-1))
             shrink, weights = jnp.exp2(peak - higher), jnp.exp2(scores - higher[:, None])
             if mask_ref is not None and own is not None:  # a query may see none of these keys
                 weights = jnp.where(seen, weights, 0)
-            v = plgpu.load(v_ref.at[slot], mask=there[:, None] & in_head, other=0.0)
+            total = shrink * total + jnp.sum(weights, axis=-1)
+            weights = weights * factors[1] if factors else weights
+            v = read(v_ref, slot, inside).astype(q.dtype)
             out = shrink[:, None] * out + plgpu.dot(weights.astype(v.dtype), v, precision=high)
-            return higher, shrink * total + jnp.sum(weights, axis=-1), out
+            return higher, total, out
 
         return jax.lax.fori_loop(0, jax.lax.div(length + (form.keys - 1), form.keys), body, carry)
 
@@ -162,7 +174,8 @@ def _kernel(
         jnp.zeros(form.queries, jnp.float32),
         jnp.zeros((form.queries, width), jnp.float32),
     )
-    carry = walk(k_prefix_ref, v_prefix_ref, (layer, prefix, head), plgpu.load(prefix_len_ref.at[row]), None, carry)
+    prefix_len, at = plgpu.load(prefix_len_ref.at[row]), (layer, prefix, head)
+    carry = walk(k_prefix_ref, v_prefix_ref, at, prefix_len, None, carry, scale_refs)
     suffix_len = plgpu.load(suffix_len_ref.at[row])
     _, total, out = walk(k_suffix_ref, v_suffix_ref, (row, head), suffix_len, valid_ref, carry)
     out = out / jnp.where(total == 0, 1, total)[:, None]
@@ -171,8 +184,8 @@ def _kernel(
 
 def _triton(
     q: Array,
-    k_prefix: Array,
-    v_prefix: Array,
+    k_prefix: KV,
+    v_prefix: KV,
     k_suffix: Array,
     v_suffix: Array,
     index: Array,
@@ -204,20 +217,28 @@ def _triton(
 
     def at_least_one(array: Array) -> Array:
         """A non-empty array to point to; it is not read if there are no keys."""
-        return array if array.shape[-2] else jnp.zeros((*array.shape[:-2], 1, head_dim), array.dtype)
+        return array if array.size else jnp.zeros([max(1, size) for size in array.shape], array.dtype)
 
-    kv = (at_least_one(array) for array in (k_prefix, v_prefix, k_suffix, v_suffix))
+    prefix = arrays_of(k_prefix, v_prefix)
+    kv = (at_least_one(array) for array in (*prefix[:2], k_suffix, v_suffix))
     operands, axes = spread(
         [
             q.reshape(num_rows, num_kv_heads, folded, head_dim),
             *kv,
             *(scalar.astype(jnp.int32) for scalar in scalars[:-1]),
             (scalars[-1] if num_suffix else jnp.zeros((num_rows, 1))).astype(jnp.int32),
+            *(at_least_one(scales[..., 0, :]) for scales in prefix[2:]),
             *own_ids,
         ]
     )
     out = pl.pallas_call(
-        functools.partial(_kernel, form=form, width=max(SMALLEST, pl.next_power_of_2(head_dim)), scale=scale),
+        functools.partial(
+            _kernel,
+            form=form,
+            width=max(SMALLEST, pl.next_power_of_2(head_dim)),
+            scale=scale,
+            quantized=len(prefix) > 2,
+        ),
         grid=(-(-folded // form.queries), num_kv_heads, num_rows),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_kv_heads, folded, head_dim), q.dtype, manual_axis_type=axes),
         compiler_params=plgpu.CompilerParams(num_warps=form.warps, num_stages=form.stages),
@@ -244,8 +265,8 @@ def _part(q: Array, k: Array, v: Array, mask: Array, scale: float, library: Any)
 
 def _library(
     q: Array,
-    k_prefix: Array,
-    v_prefix: Array,
+    k_prefix: KV,
+    v_prefix: KV,
     k_suffix: Array,
     v_suffix: Array,
     index: Array | None,
@@ -257,7 +278,13 @@ def _library(
     form: Form,
 ) -> Array:
     num_rows, num_heads, num_queries, head_dim = q.shape
-    k_prefix, v_prefix = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (k_prefix, v_prefix))
+
+    def of_layer(kv: KV) -> Array:
+        return floats(
+            jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), kv), q.dtype
+        )
+
+    k_prefix, v_prefix = of_layer(k_prefix), of_layer(v_prefix)
     num_prefixes, _, num_prefix, _ = k_prefix.shape
     parts = []
     if num_prefix:
@@ -286,8 +313,8 @@ def _library(
 
 def prefix_attention(
     q: Float[Array, "B N T H"],
-    k_prefix: Float[Array, "*L G K P H"],
-    v_prefix: Float[Array, "*L G K P H"],
+    k_prefix: Float[Array, "*L G K P H"] | Quantized,
+    v_prefix: Float[Array, "*L G K P H"] | Quantized,
     k_suffix: Float[Array, "B K S H"],
     v_suffix: Float[Array, "B K S H"],
     *,
@@ -327,7 +354,7 @@ def prefix_attention(
         return jnp.zeros_like(q)
     form = form or form_for(device_kind("cuda"), num_heads // num_kv_heads * num_queries, head_dim, q.dtype)
     if layer is None:
-        k_prefix, v_prefix, layer = k_prefix[None], v_prefix[None], 0
+        (k_prefix, v_prefix), layer = jax.tree.map(lambda array: array[None], (k_prefix, v_prefix)), 0
     layer = jnp.clip(jnp.asarray(layer, jnp.int32), 0, k_prefix.shape[0] - 1)
     index = None if prefix_index is None else jnp.clip(prefix_index, 0, num_prefixes - 1)
     scale = head_dim**-0.5 if scale is None else scale

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.kv import KV, Quantized, floats
 from bicache_jax.core.numerics import precision
 
 LIBRARIES = ("xla", "cudnn", "tokamax")
@@ -27,8 +28,8 @@ def has(library: str) -> bool:
 
 def prefix_attention(
     q: Float[Array, "B N T H"],
-    k_prefix: Float[Array, "L G K P H"],
-    v_prefix: Float[Array, "L G K P H"],
+    k_prefix: Float[Array, "L G K P H"] | Quantized,
+    v_prefix: Float[Array, "L G K P H"] | Quantized,
     k_suffix: Float[Array, "B K S H"],
     v_suffix: Float[Array, "B K S H"],
     index: Int[Array, " B"],
@@ -59,8 +60,9 @@ def prefix_attention(
     there = jnp.concatenate([jnp.arange(k_prefix.shape[3]) < prefix_len[index][:, None], suffix_valid], axis=1)
     order, lengths = jnp.argsort(~there, axis=1, stable=True), jnp.sum(there, axis=1, dtype=jnp.int32)
 
-    def joined(prefix: Array, suffix: Array) -> Array:
-        whole = jnp.concatenate([prefix[layer, index], suffix], axis=2).swapaxes(1, 2)
+    def joined(prefix: KV, suffix: Array) -> Array:
+        own = floats(jax.tree.map(lambda stack: stack[layer, index], prefix), suffix.dtype)
+        whole = jnp.concatenate([own, suffix], axis=2).swapaxes(1, 2)
         return jnp.take_along_axis(whole, order[:, :, None, None], axis=1)
 
     k, v = joined(k_prefix, k_suffix), joined(v_prefix, v_suffix)

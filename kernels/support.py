@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bicache_jax.core.device import LEAST_CAPABILITY, compute_capability
+from bicache_jax.core.kv import Quantized
 
 PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 _DTYPES = {"pallas_tpu": ("float32", "bfloat16"), "pallas_gpu": ("float32", "bfloat16", "float16")}
@@ -39,6 +40,8 @@ def check(
     if k_prefix.ndim != rank:
         wanted = "[L, G, K, P, H] with a layer" if stacked else "[G, K, P, H] without a layer"
         raise ValueError(f"k_prefix must be {wanted}, got {k_prefix.shape}")
+    if isinstance(k_prefix, Quantized) != isinstance(v_prefix, Quantized):
+        raise ValueError("k_prefix and v_prefix must both be in 8 bits or neither")
     if v_prefix.shape != k_prefix.shape:
         raise ValueError(f"v_prefix must have k_prefix's shape {k_prefix.shape}, got {v_prefix.shape}")
     if v_suffix.shape != k_suffix.shape:
@@ -71,9 +74,10 @@ def refusal(implementation: str, q: Any, *keys_and_values: Any) -> str | None:
     Args:
         implementation: `pallas_tpu` or `pallas_gpu`.
         q: queries.
-        *keys_and_values: prefix and suffix keys and values.
+        *keys_and_values: prefix and suffix keys and values; a prefix in 8 bits is served in every dtype.
     """
-    names = sorted({jnp.dtype(array.dtype).name for array in (q, *keys_and_values)})
+    floats = [array for array in (q, *keys_and_values) if not isinstance(array, Quantized)]
+    names = sorted({jnp.dtype(array.dtype).name for array in floats})
     if len(names) > 1:
         return f"{implementation} takes arrays of one dtype, got {', '.join(names)}"
     if names[0] not in _DTYPES[implementation]:

@@ -22,12 +22,16 @@ Sharing a prefix between rows pays off if the call is memory-bound: blocks of a 
 models with as many KV heads as query heads. With whole suffixes as queries (T = 384) the call is compute-bound, and
 sharing saves memory traffic that was already hidden. Scores never leave VMEM: in HBM they would be another
 4 N T (P + S) bytes, 69 MB per row for LLaDA-8B at T = 384, more than twice all other traffic.
+
+A prefix in 8 bits is fetched as integers, with a row of scales for each chunk, so its part of these bytes is half. In
+VMEM a chunk becomes floats, which is exact; scales meet scores and weights, which are there in float32 anyway.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,6 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.kv import Quantized, arrays_of
 from bicache_jax.core.numerics import precision
 from bicache_jax.kernels.axes import spread
 from bicache_jax.kernels.tuning import device_kind, rows
@@ -150,14 +155,14 @@ def _kernel(
     tiling: Tiling,
     scale: float,
     causal: bool,
+    quantized: bool,
 ) -> None:
     """One grid step: head, row, block of queries, stretch of the keys."""
     del layer_ref, index_ref  # the index maps read them
     refs_left = list(refs)
     q_ref = refs_left.pop(0)
     own_ref = refs_left.pop(0) if causal else None
-    k_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
-    v_chunks = [refs_left.pop(0) for _ in range(tiling.chunks)]
+    chunks = [[refs_left.pop(0) for _ in range(tiling.chunks)] for _ in range(4 if quantized else 2)]
     suffix_refs = [refs_left.pop(0) for _ in range(3 if tiling.size_s else 0)]
     out_ref, peak_ref, total_ref, sum_ref = refs_left
     row, step = pl.program_id(1), pl.program_id(3)
@@ -169,13 +174,17 @@ def _kernel(
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def attend(k_ref: Any, v_ref: Any, valid: Array, rest: Array | None) -> None:
+    def attend(
+        k_ref: Any, v_ref: Any, valid: Array, rest: Array | None, k_scale: Any = None, v_scale: Any = None
+    ) -> None:
         """Attends to one block of keys; only its first `rest` are inside the array, and the others may be anything."""
+        k = k_ref[...].astype(q_ref.dtype)
         scores = jax.lax.dot_general(
-            q_ref[...], k_ref[...], (((1,), (1,)), ((), ())), precision=high, preferred_element_type=jnp.float32
+            q_ref[...], k, (((1,), (1,)), ((), ())), precision=high, preferred_element_type=jnp.float32
         )
+        scores = scores if k_scale is None else scores * k_scale
         scores = jnp.where(valid, scores * scale, UNSEEN)
-        v = v_ref[...]
+        v = v_ref[...].astype(q_ref.dtype)
         if rest is not None:
             v = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0) < rest, v, jnp.zeros_like(v))
         before = peak_ref[...]
@@ -185,17 +194,20 @@ def _kernel(
             weights = jnp.where(valid, weights, 0)
         peak_ref[...] = peak
         total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights if v_scale is None else weights * v_scale
         sum_ref[...] = shrink * sum_ref[...] + jax.lax.dot_general(
             weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), precision=high, preferred_element_type=jnp.float32
         )
 
-    for i, (k_ref, v_ref) in enumerate(zip(k_chunks, v_chunks, strict=True)):
+    for i, chunk in enumerate(zip(*chunks, strict=True)):
         left = prefix_len_ref[row] - (step * tiling.chunks + i) * tiling.size_p
 
         @pl.when(left > 0)
-        def _(k_ref: Any = k_ref, v_ref: Any = v_ref, left: Array = left) -> None:
+        def _(chunk: Any = chunk, left: Array = left) -> None:
+            k_ref, v_ref, *scale_refs = chunk
             valid = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.size_p), 1) < left
-            attend(k_ref, v_ref, valid, left if tiling.num_p % tiling.size_p else None)
+            scales = (jnp.where(valid, ref[...], 0) for ref in scale_refs)
+            attend(k_ref, v_ref, valid, left if tiling.num_p % tiling.size_p else None, *scales)
 
     if suffix_refs:
         k_ref, v_ref, valid_ref = suffix_refs
@@ -219,20 +231,23 @@ def _blocks(length: Any, size: int) -> Any:
     return jax.lax.div(length + (size - 1), size)
 
 
-def block_specs(tiling: Tiling, head_dim: int, *, causal: bool = False) -> tuple[list[Any], Any]:
+def block_specs(
+    tiling: Tiling, head_dim: int, *, causal: bool = False, quantized: bool = False
+) -> tuple[list[Any], Any]:
     """Block specs of the operands and the result. Grid: head, row, block of queries, stretch of the keys."""
 
     def queries(k: Any, b: Any, m: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return b, k, m, 0
 
-    def chunk(i: int) -> Any:
+    def chunk(i: int, *, scales: bool = False) -> Any:
         def at(k: Any, b: Any, m: Any, j: Any, layer: Any, index: Any, prefix_len: Any, _: Any) -> tuple[Any, ...]:
             del m
             last = _blocks(prefix_len[b], tiling.size_p) - 1  # the row's last chunk that is not padding
             there = last >= i
             stay = jnp.minimum(j, jax.lax.div(jnp.maximum(last - i, 0), tiling.chunks))
             where = (layer[0], index[b], k, stay * tiling.chunks + i)
-            return (*(jnp.where(there, part, 0) for part in where), 0)
+            *at_head, place = (jnp.where(there, part, 0) for part in where)
+            return (*at_head, 0, place) if scales else (*at_head, place, 0)
 
         return at
 
@@ -248,7 +263,11 @@ def block_specs(tiling: Tiling, head_dim: int, *, causal: bool = False) -> tuple
     result = pl.BlockSpec((None, None, tiling.size_q, head_dim), queries)
     chunks = [pl.BlockSpec((None, None, None, tiling.size_p, head_dim), chunk(i)) for i in range(tiling.chunks)]
     own_ids = [pl.BlockSpec((None, tiling.size_q, 1), lambda k, b, m, j, *_: (b, m, 0))] * causal
-    specs = [result, *own_ids, *chunks, *chunks]
+    lines = [
+        pl.BlockSpec((None, None, None, 1, tiling.size_p), chunk(i, scales=True))
+        for i in range(tiling.chunks if quantized else 0)
+    ]
+    specs = [result, *own_ids, *chunks, *chunks, *lines, *lines]
     if tiling.size_s:
         own = pl.BlockSpec((None, None, tiling.size_s, head_dim), suffix)
         specs += [own, own, pl.BlockSpec((None, 1, tiling.size_s), mask)]
@@ -268,8 +287,8 @@ def _in_hbm_batched(axis_size: int, batched: list[bool], array: Array) -> tuple[
 
 def prefix_attention(
     q: Float[Array, "B N T H"],
-    k_prefix: Float[Array, "*L G K P H"],
-    v_prefix: Float[Array, "*L G K P H"],
+    k_prefix: Float[Array, "*L G K P H"] | Quantized,
+    v_prefix: Float[Array, "*L G K P H"] | Quantized,
     k_suffix: Float[Array, "B K S H"],
     v_suffix: Float[Array, "B K S H"],
     *,
@@ -305,25 +324,26 @@ def prefix_attention(
     num_rows, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_suffix = k_suffix.shape[1:3]
     *_, num_prefixes, _, num_prefix, _ = k_prefix.shape
+    prefix, quantized = arrays_of(k_prefix, v_prefix), isinstance(k_prefix, Quantized)
     if not q.size or not (num_prefix or num_suffix):
         return jnp.zeros_like(q)
     folded = num_heads // num_kv_heads * num_queries
     blocks = blocks or blocks_for(device_kind("tpu"), folded, q.dtype.itemsize)
     tiling = Tiling.of(folded, num_prefix, num_suffix, blocks)
     if layer is None:
-        k_prefix, v_prefix, layer = k_prefix[None], v_prefix[None], 0
+        prefix, layer = [array[None] for array in prefix], 0
 
     index = jnp.arange(num_rows) if prefix_index is None else jnp.clip(prefix_index, 0, num_prefixes - 1)
     seen = jnp.where(suffix_valid, jnp.arange(num_suffix) + 1, 0)
     scalars = (
-        jnp.clip(jnp.asarray(layer), 0, k_prefix.shape[0] - 1).reshape(1),
+        jnp.clip(jnp.asarray(layer), 0, prefix[0].shape[0] - 1).reshape(1),
         index,
         jnp.clip(prefix_len[index], 0, num_prefix),
         jnp.max(seen, axis=1, initial=0),
     )
     if not interpret:
         # The compiler would bring the whole stack into vector memory, in every layer, where it fits beside the weights.
-        k_prefix, v_prefix = _in_hbm(k_prefix), _in_hbm(v_prefix)
+        prefix = [*map(_in_hbm, prefix)]
     own_ids, seen_ids = [], suffix_valid.astype(jnp.int32)
     causal = block_ids is not None and bool(num_suffix)
     if causal and block_ids is not None:
@@ -332,18 +352,24 @@ def prefix_attention(
     operands = [
         q.reshape(num_rows, num_kv_heads, folded, head_dim),
         *own_ids,
-        *[k_prefix] * tiling.chunks,
-        *[v_prefix] * tiling.chunks,
+        *(array for array in prefix for _ in range(tiling.chunks)),
     ]
     if tiling.size_s:
         operands += [k_suffix, v_suffix, seen_ids[:, None]]
     operands = [*(scalar.astype(jnp.int32) for scalar in scalars), *operands]
     operands, axes = spread(operands)
-    in_specs, out_spec = block_specs(tiling, head_dim, causal=causal)
-    keys = num_prefix + num_suffix
+    in_specs, out_spec = block_specs(tiling, head_dim, causal=causal, quantized=quantized)
+    keys, prefix_heads = num_prefix + num_suffix, num_kv_heads * num_prefixes
+    prefix_bytes = prefix_heads * sum(math.prod(array.shape[3:]) * array.dtype.itemsize for array in prefix)
     with jax.named_scope("prefix_attention"):
         out = pl.pallas_call(
-            functools.partial(_kernel, tiling=tiling, scale=head_dim**-0.5 if scale is None else scale, causal=causal),
+            functools.partial(
+                _kernel,
+                tiling=tiling,
+                scale=head_dim**-0.5 if scale is None else scale,
+                causal=causal,
+                quantized=quantized,
+            ),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(num_kv_heads, num_rows, tiling.count_q, tiling.steps),
@@ -364,13 +390,11 @@ def prefix_attention(
             cost_estimate=pl.CostEstimate(
                 flops=4 * num_rows * num_heads * num_queries * keys * head_dim,
                 transcendentals=num_rows * num_heads * num_queries * keys,
-                bytes_accessed=2
+                bytes_accessed=prefix_bytes
+                + 2
                 * q.dtype.itemsize
                 * head_dim
-                * (
-                    num_rows * num_heads * num_queries
-                    + num_kv_heads * (num_prefixes * num_prefix + num_rows * num_suffix)
-                ),
+                * (num_rows * num_heads * num_queries + num_kv_heads * num_rows * num_suffix),
             ),
             interpret=interpret,
             name="prefix_attention",

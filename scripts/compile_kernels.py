@@ -24,7 +24,8 @@ from bicache_jax.sharding.topologies import slice_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KERNEL_SHAPES: list[Any] = [
-    # model, query heads, KV heads, queries, dtype, block (0: full attention); rows 8, prefixes 2, P 1024, S 384, H 128
+    # model, query heads, KV heads, queries, dtype, block (0: full attention), whether the prefix is in 8 bits;
+    # rows 8, prefixes 2, P 1024, S 384, H 128
     *[(f"{model} T={t}", n, k, t, "bfloat16") for model, n, k in (("LLaDA-8B", 32, 32), ("Dream-7B", 28, 4))
       for t in (384, 32)],
     ("LLaDA-8B refresh T=1408", 32, 32, 1408, "bfloat16"),
@@ -32,6 +33,10 @@ KERNEL_SHAPES: list[Any] = [
     # a finished block and the next one, and a prompt, under a block-causal mask
     ("LLaDA2-mini T=64", 16, 4, 64, "bfloat16", 32),
     ("SDAR-8B T=384", 32, 8, 384, "bfloat16", 4),
+    ("LLaDA-8B T=384 int8", 32, 32, 384, "bfloat16", 0, True),
+    ("LLaDA-8B T=384 int8", 32, 32, 384, "float32", 0, True),
+    ("Dream-7B T=32 int8", 28, 4, 32, "bfloat16", 0, True),
+    ("SDAR-8B T=384 int8", 32, 8, 384, "bfloat16", 4, True),
 ]  # fmt: skip
 
 
@@ -40,7 +45,9 @@ def device(topology: str) -> Any:
     return slice_devices(TOPOLOGIES.get(topology, topology))[0]
 
 
-def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str, block: int = 0) -> dict[str, Any]:
+def kernel(
+    topology: str, heads: int, kv_heads: int, queries: int, dtype: str, block: int = 0, quantized: bool = False
+) -> dict[str, Any]:
     """Compiles the TPU kernel for a layer of a stacked cache.
 
     Returns:
@@ -48,6 +55,7 @@ def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str, b
     """
     import jax
 
+    from bicache_jax.core import kv
     from bicache_jax.kernels import tpu
 
     rows, prefixes, prefix, suffix, head_dim, layers = 8, 2, 1024, 384, 128, 4
@@ -58,7 +66,9 @@ def kernel(topology: str, heads: int, kv_heads: int, queries: int, dtype: str, b
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    cache = array(layers, prefixes, kv_heads, prefix, head_dim)
+    shape, form = (layers, prefixes, kv_heads, prefix, head_dim), "int8" if quantized else "auto"
+    parts = jax.eval_shape(lambda: kv.zeros(shape, dtype, form))  # type: ignore[arg-type]
+    cache = jax.tree.map(lambda part: array(*part.shape, dtype=part.dtype), parts)
     own = array(rows, kv_heads, suffix, head_dim)
     attend = functools.partial(tpu.prefix_attention, blocks=blocks)
     call = jax.jit(

@@ -8,7 +8,13 @@ import jax
 from beartype import BeartypeConf, beartype
 
 # JAX builds our pytrees around these too, where a program is lowered or sharded before there are arrays.
-STAND_INS = (jax.ShapeDtypeStruct, jax.stages.ArgInfo, jax.sharding.Sharding, jax.sharding.PartitionSpec)
+STAND_INS = (
+    jax.ShapeDtypeStruct,
+    jax.core.ShapedArray,
+    jax.stages.ArgInfo,
+    jax.sharding.Sharding,
+    jax.sharding.PartitionSpec,
+)
 
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from bicache_jax.cli.options import flag_named, integer, row_count
+from bicache_jax.cli.options import add_cache_dtype_flag, flag_named, integer, row_count
 from bicache_jax.core.config import BLOCK_CACHES, QUANTIZE
 
 HELP = "compile for a TPU slice that is not here, and say whether the programs fit"
@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--block-cache", choices=BLOCK_CACHES, default="off", help="as in generate (default: %(default)s)"
     )
+    add_cache_dtype_flag(shape)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for people")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from bicache_jax.cli import backend
 from bicache_jax.cli.options import (
     DTYPE_HELP,
+    add_cache_dtype_flag,
     add_checkpoint_flags,
     auto_or_integer,
     boundary,
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " their caches alone)",
     )
     grid.add_argument("--boundary", type=_boundaries, default=("auto",), metavar="LIST", help="b (default: auto)")
+    add_cache_dtype_flag(grid, several=True)
     grid.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: half of the suffix)")
     grid.add_argument(
         "--steps", type=integer(1), metavar="N", help="(default: one refresh interval, at most gen-length)"
@@ -155,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.measure import benchmark
+    from bicache_jax.measure.policies import in_forms
     from bicache_jax.measure.torch_baseline import TorchRunner
 
     if args.restart and args.model is None:
@@ -166,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
     causal = model.config.block_causal
     if args.policies is None:
         args.policies = ("none", "exact") if causal else POLICIES
+    args.policies = in_forms(args.policies, ("none",), args.cache_dtype)
     if causal and args.block_length is None:
         args.block_length = model.config.block_length
     if args.mixed:

@@ -12,6 +12,7 @@ from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
 from bicache_jax.cli.options import (
     DTYPE_HELP,
+    add_cache_dtype_flag,
     add_checkpoint_flags,
     auto_or_integer,
     boundary,
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|N",
         help="auto: 16, for policies with a block cache a block's steps (default: %(default)s)",
     )
+    add_cache_dtype_flag(cache, several=True)
     cache.add_argument("--gen-length", type=integer(1), metavar="N", help="(default: 128; 16 for the example task)")
     add_step_flags(cache)
     cache.add_argument(
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     from bicache_jax.core.boundary import load_table
     from bicache_jax.measure.evaluate import TURNS, evaluate, items_of
+    from bicache_jax.measure.policies import in_forms
     from bicache_jax.measure.scorers import find_scorer
 
     if ":" in args.scorer:
@@ -120,8 +123,7 @@ def run(args: argparse.Namespace) -> int:
         for name in args.quantize:
             models[name] = backend.load(argparse.Namespace(**{**vars(args), "quantize": name}))
         model = models[args.quantize[0]]
-        # Policies are compared within a format, formats with the first one.
-        policies += [f"{policy}@{name}" for name in args.quantize[1:] for policy in policies]
+        policies = in_forms(policies, args.quantize, args.cache_dtype)
         if table is not None:
             cache = backend.with_table(args, cache, table, model)
         elif model.note and args.boundary == "auto" and any(name.startswith("bicache") for name in policies):

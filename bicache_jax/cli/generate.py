@@ -16,6 +16,7 @@ from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import (
     DTYPE_HELP,
     Parser,
+    add_cache_dtype_flag,
     add_checkpoint_flags,
     auto_or_integer,
     boundary,
@@ -152,6 +153,7 @@ def add_running_arguments(parser: Parser, *, required: bool = True) -> None:
         help="keep keys and values outside the current block until it is done: dual all of them, prefix those before it"
         " (Fast-dLLM); approximate, like every policy but none (default: %(default)s)",
     )
+    add_cache_dtype_flag(cache)
     cache.add_argument(
         "--batch-boundary",
         choices=("own", "min"),
@@ -304,6 +306,7 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
         block_cache=args.block_cache,
         batch_boundary=args.batch_boundary,
         prefix_detection=args.prefix_detection,
+        cache_dtype=args.cache_dtype,
     )
     sampling = sampling_from_flags(
         args,

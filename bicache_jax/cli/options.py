@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
-from bicache_jax.core.config import QUANTIZE
+from bicache_jax.core.config import CACHE_DTYPES, QUANTIZE
 from bicache_jax.core.types import BicacheError
 
 C = TypeVar("C")
@@ -100,6 +100,19 @@ def listed(text: str) -> tuple[str, ...]:
     return names
 
 
+def listed_of(words: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """The argument type of some of these words with commas between them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = listed(text)
+        for name in names:
+            if name not in words:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(words)}, got {name!r}")
+        return names
+
+    return parse
+
+
 def integers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
     """The argument type of integers with commas between them."""
     one = integer(least, most)
@@ -186,6 +199,31 @@ def add_quantize_flag(group: FlagGroup) -> None:
         choices=QUANTIZE,
         help="w8: weights in 8 bits, half the memory; w8a8: also what they are multiplied with, so that products are of"
         " integers (default: as they are stored)",
+    )
+
+
+def add_cache_dtype_flag(group: FlagGroup, *, several: bool = False) -> None:
+    """Adds the flag that says how the keys and values of prefixes are kept.
+
+    Args:
+        group: where it belongs.
+        several: whether several forms are compared.
+    """
+    if several:
+        group.add_argument(
+            "--cache-dtype",
+            type=listed_of(CACHE_DTYPES),
+            default=("auto",),
+            metavar="LIST",
+            help="forms of a prefix's keys and values to compare: auto, int8, as in generate (default: auto)",
+        )
+        return
+    group.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="how keys and values of prefixes are kept. auto: in the model's dtype; int8: in 8 bits with a scale for"
+        " each token and head, about half the memory of bfloat16 and approximate (default: %(default)s)",
     )
 
 

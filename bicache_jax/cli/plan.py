@@ -110,6 +110,7 @@ def _show_capacity(args: argparse.Namespace, given: set[str]) -> int:
         block_cache=cache.block_cache,
         dtype=chip.dtype if args.dtype == "auto" else args.dtype,
         quantize=args.quantize or "none",
+        cache_dtype=cache.cache_dtype,
     )
     with flag_named("mesh"):
         found = capacity(shape, args.device, args.mesh or "", share=args.memory_share)

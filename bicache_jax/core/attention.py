@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.kv import KV, Quantized
 from bicache_jax.core.numerics import precision
 
 # Scores held at a time. On CPUs 6 MiB: more than a core's cache, but large enough for products that use several cores.
@@ -25,8 +26,8 @@ class Attention(Protocol):
     def __call__(
         self,
         q: Array,
-        k_prefix: Array,
-        v_prefix: Array,
+        k_prefix: KV,
+        v_prefix: KV,
         k_suffix: Array,
         v_suffix: Array,
         *,
@@ -43,8 +44,8 @@ class Attention(Protocol):
 
 def prefix_attention(
     q: Float[Array, "B N T H"],
-    k_prefix: Float[Array, "*L G K P H"],
-    v_prefix: Float[Array, "*L G K P H"],
+    k_prefix: Float[Array, "*L G K P H"] | Quantized,
+    v_prefix: Float[Array, "*L G K P H"] | Quantized,
     k_suffix: Float[Array, "B K S H"],
     v_suffix: Float[Array, "B K S H"],
     *,
@@ -58,12 +59,15 @@ def prefix_attention(
     """Attention of suffix queries over a shared prefix and their own suffix, one softmax over both.
 
     It processes a few heads of one row at a time, or some queries of one head, as many as `SCORES` allows. Only their
-    scores are held in memory, and a shared prefix is never copied for every row.
+    scores are held in memory, and a shared prefix is never copied for every row. Of a prefix in 8 bits, the integers of
+    these heads become floats, which is exact in every dtype.
 
     Args:
         q: queries, rotated.
-        k_prefix: prefix keys, rotated; `[G, K, P, H]`, or the stack `[L, G, K, P, H]` when `layer` is given.
-        v_prefix: prefix values, like `k_prefix`.
+        k_prefix: prefix keys, rotated; `[G, K, P, H]`, or the stack `[L, G, K, P, H]` when `layer` is given. In 8 bits
+            they stand for `values * scales`: a key's scale is a factor of its scores.
+        v_prefix: prefix values, like `k_prefix`, and in 8 bits where that is. A value's scale is a factor of its
+            probability where that meets the value, and not of the sum that divides it.
         k_suffix: suffix keys, rotated.
         v_suffix: suffix values.
         prefix_index: which prefix each row uses; None: each row has its own (G = B).
@@ -91,18 +95,30 @@ def prefix_attention(
     prefix_valid = jnp.arange(num_prefix) < prefix_len[:, None]
     block_bm = None if block_ids is None else jnp.tile(block_ids[0], (1, num_heads // num_kv_heads))
 
-    def keys(prefix: Array, suffix: Array, g: Array, b: Array, k: Array) -> Float[Array, "n S H"]:
-        """The heads' keys or values, prefix and suffix joined; small compared with their scores."""
-        own = jax.lax.dynamic_slice(suffix, (b, k, 0, 0), (1, heads, *suffix.shape[2:]))[0]
-        stack = prefix if layer is not None else prefix[None]
+    def shared(stack: Array, g: Array, k: Array) -> Array:
+        """The heads' part of a prefix, [n, *, *]."""
+        stack = stack if layer is not None else stack[None]
         at = (0 if layer is None else layer, g, k, 0, 0)
-        shared = jax.lax.dynamic_slice(stack, at, (1, 1, heads, *prefix.shape[-2:]))[0, 0]
-        return jnp.concatenate([shared, own], axis=1)
+        return jax.lax.dynamic_slice(stack, at, (1, 1, heads, *stack.shape[-2:]))[0, 0]
+
+    def keys(prefix: KV, suffix: Array, g: Array, b: Array, k: Array) -> tuple[Array, Array | None]:
+        """The heads' keys or values [n, S, H], prefix and suffix joined; small compared with their scores.
+
+        And their scales [n, 1, S]; None: all are 1.
+        """
+        own = jax.lax.dynamic_slice(suffix, (b, k, 0, 0), (1, heads, *suffix.shape[2:]))[0]
+        values, scales = (prefix.values, prefix.scales) if isinstance(prefix, Quantized) else (prefix, None)
+        if scales is None:
+            return jnp.concatenate([shared(values, g, k), own], axis=1), None
+        ones = jnp.ones((heads, 1, own.shape[1]), scales.dtype)
+        joined = jnp.concatenate([shared(values, g, k).astype(own.dtype), own], axis=1)
+        return joined, jnp.concatenate([shared(scales, g, k), ones], axis=2)
 
     def some_heads(index: Array, out_bkmh: Array) -> Array:
         k, b = jnp.divmod(index, num_rows)  # rows innermost: adjacent rows find their shared prefix in the CPU cache
         k, g = k * heads, b if prefix_index is None else prefix_index[b]
-        k_nsh, v_nsh = keys(k_prefix, k_suffix, g, b, k), keys(v_prefix, v_suffix, g, b, k)
+        k_nsh, k_scale = keys(k_prefix, k_suffix, g, b, k)
+        v_nsh, v_scale = keys(v_prefix, v_suffix, g, b, k)
         valid_s = jnp.concatenate([prefix_valid[g], suffix_valid[b]])
 
         def some_queries(index: Array, out_bkmh: Array) -> Array:
@@ -110,6 +126,7 @@ def prefix_attention(
             start = (b, k, jnp.minimum(index * tile, q_bkmh.shape[2] - tile), 0)
             q_nmh = jax.lax.dynamic_slice(q_bkmh, start, (1, heads, tile, head_dim))[0]
             s_nms = jnp.einsum("nmh,nsh->nms", q_nmh, k_nsh, precision=high, preferred_element_type=jnp.float32)
+            s_nms = s_nms if k_scale is None else s_nms * k_scale
             seen_s = valid_s
             if block_ids is not None and block_bm is not None:
                 own_m1 = jax.lax.dynamic_slice(block_bm, (b, start[2]), (1, tile)).reshape(tile, 1)
@@ -118,6 +135,7 @@ def prefix_attention(
             s_nms = jnp.where(seen_s, s_nms * scale, -jnp.inf)
             p_nms = jnp.exp(s_nms - jnp.max(s_nms, axis=-1, keepdims=True, initial=lowest))
             total = jnp.sum(p_nms, axis=-1, keepdims=True)
+            p_nms = p_nms if v_scale is None else p_nms * v_scale
             out_nmh = jnp.einsum(
                 "nms,nsh->nmh",
                 p_nms.astype(v_nsh.dtype),

@@ -1,7 +1,8 @@
 """The pytrees that the jitted programs take and return; all are frozen and never changed in place.
 
 KV have the layout `[..., K, P, H]`, heads before tokens: a layer's KV are read per head as contiguous `[P, H]` tiles.
-Keys are cached after rotary embedding, since a prefix's positions never change.
+Keys are cached after rotary embedding, since a prefix's positions never change. KV of prefixes may be in 8 bits
+(`bicache_jax.core.kv`); those of suffixes never are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from bicache_jax.core.kv import Quantized
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +29,8 @@ class PrefixCache:
         length: tokens in each prefix; the rest of P is padding.
     """
 
-    k: Float[Array, "Ls G K P H"]
-    v: Float[Array, "Ls G K P H"]
+    k: Float[Array, "Ls G K P H"] | Quantized
+    v: Float[Array, "Ls G K P H"] | Quantized
     hidden: Float[Array, "J G P D"]
     boundaries: Int[Array, " J"]
     length: Int[Array, " G"]
@@ -48,8 +51,8 @@ class DeepCache:
         v: values of the same layers.
     """
 
-    k: Float[Array, "Ld B K P H"]
-    v: Float[Array, "Ld B K P H"]
+    k: Float[Array, "Ld B K P H"] | Quantized
+    v: Float[Array, "Ld B K P H"] | Quantized
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,9 @@ AttentionKind = Literal["full", "block_causal"]
 Quantize = Literal["none", "w8", "w8a8"]
 QUANTIZE: tuple[Quantize, ...] = typing.get_args(Quantize)
 """Formats of weights: `w8` in 8 bits, `w8a8` also the activations that they are multiplied with."""
+CacheDtype = Literal["auto", "int8"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = typing.get_args(CacheDtype)
+"""Forms of cached prefix KV: `auto` in the model's dtype, `int8` in 8 bits (`bicache_jax.core.kv`)."""
 BLOCK_CACHES: tuple[BlockCache, ...] = ("off", "prefix", "dual")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Of parameters and caches; `auto`: float32 on CPUs, float16 on GPUs that have no bfloat16, else bfloat16."""
@@ -281,6 +284,9 @@ class CacheConfig:
             prompt if it asks for several samples), else what it shares with the other requests of the call. `messages`:
             its own only. `off`: `prefix_len` only. A request gets the same tokens wherever its prefix is the same, so
             with `messages` and `off` it gets the same ones alone and in any call.
+        cache_dtype: how the KV of prefixes are stored, shared ones and those of each row: `auto` in the model's dtype,
+            `int8` in 8 bits with a scale for each token and head. Suffixes, the KV of a block cache among them, stay in
+            the model's dtype, and so do hidden states.
     """
 
     policy: Policy = "auto"
@@ -291,6 +297,7 @@ class CacheConfig:
     batch_boundary: Literal["own", "min"] = "own"
     min_prefix: int = 16
     prefix_detection: PrefixDetection = "auto"
+    cache_dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -317,6 +324,8 @@ class CacheConfig:
             raise ValueError(
                 f"prefix_detection must be one of {', '.join(PREFIX_DETECTIONS)}, got {self.prefix_detection!r}"
             )
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
 
     def for_model(self, config: ModelConfig) -> CacheConfig:
         """The settings with the policy that a model's attention asks for where they name none.

@@ -17,7 +17,8 @@ from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import DeepCache, PrefixCache, Rows, SuffixCache
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import CacheDtype, ModelConfig
+from bicache_jax.core.kv import dtype_of, zeros
 from bicache_jax.core.quantized import product
 from bicache_jax.decoding.encode import encode_alone
 from bicache_jax.decoding.forward import SuffixForward
@@ -52,8 +53,9 @@ def first_pass(
     config, (num_rows, length) = backbone.config, rows.tokens.shape
     heads = (num_rows, config.num_kv_heads)
     layers = 0 if config.block_causal or not cache.k.shape[-2] else config.num_layers - 1
-    deep = jnp.zeros((layers, *heads, cache.k.shape[-2], config.head_dim), cache.k.dtype)
-    none = jnp.zeros((0, *heads, length, config.head_dim), cache.k.dtype)
+    dtype = cache.hidden.dtype
+    deep = zeros((layers, *heads, cache.k.shape[-2], config.head_dim), dtype, dtype_of(cache.k))
+    none = jnp.zeros((0, *heads, length, config.head_dim), dtype)
     block_ids = None
     if config.block_causal:
         own = jnp.floor_divide(jnp.arange(length) - rows.front[:, None], block_length)
@@ -135,7 +137,7 @@ def divergence(
     return jnp.maximum(found, 0)  # rounding
 
 
-@functools.partial(jax.jit, static_argnames=("backbone", "width", "mesh"))
+@functools.partial(jax.jit, static_argnames=("backbone", "width", "cache_dtype", "mesh"))
 def drift(
     backbone: Backbone,
     params: Params,
@@ -147,6 +149,7 @@ def drift(
     block_length: Int[Array, ""],
     *,
     width: int,
+    cache_dtype: CacheDtype = "auto",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B W"]:
     """Divergence of the first pass without a prefix cache to the one with it, position by position.
@@ -161,6 +164,7 @@ def drift(
         boundary: b.
         block_length: tokens of a block, under block-causal attention.
         width: W, response positions (static).
+        cache_dtype: how the KV of prefixes are kept (static).
         mesh: the mesh, whose data shards have rows and prefixes of their own; None: one device.
 
     Returns:
@@ -181,7 +185,16 @@ def drift(
         slots = jnp.asarray(clamp_boundary(boundary, config.num_layers))[None]
 
         def encoded(ids: Array, lengths: Array) -> PrefixCache:
-            return encode_alone(backbone, params, ids, lengths, slots, block_length, num_layers=config.num_layers)
+            return encode_alone(
+                backbone,
+                params,
+                ids,
+                lengths,
+                slots,
+                block_length,
+                num_layers=config.num_layers,
+                cache_dtype=cache_dtype,
+            )
 
         plain = look(encoded(ids[:, :0], lengths * 0), whole, boundary)
         cached = look(encoded(ids, lengths), rows, boundary)

@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int
 from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.cache import PrefixCache
+from bicache_jax.core.config import CacheDtype
+from bicache_jax.core.kv import KV, along_tokens, floats, stored, zeros
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, on_shards, param_specs
 
 
-@functools.partial(jax.jit, static_argnames=("backbone", "length", "num_layers", "mesh"))
+@functools.partial(jax.jit, static_argnames=("backbone", "length", "num_layers", "cache_dtype", "mesh"))
 def encode(
     backbone: Backbone,
     params: Params,
@@ -29,10 +31,11 @@ def encode(
     *,
     length: int | None = None,
     num_layers: int,
+    cache_dtype: CacheDtype = "auto",
     mesh: Mesh | None = None,
 ) -> PrefixCache:
     """`encode_alone` as a program: on one device, or on a mesh where each data shard has its own prefixes."""
-    run = functools.partial(encode_alone, backbone, length=length, num_layers=num_layers)
+    run = functools.partial(encode_alone, backbone, length=length, num_layers=num_layers, cache_dtype=cache_dtype)
     specs: tuple[Any, ...] = (param_specs(backbone.axes, params), PER_SHARD, PER_SHARD, PER_SHARD, REPLICATED)
     if block_length is None:
         block_length = jnp.asarray(backbone.config.block_length, jnp.int32)
@@ -53,11 +56,16 @@ def encode_alone(
     *,
     length: int | None = None,
     num_layers: int,
+    cache_dtype: CacheDtype = "auto",
 ) -> PrefixCache:
     """Runs G prefixes alone and keeps what later steps read.
 
     Layers below the largest boundary run in full. In the layer at the boundary only K and V are computed. Layers above
     it are skipped, since their prefix input differs from row to row.
+
+    In 8 bits it is what is kept that is rounded: under full attention the prefix's own tokens see each other's keys and
+    values as they were. Under block-causal attention they see them as they are kept, so that it makes no difference
+    whether the first blocks were encoded before.
 
     Args:
         backbone: the model (static).
@@ -70,6 +78,7 @@ def encode_alone(
         before: the encodings of the prefixes' first blocks, under block-causal attention; None: nothing is there yet.
         length: P, where that is not the tokens' padded number (static).
         num_layers: layers of KV to allocate (static); larger than every boundary in use, at most L.
+        cache_dtype: how KV are kept (static); `before` is in the same form.
 
     Returns:
         The cache of the G prefixes.
@@ -90,44 +99,53 @@ def encode_alone(
     no_prefix = jnp.zeros((num_prefixes, config.num_kv_heads, 0, config.head_dim), x.dtype)
     kv_shape = (num_layers, num_prefixes, config.num_kv_heads, length, config.head_dim)
     cache = PrefixCache(
-        k=jnp.zeros(kv_shape, x.dtype),
-        v=jnp.zeros(kv_shape, x.dtype),
+        k=zeros(kv_shape, x.dtype, cache_dtype),
+        v=zeros(kv_shape, x.dtype, cache_dtype),
         hidden=jnp.zeros((boundaries.shape[0], num_prefixes, length, config.d_model), x.dtype),
         boundaries=boundaries,
         length=prefix_len,
     )
     cache = vary_like(cache, x)
 
-    def behind(fresh: Float[Array, "G K T H"], kept: Float[Array, "Ls G K Q H"], index: Array) -> Array:
-        """The keys or values of whole prefixes, [G, K, P, H]."""
-        kept = jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
-        kept = jnp.pad(kept, [(0, 0), (0, 0), (0, max(0, length - kept.shape[2])), (0, 0)])[:, :, :length]
+    def behind(fresh: KV, kept: KV, index: Array) -> KV:
+        """The keys or values of whole prefixes, [G, K, P, H]: what was kept, and then the fresh ones."""
         at = jnp.arange(length) - begun[:, None]
-        moved = jnp.take_along_axis(fresh, jnp.clip(at, 0, tokens - 1)[:, None, :, None], axis=2)
-        return jnp.where((at >= 0)[:, None, :, None], moved, kept)
 
-    def write(cache: PrefixCache, index: Array, x: Float[Array, "G T D"], k: Array, v: Array) -> PrefixCache:
-        if before is not None:  # no layer's input is needed where all layers are reused
+        def join(fresh: Array, kept: Array, axis: int) -> Array:
+            kept = jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
+            sides = [(0, 0)] * kept.ndim
+            sides[axis] = (0, max(0, length - kept.shape[axis]))
+            kept = jax.lax.slice_in_dim(jnp.pad(kept, sides), 0, length, axis=axis)
+            where = jnp.expand_dims(at[:, None], -1 if axis == -2 else -2)
+            moved = jnp.take_along_axis(fresh, jnp.clip(where, 0, tokens - 1), axis=axis)
+            return jnp.where(where >= 0, moved, kept)
+
+        return along_tokens(join, fresh, kept)
+
+    def write(cache: PrefixCache, index: Array, x: Float[Array, "G T D"], k: KV, v: KV) -> PrefixCache:
+        if before is not None:
             k, v = behind(k, before.k, index), behind(v, before.v, index)
-            return dataclasses.replace(
-                cache,
-                k=jax.lax.dynamic_update_index_in_dim(cache.k, k, index, 0),
-                v=jax.lax.dynamic_update_index_in_dim(cache.v, v, index, 0),
-            )
+
+        def put(stack: Array, layer: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+        cache = dataclasses.replace(cache, k=jax.tree.map(put, cache.k, k), v=jax.tree.map(put, cache.v, v))
+        if before is not None:  # no layer's input is needed where all layers are reused
+            return cache
         slot = jnp.where(jnp.any(boundaries == index), jnp.argmax(boundaries == index), boundaries.shape[0])
-        return PrefixCache(
-            k=jax.lax.dynamic_update_index_in_dim(cache.k, k, index, 0),
-            v=jax.lax.dynamic_update_index_in_dim(cache.v, v, index, 0),
-            hidden=cache.hidden.at[slot].set(x, mode="drop"),
-            boundaries=cache.boundaries,
-            length=cache.length,
-        )
+        return dataclasses.replace(cache, hidden=cache.hidden.at[slot].set(x, mode="drop"))
+
+    def key_value(layer: Any, x: Float[Array, "G T D"]) -> tuple[tuple[KV, KV], tuple[Array, Array]]:
+        """A layer's keys and values as they are kept, and as the prefix's own tokens see them."""
+        k, v = backbone.key_value(layer, x, positions)
+        kept = stored(k, cache_dtype), stored(v, cache_dtype)
+        return kept, (floats(kept[0], k.dtype), floats(kept[1], v.dtype)) if config.block_causal else (k, v)
 
     def body(index: Array, carry: tuple[Array, PrefixCache]) -> tuple[Array, PrefixCache]:
         x, cache = carry
         layer = layer_params(params, index)
-        k, v = backbone.key_value(layer, x, positions)
-        cache = write(cache, index, x, k, v)
+        kept, (k, v) = key_value(layer, x)
+        cache = write(cache, index, x, *kept)
         q = backbone.query(layer, x, positions)
         if before is None:
             attended = backbone.attention(
@@ -149,5 +167,5 @@ def encode_alone(
 
     with jax.named_scope("encode_prefix"):
         x, cache = jax.lax.fori_loop(0, last, body, (x, cache))
-        k, v = backbone.key_value(layer_params(params, last), x, positions)
-        return write(cache, last, x, k, v)
+        kept, _ = key_value(layer_params(params, last), x)
+        return write(cache, last, x, *kept)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.backbone import Backbone, Params, layer_params
 from bicache_jax.core.cache import DeepCache, PrefixCache, Rows, SuffixCache
+from bicache_jax.core.kv import KV, dtype_of, stored
 
 Carry = tuple[Array, SuffixCache]
 DeepCarry = tuple[Array, DeepCache, SuffixCache]
@@ -197,9 +198,12 @@ class SuffixForward:
     def _write(self, deep: DeepCache, index: Array, k: Array, v: Array) -> DeepCache:
         slot = index - self.boundary - 1
 
-        def write(stack: Array, fresh: Array) -> Array:
+        def write(stack: Array, fresh: Array) -> Array:  # a stack of values, or of their scales
             kept = jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
             fresh = jnp.where(self.renew[:, None, None, None], fresh, kept)
             return jax.lax.dynamic_update_index_in_dim(stack, fresh, slot, 0)
 
-        return DeepCache(k=write(deep.k, k), v=write(deep.v, v))
+        def put(stack: KV, fresh: Array) -> KV:
+            return jax.tree.map(write, stack, stored(fresh, dtype_of(stack)))
+
+        return DeepCache(k=put(deep.k, k), v=put(deep.v, v))

@@ -23,7 +23,8 @@ from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import DecodeState, Decoding, DeepCache, PrefixCache, Rows, SuffixCache
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import CacheDtype, ModelConfig
+from bicache_jax.core.kv import zeros
 from bicache_jax.decoding.forward import SuffixForward
 from bicache_jax.decoding.unmask import unmask
 from bicache_jax.sharding import PER_SHARD, PREFIX, REPLICATED, STATE, on_shards, param_specs
@@ -35,17 +36,25 @@ NO_LIMIT = 2**30
 
 
 def initial_state(
-    config: ModelConfig, rows: Rows, *, dtype: jnp.dtype, prefix_len: int, deep_layers: int, block_cache: bool
+    config: ModelConfig,
+    rows: Rows,
+    *,
+    dtype: jnp.dtype,
+    prefix_len: int,
+    deep_layers: int,
+    block_cache: bool,
+    cache_dtype: CacheDtype = "auto",
 ) -> DecodeState:
     """The state before the first step.
 
     Args:
         config: the architecture, or a shard's part of it.
         rows: the B rows.
-        dtype: of the caches.
+        dtype: of suffix KV, and of prefix KV if `cache_dtype` is `auto`.
         prefix_len: P, the prefix tokens of the cache that the rows run over.
         deep_layers: layers of deep KV to make room for; at least `L - 1 - b`.
         block_cache: whether suffix KV are kept.
+        cache_dtype: how prefix KV are kept.
 
     Returns:
         The state; its caches have no layers where there is nothing to keep.
@@ -56,7 +65,7 @@ def initial_state(
     suffix = (config.num_layers if block_cache else 0, *heads, length, config.head_dim)
     state = DecodeState(
         rows=rows,
-        deep=DeepCache(k=jnp.zeros(deep, dtype), v=jnp.zeros(deep, dtype)),
+        deep=DeepCache(k=zeros(deep, dtype, cache_dtype), v=zeros(deep, dtype, cache_dtype)),
         suffix=SuffixCache(k=jnp.zeros(suffix, dtype), v=jnp.zeros(suffix, dtype)),
         waited=jnp.zeros((1,), jnp.float32),
         passes=jnp.zeros((1,), jnp.int32),
@@ -66,7 +75,7 @@ def initial_state(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "dtype", "prefix_len", "deep_layers", "block_cache", "mesh"),
+    static_argnames=("config", "dtype", "prefix_len", "deep_layers", "block_cache", "cache_dtype", "mesh"),
     donate_argnames=("rows",),
 )
 def begin(rows: Rows, *, config: ModelConfig, mesh: Mesh | None = None, **sizes: Any) -> DecodeState:
@@ -169,7 +178,7 @@ def denoise_steps(
     num_rows, length = state.rows.tokens.shape
     kept = bool(state.suffix.k.shape[0])
     refreshable, prefix_len = bool(state.deep.k.shape[0]), state.deep.k.shape[-2]
-    unseen = vary_like(jnp.zeros((num_rows, block_width, config.d_model), cache.k.dtype), state)
+    unseen = vary_like(jnp.zeros((num_rows, block_width, config.d_model), cache.hidden.dtype), state)
     boundary = clamp_boundary(decoding.boundary if refreshable else config.num_layers, config.num_layers)
 
     def fresh(rows: Rows) -> tuple[Array, Array]:

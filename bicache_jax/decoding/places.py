@@ -16,13 +16,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from bicache_jax.core.cache import DecodeState, PrefixCache, Rows
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import CacheDtype, ModelConfig
+from bicache_jax.core.kv import KV, zeros
 from bicache_jax.sharding import DATA, PER_SHARD, PREFIX, REPLICATED, STATE, on_shards
 
 COUNTS = ("done", "failed", "step", "block", "forward_passes")
 """What `look` shows of every row."""
 KEPT = ("deep", "suffix")
 """What a batch keeps for every row beside the row itself."""
+BY_GROUP = ("k", "v", "hidden")
+"""What a cache of G prefixes has for each of them along its second axis."""
 
 
 class Look(NamedTuple):
@@ -39,7 +42,9 @@ class Look(NamedTuple):
     tokens: Int[Array, "B U"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "groups", "length", "layers", "slots", "dtype", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "groups", "length", "layers", "slots", "dtype", "cache_dtype", "mesh")
+)
 def no_prefixes(
     config: ModelConfig,
     *,
@@ -48,6 +53,7 @@ def no_prefixes(
     layers: int,
     slots: int = 1,
     dtype: jnp.dtype,
+    cache_dtype: CacheDtype = "auto",
     mesh: Mesh | None = None,
 ) -> PrefixCache:
     """Room for prefixes on every data shard, all of length 0.
@@ -58,15 +64,16 @@ def no_prefixes(
         length: P.
         layers: layers of KV.
         slots: boundaries whose hidden states there is room for.
-        dtype: of the cache.
+        dtype: of hidden states, and of KV if `cache_dtype` is `auto`.
+        cache_dtype: how KV are kept.
         mesh: the mesh; None: one device.
     """
 
     def make() -> PrefixCache:
         kv = (layers, groups, config.num_kv_heads, length, config.head_dim)
         return PrefixCache(
-            k=jnp.zeros(kv, dtype),
-            v=jnp.zeros(kv, dtype),
+            k=zeros(kv, dtype, cache_dtype),
+            v=zeros(kv, dtype, cache_dtype),
             hidden=jnp.zeros((slots, groups, length, config.d_model), dtype),
             boundaries=jnp.zeros((slots,), jnp.int32),
             length=jnp.zeros((groups,), jnp.int32),
@@ -104,9 +111,12 @@ def put_prefix(
             old = jax.lax.dynamic_slice_in_dim(stack, at, 1, axis)
             return jax.lax.dynamic_update_slice_in_dim(stack, jnp.where(wanted, fresh, old), at, axis)
 
+        def kv(stack: KV, fresh: KV) -> KV:
+            return jax.tree.map(functools.partial(into, axis=1), stack, fresh)
+
         return PrefixCache(
-            k=into(cache.k, one.k, 1),
-            v=into(cache.v, one.v, 1),
+            k=kv(cache.k, one.k),
+            v=kv(cache.v, one.v),
             hidden=into(cache.hidden, one.hidden_at(boundary[0])[None], 1),
             boundaries=jnp.where(wanted, boundary, cache.boundaries),
             length=into(cache.length, one.length, 0),
@@ -165,9 +175,8 @@ def more_prefixes(cache: PrefixCache, *, groups: int, mesh: Mesh | None = None) 
             more = [(0, groups - array.shape[axis] if at == axis else 0) for at in range(array.ndim)]
             return jnp.pad(array, more)
 
-        return dataclasses.replace(
-            cache, k=pad(cache.k, 1), v=pad(cache.v, 1), hidden=pad(cache.hidden, 1), length=pad(cache.length, 0)
-        )
+        by_group = {name: jax.tree.map(functools.partial(pad, axis=1), getattr(cache, name)) for name in BY_GROUP}
+        return dataclasses.replace(cache, length=pad(cache.length, 0), **by_group)
 
     return on_shards(grow, mesh, (PREFIX,), PREFIX)(cache)
 

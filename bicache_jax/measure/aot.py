@@ -122,6 +122,7 @@ def check(case: AotCase) -> dict[str, Any]:
         "boundary": case.layers,
         "dtype": case.dtype,
         "quantize": case.quantize,
+        "cache_dtype": case.cache_dtype,
         "planned_bytes": planned.total,
         "flops_per_device": sum(row_flops(config, job) for job in runs) / mesh["model"],
         "links_share": _links_share(case, len(runs), chip, mesh["model"]),

@@ -13,7 +13,7 @@ import scipy.stats
 
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model, Request, Result
-from bicache_jax.measure.policies import comparable_blocks, parse_policy, reference_of
+from bicache_jax.measure.policies import comparable_blocks, parse_policy, reference_of, weights_of
 from bicache_jax.measure.scorers import Scorer, exact_match
 from bicache_jax.serving.answers import accepted
 from bicache_jax.serving.engine import Engine
@@ -256,8 +256,8 @@ def evaluate(
     Args:
         model: the model.
         items: the questions.
-        policies: names as `parse_policy` takes them, each also with `@` and a format of weights; all are compared with
-            `none` if it is among them, else with the first.
+        policies: names as `parse_policy` takes them; all are compared with `none` if it is among them, else with the
+            first.
         cache: settings that policies share.
         sampling: decoding settings.
         scorer: decides whether a response is right.
@@ -277,8 +277,8 @@ def evaluate(
     """
     if not items:
         raise BicacheError("there are no questions to evaluate")
-    caches = [parse_policy(name.partition("@")[0], cache) for name in policies]
-    models = [{"": model, **(formats or {})}[name.partition("@")[2]] for name in policies]
+    caches = [parse_policy(name, cache) for name in policies]
+    models = [{"": model, **(formats or {})}[weights_of(name)] for name in policies]
     requests = [
         dataclasses.replace(item.request, sampling=comparable_blocks(caches, item.request.sampling)) for item in items
     ]

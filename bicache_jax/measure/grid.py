@@ -64,9 +64,10 @@ class Grid:
                 self.refresh_intervals, self.boundaries, (*self.policies, *self.baselines)
             ):
                 # A setting that a policy ignores adds no case.
-                cached = policy not in self.baselines and policy.partition("+")[0] != "none"
-                cache = CacheConfig(refresh_interval=interval if cached else self.refresh_intervals[0])
+                cache = CacheConfig(refresh_interval=self.refresh_intervals[0])
                 cache = cache if policy in self.baselines else parse_policy(policy, cache)
+                if policy not in self.baselines and cache.policy != "none":
+                    cache = dataclasses.replace(cache, refresh_interval=interval)
                 case = Case(
                     policy=policy,
                     prefix=prefix,

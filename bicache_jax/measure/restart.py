@@ -35,6 +35,7 @@ def measure_restart(config: ModelConfig, case: Case, model: Sequence[str]) -> di
     cache, sampling = parse_policy(case.policy, CacheConfig()), case.sampling
     command = [sys.executable, "-m", "bicache_jax", "generate", *model, "--output", "-"]
     command += ["--stream", "--stream-every", "1", "--policy", cache.policy, "--block-cache", cache.block_cache]
+    command += ["--cache-dtype", cache.cache_dtype]
     command += ["--refresh-interval", f"{case.refresh_interval}"]
     command += ["--gen-length", f"{sampling.gen_length}", "--steps", f"{sampling.num_steps}"]
     command += ["--block-length", f"{sampling.block_size}", "--batch-size", f"{case.rows}"]

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from bicache_jax.core.boundary import boundary_at
 from bicache_jax.core.buckets import count_bucket, length_bucket
-from bicache_jax.core.config import CACHED_BLOCK, BlockCache, CacheConfig, ModelConfig, Policy, Quantize, SamplingConfig
+from bicache_jax.core.config import (
+    CACHED_BLOCK,
+    BlockCache,
+    CacheConfig,
+    CacheDtype,
+    ModelConfig,
+    Policy,
+    Quantize,
+    SamplingConfig,
+)
 from bicache_jax.core.device import Copies
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.serving.flops import Job, batch_seconds, jobs
@@ -47,6 +56,7 @@ class Shape:
         refresh_interval: N.
         dtype: dtype of parameters and caches.
         quantize: format of the weights.
+        cache_dtype: how prefix KV are kept.
     """
 
     config: str
@@ -64,6 +74,7 @@ class Shape:
     refresh_interval: int | Literal["auto"] = "auto"
     dtype: str = "bfloat16"
     quantize: Quantize = "none"
+    cache_dtype: CacheDtype = "auto"
 
     @property
     def model(self) -> ModelConfig:
@@ -79,7 +90,12 @@ class Shape:
         """
         policy = self.policy if self.prefix else "none"
         try:
-            cache = CacheConfig(policy, refresh_interval=self.refresh_interval, block_cache=self.block_cache)
+            cache = CacheConfig(
+                policy,
+                refresh_interval=self.refresh_interval,
+                block_cache=self.block_cache,
+                cache_dtype=self.cache_dtype,
+            )
             return cache.for_model(self.model)
         except ValueError as error:
             raise BicacheError(str(error)) from None
@@ -115,7 +131,7 @@ class Shape:
 
     def footprint(self, split: int, copies: Copies) -> Footprint:
         """Memory of batches on a device that holds one of `split` parts of the model."""
-        return _footprint(self.model, split, self.layers, self.dtype, self.cache.block_cache != "off", copies)
+        return _footprint(self.model, split, self.layers, self.dtype, self.cache, copies)
 
     def most_rows(self, limit: float, split: int, copies: Copies) -> int:
         """The most rows of which the planner says that they fit into so many bytes; 0: not even one."""
@@ -181,9 +197,16 @@ class Shape:
 
 @functools.lru_cache(maxsize=64)  # shapes of parameters come from tracing their initialisation
 def _footprint(
-    config: ModelConfig, split: int, boundary: int, dtype: str, block_cache: bool, copies: Copies
+    config: ModelConfig, split: int, boundary: int, dtype: str, cache: CacheConfig, copies: Copies
 ) -> Footprint:
-    return Footprint.of(Partition(config, split), [boundary], jnp.dtype(dtype), block_cache=block_cache, copies=copies)
+    return Footprint.of(
+        Partition(config, split),
+        [boundary],
+        jnp.dtype(dtype),
+        block_cache=cache.block_cache != "off",
+        copies=copies,
+        cache_dtype=cache.cache_dtype,
+    )
 
 
 def capacity(shape: Shape, where: str, mesh: str = "", *, share: float | None = None) -> dict[str, Any]:
@@ -224,6 +247,7 @@ def capacity(shape: Shape, where: str, mesh: str = "", *, share: float | None = 
         "mesh": sizes,
         "dtype": shape.dtype,
         "quantize": shape.quantize,
+        "cache_dtype": shape.cache_dtype,
         "policy": shape.cache.policy,
         "block_cache": shape.cache.block_cache,
         "boundary": shape.layers,

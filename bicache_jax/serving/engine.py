@@ -116,7 +116,14 @@ class Engine:
             prefix_cache_bytes = kept_bytes(device_memory(placement.devices) if alone else None, params_bytes(params))
         files = None
         if prefix_cache_dir is not None:
-            files = open_files(prefix_cache_dir, model, placement, attention=backbone.attention, namespace=namespace)
+            files = open_files(
+                prefix_cache_dir,
+                model,
+                placement,
+                attention=backbone.attention,
+                namespace=namespace,
+                cache_dtype=self.cache.cache_dtype,
+            )
         block = model.config.block_length if model.config.block_causal else 1
         self._store = PrefixStore(prefix_cache_bytes, files, prefix_host_bytes, block)
         self._prefixes = Prefixes(self._store, model.config, model.tokenizer)

@@ -89,6 +89,7 @@ class Executor:
             jnp.asarray(row.boundary, jnp.int32),
             jnp.asarray(block, jnp.int32),
             width=width_bucket(request.sampling.gen_length),
+            cache_dtype=self.cache.cache_dtype,
             mesh=placement.mesh,
         )
         nats = next(iter(placement.read([found]).values()))[0][0, : request.sampling.gen_length]

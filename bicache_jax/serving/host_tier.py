@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bicache_jax.core.config import CacheDtype
 from bicache_jax.serving.placement import Piece
 
 PINNED = "pinned_host"
@@ -21,21 +22,24 @@ class Hosted:
     Attributes:
         leaves: as `Piece.leaves`: in memory that the device can copy from, or in NumPy where a platform has none.
         shardings: where each array came from.
+        cache_dtype: as `Piece.cache_dtype`.
     """
 
     leaves: tuple[tuple[Any, ...], ...]
     shardings: tuple[tuple[Any, ...], ...]
+    cache_dtype: CacheDtype
 
     @classmethod
     def of(cls, piece: Piece) -> Hosted:
         """A copy of a piece."""
         shardings = tuple(tuple(array.sharding for array in leaf) for leaf in piece.leaves)
-        return cls(tuple(tuple(map(_to_host, leaf)) for leaf in piece.leaves), shardings)
+        return cls(tuple(tuple(map(_to_host, leaf)) for leaf in piece.leaves), shardings, piece.cache_dtype)
 
     def piece(self) -> Piece:
         """The piece, on its devices again."""
         pairs = zip(self.leaves, self.shardings, strict=True)
-        return Piece(tuple(tuple(map(jax.device_put, leaf, shardings)) for leaf, shardings in pairs))
+        leaves = tuple(tuple(map(jax.device_put, leaf, shardings)) for leaf, shardings in pairs)
+        return Piece(leaves, self.cache_dtype)
 
 
 def _to_host(array: Any) -> Any:

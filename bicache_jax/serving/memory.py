@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import count_bucket, layer_bucket
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import CacheDtype, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
+from bicache_jax.core.kv import token_bytes
 from bicache_jax.serving.rounds import Round
 from bicache_jax.sharding import MODEL, Partition, param_specs
 from bicache_jax.wiring import abstract_params, backbone_for
@@ -41,17 +42,20 @@ def kept_bytes(device: DeviceMemory | None, weights: int) -> int:
     return int(max(0, min(KEPT_SHARE * device.nbytes, (RESERVE * device.nbytes - weights) / 4)))
 
 
-def prefix_bytes(config: ModelConfig, itemsize: int, *, length: int, layers: int, slots: int = 1) -> int:
+def prefix_bytes(
+    config: ModelConfig, itemsize: int, *, length: int, layers: int, slots: int = 1, cache_dtype: CacheDtype = "auto"
+) -> int:
     """Bytes of a prefix's encoding on a device.
 
     Args:
         config: one shard's part of the architecture.
-        itemsize: bytes per number.
+        itemsize: bytes of a number in the model's dtype.
         length: P, padding included.
         layers: layers of KV.
         slots: boundaries whose hidden states are kept.
+        cache_dtype: how KV are kept.
     """
-    return itemsize * length * (2 * layers * config.num_kv_heads * config.head_dim + slots * config.d_model)
+    return length * (layers * token_bytes(config, itemsize, cache_dtype) + slots * config.d_model * itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Footprint:
         dtype: dtype of activations and caches.
         block_cache: whether the suffixes' KV are kept.
         copies: additional memory of the compiler.
+        cache_dtype: how prefix KV are kept.
     """
 
     config: ModelConfig
@@ -141,6 +146,7 @@ class Footprint:
     dtype: jnp.dtype
     block_cache: bool = False
     copies: Copies = _PLAIN
+    cache_dtype: CacheDtype = "auto"
 
     @classmethod
     def of(
@@ -152,6 +158,7 @@ class Footprint:
         params: int | None = None,
         block_cache: bool = False,
         copies: Copies = _PLAIN,
+        cache_dtype: CacheDtype = "auto",
     ) -> Footprint:
         """The footprint of a model on a device.
 
@@ -162,6 +169,7 @@ class Footprint:
             params: bytes of the parameters on a device; None: from their shapes.
             block_cache: whether the suffixes' KV are kept.
             copies: additional memory of the compiler.
+            cache_dtype: how prefix KV are kept.
         """
         num_layers = partition.logical.num_layers
         used = [clamp_boundary(boundary, num_layers) for boundary in boundaries]
@@ -173,7 +181,7 @@ class Footprint:
                 leaf.size * leaf.dtype.itemsize // (partition.shards if MODEL in spec else 1)
                 for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True)
             )
-        return cls(partition.local, params, buffers, dtype, block_cache, copies)
+        return cls(partition.local, params, buffers, dtype, block_cache, copies, cache_dtype)
 
     def memory(self, *, groups: int, prefix: int, rows: int, suffix: int) -> Memory:
         """Memory of the decode program.
@@ -193,7 +201,7 @@ class Footprint:
             The estimate.
         """
         config, itemsize = self.config, self.dtype.itemsize
-        kv = 2 * config.num_kv_heads * config.head_dim * itemsize
+        kept, kv = (token_bytes(config, itemsize, form) for form in (self.cache_dtype, "auto"))
         deep = self.buffers.deep if prefix else 0
         tokens = rows * (suffix + (prefix if deep else 0))
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -205,8 +213,8 @@ class Footprint:
         integers = columns if config.quantize == "w8a8" else 0  # beside the floats that they are made from
         return Memory(
             params=self.params * (1 + self.copies.weights),
-            prefixes=groups * prefix_bytes(config, itemsize, length=prefix, layers=self.buffers.shallow),
-            deep=deep * rows * prefix * kv,
+            prefixes=groups * prefix * (self.buffers.shallow * kept + config.d_model * itemsize),
+            deep=deep * rows * prefix * kept,
             suffixes=config.num_layers * rows * suffix * kv if self.block_cache else 0,
             activations=round(tokens * max(attention * itemsize, mlp * itemsize + integers)),
         )

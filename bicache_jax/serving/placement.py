@@ -19,12 +19,11 @@ from jaxtyping import Array
 
 from bicache_jax.core.backbone import Table
 from bicache_jax.core.cache import DecodeState, Decoding, PrefixCache, Rows
-from bicache_jax.core.config import ModelConfig
+from bicache_jax.core.config import CacheDtype, ModelConfig
+from bicache_jax.core.kv import dtype_of
 from bicache_jax.core.layout import put_rows
 from bicache_jax.decoding.interval import begin
-from bicache_jax.sharding import DATA, MODEL, PER_SHARD, PREFIX, Partition, shard_params
-
-_SPECS: list[Any] = [getattr(PREFIX, field.name) for field in dataclasses.fields(PrefixCache)]
+from bicache_jax.sharding import DATA, MODEL, PER_SHARD, Partition, prefix_specs, shard_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +31,12 @@ class Piece:
     """One data shard's part of a cache of one prefix.
 
     Attributes:
-        leaves: for each field of the cache, the arrays of the shard's devices that this process holds.
+        leaves: for each array of the cache, those of the shard's devices that this process holds.
+        cache_dtype: how KV are kept, which says what arrays there are (`bicache_jax.sharding.prefix_specs`).
     """
 
     leaves: tuple[tuple[Any, ...], ...]
+    cache_dtype: CacheDtype = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,30 +114,31 @@ class Placement:
 
     def split(self, cache: PrefixCache) -> list[Piece]:
         """Splits a cache with one prefix per data shard into one piece per shard, empty for other processes."""
-        leaves = [getattr(cache, field.name) for field in dataclasses.fields(PrefixCache)]
+        leaves, form = jax.tree.leaves(cache), dtype_of(cache.k)
         if self.mesh is None:
-            return [Piece(tuple((leaf,) for leaf in leaves))]
+            return [Piece(tuple((leaf,) for leaf in leaves), form)]
         shard_of = self._shard_of()
         pieces: list[list[list[Array]]] = [[[] for _ in leaves] for _ in range(self.shards)]
-        for field, (leaf, spec) in enumerate(zip(leaves, _SPECS, strict=True)):
+        for field, (leaf, spec) in enumerate(zip(leaves, jax.tree.leaves(prefix_specs(form)), strict=True)):
             shape = NamedSharding(self.mesh, spec).shard_shape(leaf.shape)
             for part in leaf.addressable_shards:
                 # Without a prefix the array is empty, and XLA does not split empty arrays.
                 pieces[shard_of[part.device]][field].append(part.data if leaf.size else part.data.reshape(shape))
-        return [Piece(tuple(map(tuple, piece))) for piece in pieces]
+        return [Piece(tuple(map(tuple, piece)), form) for piece in pieces]
 
     def assemble(self, pieces: Sequence[Piece]) -> PrefixCache:
         """Builds a cache from its pieces; the inverse of `split`."""
+        specs, form = jax.tree.flatten(prefix_specs(pieces[0].cache_dtype))
         if self.mesh is None:
-            return PrefixCache(*(leaf for (leaf,) in pieces[0].leaves))
+            return jax.tree.unflatten(form, [leaf for (leaf,) in pieces[0].leaves])
         mesh, leaves = self.mesh, []
-        for field, spec in enumerate(_SPECS):
+        for field, spec in enumerate(specs):
             parts = [part for piece in pieces for part in piece.leaves[field]]
             sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
             sizes += [1] * (parts[0].ndim - len(sizes))
             shape = tuple(size * times for size, times in zip(parts[0].shape, sizes, strict=True))
             leaves.append(jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), parts))
-        return PrefixCache(*leaves)
+        return jax.tree.unflatten(form, leaves)
 
     def read(self, arrays: Sequence[Array]) -> dict[int, list[np.ndarray]]:
         """Values of per-row arrays by data shard, without shards of other processes."""

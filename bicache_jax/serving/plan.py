@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bicache_jax.core.buckets import prefix_bucket, suffix_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.core.device import Copies, DeviceMemory
+from bicache_jax.core.kv import token_bytes
 from bicache_jax.core.table import Table
 from bicache_jax.serving.flops import jobs, row_flops
 from bicache_jax.serving.grouping import Batch, Row, default_rows
@@ -44,6 +45,7 @@ def rows_fitting(
         params=weights,
         block_cache=cache.block_cache != "off",
         copies=device.copies,
+        cache_dtype=cache.cache_dtype,
     )
 
     def most(prefix: int, suffix: int) -> int:
@@ -113,15 +115,23 @@ class Plan:
     def cache_bytes(self, batch: Batch) -> int:
         """Bytes of a batch's KV: the shared KV of its prefixes and the deep KV of its rows."""
         prefixes, prefix, rows, _ = self.shape(batch)
-        token = 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
+        token = token_bytes(self.config, self.dtype.itemsize, self.cache.cache_dtype)
         return token * prefix * (self.buffers.shallow * prefixes + self.buffers.deep * rows)
 
     def memory(self, *batches: Batch) -> Memory:
         """Planned memory of a device while a batch or a round is decoded."""
         groups, prefix, rows, suffix = self.shape(*batches)
         copies = Copies() if self.device is None else self.device.copies
-        block_cache = self.cache.block_cache != "off"
-        footprint = Footprint(self.part or self.config, self.weights, self.buffers, self.dtype, block_cache, copies)
+        cache = self.cache
+        footprint = Footprint(
+            self.part or self.config,
+            self.weights,
+            self.buffers,
+            self.dtype,
+            cache.block_cache != "off",
+            copies,
+            cache.cache_dtype,
+        )
         return footprint.memory(groups=groups, prefix=prefix, rows=rows, suffix=suffix)
 
     @property
@@ -139,6 +149,7 @@ class Plan:
             "policy": self.cache.policy,
             "block_cache": self.cache.block_cache,
             "dtype": self.dtype.name,
+            "cache_dtype": self.cache.cache_dtype,
             "shared_layers": self.buffers.shallow,
             "layers_per_row": self.buffers.deep,
             "batches": [self._batch_json(batch) for batch in self.batches],
@@ -181,7 +192,7 @@ class Plan:
                 f"{plan['rows']} rows over {plan['prefixes']} prefixes in {len(plan['batches'])} batches; "
                 f"policy {plan['policy']}, refresh interval N = {', '.join(map(str, intervals)) or '-'}",
                 f"cache buffers: {plan['shared_layers']} shared layers, {plan['layers_per_row']} layers per row, "
-                f"{plan['dtype']}",
+                f"{plan['dtype'] if plan['cache_dtype'] == 'auto' else plan['cache_dtype']}",
             ),
             below=(
                 _memory_line(plan["memory"], plan["device_memory"]),

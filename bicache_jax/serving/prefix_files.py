@@ -17,21 +17,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from bicache_jax.core.config import CacheDtype
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.core.version import version
 from bicache_jax.serving.placement import Piece, Placement
 from bicache_jax.serving.store import Key
+from bicache_jax.sharding import prefix_specs
 
 LIMIT = 8 * 2**30
 """Bytes of a folder."""
 FORMAT = "1"
-_HIDDEN = ("k", "v", "hidden")  # in the model's dtype, which the library of the format does not read back for all
-_FIELDS = (*_HIDDEN, "boundaries", "length")
 _SUFFIX = ".prefix.safetensors"
 _UNFINISHED = ".tmp"
 _ABANDONED = 600.0  # seconds after which nobody writes a file any more
@@ -44,7 +45,13 @@ class PrefixFiles:
         folder: where they are.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, str], limit: int = LIMIT) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: Mapping[str, str],
+        limit: int = LIMIT,
+        cache_dtype: CacheDtype = "auto",
+    ) -> None:
         """Makes the folder, if need be.
 
         Args:
@@ -52,12 +59,17 @@ class PrefixFiles:
             identity: what encodings depend on besides the tokens, `dtype` among it; a file of another identity is never
                 served.
             limit: bytes of all files; those not used for longest go first.
+            cache_dtype: how KV are kept; what is kept otherwise is of another identity.
 
         Raises:
             BicacheError: it cannot be written there.
         """
         self.folder = Path(folder).expanduser()
-        self._identity = {"format": FORMAT, "version": version(), **identity}
+        kept = {} if cache_dtype == "auto" else {"cache_dtype": cache_dtype}
+        self._identity = {"format": FORMAT, "version": version(), **identity, **kept}
+        self._cache_dtype, self._dtype = cache_dtype, jnp.dtype(identity["dtype"])
+        paths, _ = jax.tree.flatten_with_path(prefix_specs(cache_dtype))
+        self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
         self._limit = limit
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,9 +100,10 @@ class PrefixFiles:
 
     def save(self, key: Key, piece: Piece, boundaries: Collection[int]) -> None:
         """Writes an encoding, whole or not at all; a full disk costs a warning."""
-        arrays = {name: np.asarray(leaf) for name, (leaf,) in zip(_FIELDS, piece.leaves, strict=True)}
-        for name in _HIDDEN:
-            arrays[name] = arrays[name].view(f"u{arrays[name].dtype.itemsize}")
+        arrays = {name: np.asarray(leaf) for name, (leaf,) in zip(self._names, piece.leaves, strict=True)}
+        for name, array in arrays.items():
+            if array.dtype == self._dtype:  # the library of the format does not read all of them back
+                arrays[name] = array.view(f"u{array.dtype.itemsize}")
         arrays["tokens"] = np.asarray(key.tokens, np.int32)
         arrays["served"] = np.asarray(sorted(boundaries), np.int32)
         data = save(arrays, metadata={**self._metadata(key), "checksum": _checksum(arrays)})
@@ -130,9 +143,10 @@ class PrefixFiles:
             raise ValueError("its checksum differs")
         if metadata != self._metadata(key) or tuple(arrays["tokens"].tolist()) != key.tokens:
             return None
-        dtype = jnp.dtype(self._identity["dtype"])
-        leaves = [arrays[name].view(dtype) if name in _HIDDEN else arrays[name] for name in _FIELDS]
-        return Piece(tuple((jnp.asarray(leaf),) for leaf in leaves)), frozenset(map(int, arrays["served"]))
+        leaves = (arrays[name] for name in self._names)
+        leaves = (leaf.view(self._dtype) if leaf.dtype.kind == "u" else leaf for leaf in leaves)
+        piece = Piece(tuple((jnp.asarray(leaf),) for leaf in leaves), self._cache_dtype)
+        return piece, frozenset(map(int, arrays["served"]))
 
     def _shrink(self) -> None:
         """Removes the files that were not used for longest, until the rest is within the limit.
@@ -158,7 +172,13 @@ class PrefixFiles:
 
 
 def open_files(
-    folder: str | Path, model: Model, placement: Placement, *, attention: Any, namespace: str
+    folder: str | Path,
+    model: Model,
+    placement: Placement,
+    *,
+    attention: Any,
+    namespace: str,
+    cache_dtype: CacheDtype = "auto",
 ) -> PrefixFiles:
     """The folder of an engine.
 
@@ -168,6 +188,7 @@ def open_files(
         placement: where it runs.
         attention: the implementation of attention that it runs with.
         namespace: the engine's.
+        cache_dtype: how KV are kept.
 
     Raises:
         BicacheError: the folder cannot be written, there is a mesh, or the model has no fingerprint.
@@ -183,7 +204,7 @@ def open_files(
         "attention": repr(attention),
         "namespace": namespace,
     }
-    return PrefixFiles(folder, identity)
+    return PrefixFiles(folder, identity, cache_dtype=cache_dtype)
 
 
 def _checksum(arrays: Mapping[str, Any]) -> str:

@@ -53,9 +53,14 @@ class EncodeCall:
     begun: int = 0
 
     @property
-    def sizes(self) -> dict[str, int | None]:
+    def sizes(self) -> dict[str, Any]:
         """Static arguments."""
-        return {"num_layers": self.plan.buffers.shallow, "length": None if self.before is None else self.length}
+        plan = self.plan
+        return {
+            "num_layers": plan.buffers.shallow,
+            "length": None if self.before is None else self.length,
+            "cache_dtype": plan.cache.cache_dtype,
+        }
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Prefix ids [1, P], prefix length [1] and boundary slots [J] of a data shard."""
@@ -142,13 +147,20 @@ class DecodeCall:
             "prefix_len": self.shape[1],
             "deep_layers": self.plan.buffers.deep,
             "block_cache": self.plan.cache.block_cache != "off",
+            "cache_dtype": self.plan.cache.cache_dtype,
         }
 
     @property
     def prefix_sizes(self) -> dict[str, Any]:
         """What sizes the cache of the batch's prefixes."""
         groups, length, _, _ = self.shape
-        return {"groups": groups, "length": length, "layers": self.plan.buffers.shallow, "dtype": self.plan.dtype}
+        return {
+            "groups": groups,
+            "length": length,
+            "layers": self.plan.buffers.shallow,
+            "dtype": self.plan.dtype,
+            "cache_dtype": self.plan.cache.cache_dtype,
+        }
 
 
 def _everywhere(local: Any, specs: Any, mesh: Mesh | None) -> Any:

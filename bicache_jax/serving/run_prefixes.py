@@ -84,7 +84,12 @@ class RunPrefixes:
     def _put(self, key: Key, piece: Piece, boundaries: Collection[int], source: Source | None = None) -> None:
         plan = self._plan
         nbytes = prefix_bytes(
-            plan.part or plan.config, plan.dtype.itemsize, length=key.length, layers=key.layers, slots=key.slots
+            plan.part or plan.config,
+            plan.dtype.itemsize,
+            length=key.length,
+            layers=key.layers,
+            slots=key.slots,
+            cache_dtype=plan.cache.cache_dtype,
         )
         flops = encode_flops(plan.config, len(key.tokens), max(boundaries))
         self._store.put(key, piece, boundaries, nbytes=nbytes, flops=flops, source=source)

@@ -14,3 +14,4 @@ from bicache_jax.sharding.shards import PREFIX as PREFIX
 from bicache_jax.sharding.shards import REPLICATED as REPLICATED
 from bicache_jax.sharding.shards import STATE as STATE
 from bicache_jax.sharding.shards import on_shards as on_shards
+from bicache_jax.sharding.shards import prefix_specs as prefix_specs

@@ -6,6 +6,7 @@ over `data`: each data shard is a separate batch with its own prefixes and stop 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from bicache_jax.core.cache import DecodeState, DeepCache, PrefixCache, SuffixCache
+from bicache_jax.core.config import CacheDtype
+from bicache_jax.core.kv import Quantized
 from bicache_jax.sharding.meshes import DATA, MODEL
 
 PER_SHARD, REPLICATED = P(DATA), P()
@@ -22,6 +25,12 @@ _EACH: Any = PER_SHARD
 
 PREFIX = PrefixCache(k=_KV, v=_KV, hidden=P(None, DATA), boundaries=_EACH, length=_EACH)  # type: ignore[arg-type]
 STATE = DecodeState(rows=_EACH, deep=DeepCache(_KV, _KV), suffix=SuffixCache(_KV, _KV), waited=_EACH, passes=_EACH)
+
+
+def prefix_specs(cache_dtype: CacheDtype) -> PrefixCache:
+    """`PREFIX` with an entry for each array of a cache of this form."""
+    kv = Quantized(_KV, _KV) if cache_dtype == "int8" else _KV
+    return dataclasses.replace(PREFIX, k=kv, v=kv)
 
 
 def on_shards(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

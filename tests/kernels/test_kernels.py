@@ -29,6 +29,7 @@ from scripts import benchmark_kernels
 
 SMALL = tpu.Blocks(queries=16, keys=128, chunks=2)
 CASES = SMALL_CASES
+SOME = [*CASES[:4], *(case for case in CASES if case.quantized)]
 
 
 def _check(case: Case, call: Any) -> None:
@@ -49,13 +50,13 @@ def test_the_tpu_kernel(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_triton_kernel(case: Case) -> None:
     form = gpu.Form("triton", queries=32, keys=16)
     _check(case, functools.partial(gpu.prefix_attention, form=form, interpret=True))
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_the_triton_kernel_lowers(case: Case) -> None:
     """The interpreter is more lenient: it broadcasts masks that Triton does not."""
     arrays, settings = operands(case)
@@ -65,7 +66,7 @@ def test_the_triton_kernel_lowers(case: Case) -> None:
     assert "xla.gpu.triton" in exported.mlir_module()
 
 
-@pytest.mark.parametrize("case", [*CASES[1:4], Case(2, 1, 4, 2, 16, 9, 3, 5)], ids=str)
+@pytest.mark.parametrize("case", [*SOME[1:], Case(2, 1, 4, 2, 16, 9, 3, 5)], ids=str)
 def test_the_library_form(case: Case) -> None:
     _check(case, functools.partial(gpu.prefix_attention, form=gpu.Form("library")))
 

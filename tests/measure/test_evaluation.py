@@ -14,7 +14,7 @@ from bicache_jax.cli import main
 from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request
 from bicache_jax.measure.evaluate import Item, compare, evaluate, measure_speed
-from bicache_jax.measure.policies import parse_policy
+from bicache_jax.measure.policies import in_forms, parse_policy, weights_of
 from bicache_jax.measure.scorers import choice_match, exact_match, find_scorer, numeric_match
 
 
@@ -70,6 +70,20 @@ def test_policies_by_name() -> None:
     assert parse_policy("none", cache).boundary == "auto"
     with pytest.raises(BicacheError, match="bicash"):
         parse_policy("bicash", cache)
+    assert parse_policy("bicache+dual@w8+int8", cache) == dataclasses.replace(wanted, cache_dtype="int8")
+    assert weights_of("bicache+dual@w8+int8") == "w8" and not weights_of("bicache@int8")
+    with pytest.raises(BicacheError, match="'int4' is neither"):
+        parse_policy("bicache@int4", cache)
+
+
+def test_policies_in_forms() -> None:
+    policies = ["none", "bicache+dual"]
+    assert in_forms(policies, ["none"], ["auto"]) == policies
+    assert in_forms(policies, ["none"], ["int8"]) == ["none", "bicache+dual@int8"], "it says what it is"
+    of_weights = [*policies, "none@w8", "bicache+dual@w8"]
+    assert in_forms(policies, ["none", "w8"], ["auto"]) == of_weights
+    both = [*policies, "bicache+dual@int8", "none@w8", "bicache+dual@w8", "bicache+dual@w8+int8"]
+    assert in_forms(policies, ["none", "w8"], ["auto", "int8"]) == both
 
 
 def test_differences_are_judged_as_scipy_does() -> None:

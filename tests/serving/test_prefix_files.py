@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -51,6 +52,28 @@ def test_a_later_engine_encodes_nothing_and_gives_the_same_results(model: Model,
     deeper = Engine(model, cache=CacheConfig(boundary=3, refresh_interval=2), prefix_cache_dir=tmp_path)
     deeper.generate(WORK)
     assert deeper.stats.prefixes_encoded == 1, "it was not encoded for that boundary"
+
+
+def test_in_8_bits_they_are_found_by_those_who_keep_them_so(model: Model, tmp_path: Path) -> None:
+    """On the device, on disk and in the host's memory; a quarter of float32 and the scales, as planned."""
+    settings = {"boundary": 2, "refresh_interval": 2}
+    plain = engine(model, tmp_path)
+    plain.generate(WORK)
+    small = CacheConfig(cache_dtype="int8", **settings)  # type: ignore[arg-type]
+    first = Engine(model, cache=small, prefix_cache_dir=tmp_path)
+    wanted = first.generate(WORK)
+    assert first.stats.prefixes_encoded == 1 and first.prefixes.stats.disk_hits == 0, "the other's are not its own"
+    assert first.generate(WORK) == [dataclasses.replace(one, cached_tokens=40) for one in wanted]
+    [piece] = [entry.piece for entry in first._store._entries.values()]
+    [kept] = [entry.piece for entry in plain._store._entries.values()]
+    assert first.prefixes.stats.nbytes == sum(leaf.nbytes for (leaf,) in piece.leaves[:-2])
+    sizes = [{np.asarray(leaf).dtype.name: leaf.nbytes for (leaf,) in one.leaves[:-3]} for one in (kept, piece)]
+    assert sizes[1] == {"int8": sizes[0]["float32"] // 4, "float32": sizes[0]["float32"] // model.config.head_dim}
+    second = Engine(model, cache=small, prefix_cache_dir=tmp_path, prefix_cache_bytes=0, prefix_host_bytes=2**20)
+    for hits in ((1, 0), (1, 1)):  # without room on the device it goes on to the host's memory
+        assert [one.token_ids for one in second.generate(WORK)] == [one.token_ids for one in wanted]
+        stats = second.prefixes.stats
+        assert second.stats.prefixes_encoded == 0 and (stats.disk_hits, stats.host_hits) == hits
 
 
 @pytest.mark.parametrize(
