@@ -31,14 +31,15 @@ from bicache_jax.measure.plots import accuracy_over_boundaries, similarity_heat_
 from bicache_jax.measure.profile import profile_model
 
 QUESTIONS = 200  # more of them make a verdict possible where it says "open"
-PEOPLE, FACTS = (2, 12), (1, 4)  # of the bundled documents: from short ones to long ones
+SIZES = ((12, 4), (3, 2))  # people and facts of the bundled documents, which are half of them long, half short
 BOUNDARIES = None  # all from 0 to L; for a model of many layers some of them, such as (4, 8, 16, 32)
 GEN_LENGTH = 16  # tokens of an answer
+ROWS = 10  # of a batch: as many as share a document, so that batches have one shape, and few programs are compiled
 MARGIN = 0.02  # accuracy that you would give for speed
 TIMED = 64  # questions on which speed is measured
 
 # %% tags=["quick"]
-QUESTIONS, PEOPLE, FACTS, BOUNDARIES, MARGIN, TIMED = 6, (12, 12), (4, 4), (8,), 1.0, 0
+QUESTIONS, SIZES, BOUNDARIES, MARGIN, TIMED = 6, ((12, 4),), (8,), 1.0, 0
 
 
 # %%
@@ -51,7 +52,10 @@ model = load_model(MODEL, **FORMAT)
 if TASK:
     lines = read(Path(TASK))
 else:
-    lines = list(task.draw_requests(task.FIRST_HELD_OUT + 77, QUESTIONS, people=PEOPLE, facts=FACTS))
+    lines = []
+    for seed, (people, facts) in enumerate(SIZES, task.FIRST_HELD_OUT + 77):
+        sizes = {"people": (people, people), "facts": (facts, facts)}
+        lines += task.draw_requests(seed, QUESTIONS // len(SIZES), **sizes)
 lines = lines[:QUESTIONS]
 asked = ("prompt", "messages", "prefix_len")
 questions = [{key: line[key] for key in asked if key in line} for line in lines]
@@ -85,7 +89,7 @@ def measured(model, items, sampling, boundaries):
     """Accuracy at boundaries, with a bar."""
     depths = range(model.config.num_layers + 1) if boundaries is None else boundaries
     with tqdm(total=(1 + len(depths)) * len(items), unit="answer", leave=False) as bar:
-        settings = {"sampling": sampling, "boundaries": depths}
+        settings = {"sampling": sampling, "boundaries": depths, "batch_size": ROWS}
         return accuracy_by_boundary(model, items, **settings, progress=bar.update)
 
 
@@ -115,7 +119,7 @@ Table(("boundary that the table chooses", "verdict"), [(b, judged.judge(b)) for 
 # %%
 cap = 0 if deepest is None else deepest
 capped = {ratio: min(b, cap) for ratio, b in table.table.items()}
-settings = {"cache": CacheConfig(table=capped), "sampling": sampling, "timed": TIMED}
+settings = {"cache": CacheConfig(table=capped), "sampling": sampling, "timed": TIMED, "batch_size": ROWS}
 evaluation(evaluate(model, items, ["none", "naive", "bicache"], **settings))
 
 # %% [markdown]
