@@ -141,7 +141,7 @@ def _kernel(
         """Attends to the first `length` keys at `where`; `scales` are those of keys and values in 8 bits."""
 
         def read(ref: Any, slot: tuple[Any, ...], mask: Array) -> Array:
-            return plgpu.load(ref.at[slot], mask=mask, other=jnp.zeros((), ref.dtype))
+            return plgpu.load(ref.at[slot], mask=mask, other=0 if ref.dtype == jnp.int8 else 0.0)
 
         def body(step: Array, carry: Any) -> Any:
             peak, total, out = carry

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bicache_jax.core.config import BlockCache
+from bicache_jax.core.config import BlockCache, CacheDtype
 from bicache_jax.sharding.topologies import slice_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -115,6 +115,7 @@ def lower_program(
     prefix: int = 256,
     suffix: int = 128,
     block_cache: BlockCache = "off",
+    cache_dtype: CacheDtype = "auto",
     **changes: Any,
 ) -> Any:
     """Lowers the decode program with a published model's widths and a few layers, in bfloat16.
@@ -128,6 +129,7 @@ def lower_program(
         prefix: P.
         suffix: U.
         block_cache: what is frozen inside a block.
+        cache_dtype: how prefix KV are kept.
         **changes: further fields of the architecture that are not the model's.
     """
     import jax
@@ -144,7 +146,8 @@ def lower_program(
 
     config = dataclasses.replace(model_shape(shape), num_layers=layers, **changes)
     gen_length = suffix // 2
-    sampling, cache = SamplingConfig(gen_length), CacheConfig(boundary=boundary, block_cache=block_cache)
+    sampling = SamplingConfig(gen_length)
+    cache = CacheConfig(boundary=boundary, block_cache=block_cache, cache_dtype=cache_dtype)
     prompt = (1,) * (prefix + suffix - gen_length)
     requests = [Row(Request(str(row), prompt, prefix, sampling), 0, prefix, 70, boundary) for row in range(rows)]
     batches = plan_batches(requests, mask_id=config.mask_id, batch_size=rows, batch_boundary="own")

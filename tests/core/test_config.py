@@ -36,6 +36,7 @@ def make(config: Any, **fields: Any) -> Any:
         (CacheConfig(), {"refresh_interval": "often"}, ValueError, "refresh_interval must be 'auto' or an integer"),
         (CacheConfig(), {"boundary": 2.5}, TypeError, "boundary must be an integer or 'auto', got 2.5"),
         (CacheConfig(), {"boundary": -1}, ValueError, "boundary must be 'auto' or an integer >= 0, got -1"),
+        (CacheConfig(), {"cache_dtype": "int4"}, ValueError, "cache_dtype must be one of auto, int8, got 'int4'"),
         (CacheConfig(), {"table": [1, 2]}, TypeError, "table must be a mapping or None"),
         (CacheConfig(), {"table": {"5": 2}}, TypeError, "table must map ratios in percent to boundaries, got '5': 2"),
         (

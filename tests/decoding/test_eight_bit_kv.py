@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -28,9 +29,7 @@ from bicache_jax.wiring import backbone_for
 
 PREFIX = 48
 LARGEST = 0.3
-"""Largest change of a logit, in standard deviations of the logits: 0.21 was measured over the golden checkpoints.
-
-Not those with experts, where a little can send a token to another expert (3.1)."""
+"""Largest change of a logit, in standard deviations: on the golden checkpoints 0.21 was measured, 3.1 with experts."""
 
 
 def load(name: str) -> Model:
@@ -74,16 +73,11 @@ def logits(model: Model, boundary: int, cache_dtype: Any) -> np.ndarray:
     return np.asarray(jax.jit(run)(model.params))
 
 
-ELSEWHERE = [("dream", 1), ("llada", 0), ("llada2", 3), ("a2d-qwen3", 1), ("llada-moe", 1)]
+ELSEWHERE = [("llada", 6), ("dream", 1), ("sdar", 3), ("llada2", 3), ("a2d-qwen3", 1), ("llada-moe", 1)]
 
 
 @pytest.mark.parametrize(
-    ("name", "boundary"),
-    [
-        ("llada", 2),
-        pytest.param("sdar", 3, marks=pytest.mark.slow),
-        *(pytest.param(*c, marks=pytest.mark.full) for c in ELSEWHERE),
-    ],
+    ("name", "boundary"), [("llada", 2), *(pytest.param(*case, marks=pytest.mark.full) for case in ELSEWHERE)]
 )
 def test_it_is_the_model_with_rounded_keys_and_values(
     name: str, boundary: int, monkeypatch: pytest.MonkeyPatch
@@ -97,10 +91,12 @@ def test_it_is_the_model_with_rounded_keys_and_values(
 
     for module in (encode, forward):
         monkeypatch.setattr(module, "stored", rounded)
-    np.testing.assert_allclose(found, logits(model, boundary, "auto"), atol=1e-3 * plain.std())
-    assert 0 < np.abs(found - plain).max()
-    if model.config.experts is None:
-        assert np.abs(found - plain).max() < LARGEST * plain.std()
+    wanted, scale = logits(model, boundary, "auto"), plain.std()
+    if model.config.experts is None:  # with experts a little can send a token to another one
+        # Where a layer's KV are rounded that has read rounded ones, a number may lie midway between two integers.
+        np.testing.assert_allclose(found, wanted, atol=(1e-2 if boundary < model.config.num_layers else 1e-4) * scale)
+        assert np.abs(found - plain).max() < LARGEST * scale
+    assert np.abs(found - plain).max() > 0.05 * scale
     assert (found.argmax(-1) == plain.argmax(-1)).mean() > 0.85  # 0.89 with experts, without 0.95 or more
 
 
@@ -110,7 +106,7 @@ def requests(seed: int = 0) -> list[Request]:
     long = tuple(map(int, rng.integers(6, 240, 64)))
     prefixes = [long[:40], long, *(tuple(map(int, rng.integers(6, 240, size))) for size in (36, 56))]
     made = []
-    for index in range(10):
+    for index in range(6):
         prefix, rest = prefixes[index % 4], tuple(map(int, rng.integers(6, 240, 1 + index)))
         sampling = SamplingConfig(8, 4, 4, temperature=0.5 * (index % 2), seed=index)
         made.append(Request(f"{index}", prefix + rest, len(prefix), sampling, index=index))
@@ -122,7 +118,7 @@ def engine(model: Model, **settings: Any) -> Engine:
     return Engine(model, cache=CacheConfig(cache_dtype="int8", **cache), **settings)
 
 
-@pytest.mark.parametrize("name", ["llada", pytest.param("sdar", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sdar", pytest.param("llada", marks=pytest.mark.full)])
 def test_the_same_tokens_alone_and_in_any_company(name: str) -> None:
     """Under block-causal attention also where a prefix continues another one's encoding."""
     model, work = load(name), requests()
@@ -134,6 +130,7 @@ def test_the_same_tokens_alone_and_in_any_company(name: str) -> None:
     assert 0.5 < same < 1, "the model is another one, and nearly the same"
 
 
+@pytest.mark.full
 def test_the_functions_and_the_engine_agree_and_compile_once() -> None:
     """With guidance, whose masks are a prefix in 8 bits too; boundary and refresh interval are traced."""
     model = load("llada")
@@ -158,26 +155,22 @@ def test_the_functions_and_the_engine_agree_and_compile_once() -> None:
 def large_floats(hlo: str, least: int) -> set[tuple[int, ...]]:
     """Shapes of arrays of floats in a program with so many numbers or more."""
     shapes = (tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\b(?:f32|bf16|f16)\[([\d,]+)\]", hlo))
-    return {shape for shape in shapes if np.prod(shape) >= least}
+    return {shape for shape in shapes if math.prod(shape) >= least}
 
 
 def test_no_float_copy_of_a_stack_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in the program nor taken out of its loops by the compiler."""
     monkeypatch.setattr(attention, "SCORES", {"cpu": 1 << 15, "accelerator": 1 << 15})
-    model = load("dream")
-    rng = np.random.default_rng(0)
-    work = []
-    for index in range(4):
-        prefix = tuple(map(int, rng.integers(6, 240, 400)))
-        work.append(Request(f"{index}", (*prefix, 7), 400, SamplingConfig(16, 4), index=index))
-    found = {}
-    for form in ("auto", "int8"):
-        one = Engine(model, cache=CacheConfig(boundary=2, cache_dtype=form), batch_size=4)  # type: ignore[arg-type]
-        plan = one.plan(work)
-        executor = one.executor
-        lowered = lower_decode(executor.backbone, executor.params, plan, *plan.rounds[0])
-        groups, length, rows, _ = plan.shape(*plan.rounds[0])
-        layer = model.config.num_kv_heads * length * model.config.head_dim
-        stacks = plan.buffers.shallow * groups * layer, plan.buffers.deep * rows * layer
-        found[form] = large_floats(lowered.compile().as_text(), min(stacks))
-    assert found["auto"] and not found["int8"]
+    model = load("llada")
+    prompts = np.random.default_rng(0).integers(6, 240, (4, 401))
+    work = [Request(f"{i}", tuple(map(int, prompt)), 400, SamplingConfig(16, 4)) for i, prompt in enumerate(prompts)]
+    one = Engine(model, cache=CacheConfig(boundary=2, cache_dtype="int8"), batch_size=4)
+    plan, executor = one.plan(work), one.executor
+    hlo = lower_decode(executor.backbone, executor.params, plan, *plan.rounds[0]).compile().as_text()
+    groups, length, rows, _ = plan.shape(*plan.rounds[0])
+    layer = model.config.num_kv_heads * length * model.config.head_dim
+    stacks = {plan.buffers.shallow * groups * layer, plan.buffers.deep * rows * layer}
+    assert not large_floats(hlo, min(stacks))
+    assert large_floats(hlo, min(stacks) // 2), "activations"
+    kept = re.findall(r"\bs8\[([\d,]+)\]", hlo)
+    assert {math.prod(map(int, shape.split(","))) for shape in kept} >= stacks

@@ -62,10 +62,11 @@ def test_the_search_finds_copies_where_there_are_some() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["auto", pytest.param("int8", marks=FULL)])
 @pytest.mark.parametrize("topology", ["v5e", *(pytest.param(name, marks=FULL) for name in ("v5p", "v6e"))])
-def test_layer_loops_copy_neither_weights_nor_caches(topology: str) -> None:
+def test_layer_loops_copy_neither_weights_nor_caches(topology: str, cache_dtype: Any) -> None:
     """At LLaDA-8B's widths; activations are turned between projections and attention, which is not counted."""
-    compiled = compile_kernels.lower_program(topology).compile()
+    compiled = compile_kernels.lower_program(topology, cache_dtype=cache_dtype).compile()
     width, prefix = 4096, 256
     activations = {tokens * width for tokens in (128, 32, prefix + 128, prefix + 32)}
     found = {(name, shape) for name, shape in copies(compiled.as_text()) if math.prod(shape) not in activations}
@@ -73,6 +74,8 @@ def test_layer_loops_copy_neither_weights_nor_caches(topology: str) -> None:
     for kind in ("refresh", "reuse"):
         assert not taken_out(compiled.as_text(), f"/{kind}/while")
     assert "tpu_custom_call" in compiled.as_text()
+    stacks = re.findall(r"(bf16|f32|s8)\[4,1,32,256,128\]", compiled.as_text())  # layers, prefixes or rows, K, P, H
+    assert set(stacks) == {"bf16" if cache_dtype == "auto" else "s8"}, "in 8 bits there is none of floats"
     params = 2 * 4 * 4096 * (4 * 4096 + 3 * 12288)
     assert compiled.memory_analysis().temp_size_in_bytes < params / 4, "no copy of the stacked weights in front of it"
 

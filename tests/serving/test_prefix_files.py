@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -54,21 +53,16 @@ def test_a_later_engine_encodes_nothing_and_gives_the_same_results(model: Model,
     assert deeper.stats.prefixes_encoded == 1, "it was not encoded for that boundary"
 
 
-def test_in_8_bits_they_are_found_by_those_who_keep_them_so(model: Model, tmp_path: Path) -> None:
-    """On the device, on disk and in the host's memory; a quarter of float32 and the scales, as planned."""
-    settings = {"boundary": 2, "refresh_interval": 2}
-    plain = engine(model, tmp_path)
-    plain.generate(WORK)
-    small = CacheConfig(cache_dtype="int8", **settings)  # type: ignore[arg-type]
+def test_in_8_bits_they_are_kept_on_the_device_on_disk_and_in_the_host_s_memory(model: Model, tmp_path: Path) -> None:
+    """As many bytes as planned: a quarter of float32, and the scales."""
+    small = CacheConfig(boundary=2, refresh_interval=2, cache_dtype="int8")
     first = Engine(model, cache=small, prefix_cache_dir=tmp_path)
     wanted = first.generate(WORK)
-    assert first.stats.prefixes_encoded == 1 and first.prefixes.stats.disk_hits == 0, "the other's are not its own"
-    assert first.generate(WORK) == [dataclasses.replace(one, cached_tokens=40) for one in wanted]
-    [piece] = [entry.piece for entry in first._store._entries.values()]
-    [kept] = [entry.piece for entry in plain._store._entries.values()]
-    assert first.prefixes.stats.nbytes == sum(leaf.nbytes for (leaf,) in piece.leaves[:-2])
-    sizes = [{np.asarray(leaf).dtype.name: leaf.nbytes for (leaf,) in one.leaves[:-3]} for one in (kept, piece)]
-    assert sizes[1] == {"int8": sizes[0]["float32"] // 4, "float32": sizes[0]["float32"] // model.config.head_dim}
+    [(key, entry)] = first._store._entries.items()
+    k, k_scales, v, v_scales, hidden, *_ = (leaf for (leaf,) in entry.piece.leaves)
+    numbers = key.layers * model.config.num_kv_heads * key.length * model.config.head_dim
+    assert k.nbytes == v.nbytes == numbers and k_scales.nbytes == v_scales.nbytes == 4 * numbers // 16
+    assert first.prefixes.stats.nbytes == k.nbytes + k_scales.nbytes + v.nbytes + v_scales.nbytes + hidden.nbytes
     second = Engine(model, cache=small, prefix_cache_dir=tmp_path, prefix_cache_bytes=0, prefix_host_bytes=2**20)
     for hits in ((1, 0), (1, 1)):  # without room on the device it goes on to the host's memory
         assert [one.token_ids for one in second.generate(WORK)] == [one.token_ids for one in wanted]
@@ -114,6 +108,8 @@ def test_what_is_read_is_what_was_written_and_of_the_same_key(tmp_path: Path) ->
     for (wanted,), (leaf,) in zip(piece.leaves, found[0].leaves, strict=True):
         assert leaf.dtype == wanted.dtype
         np.testing.assert_array_equal(leaf, wanted)
+    identity = {"model": "m", "dtype": "bfloat16"}
+    assert PrefixFiles(tmp_path, identity, cache_dtype="int8").load(key, {1}) is None, "it keeps other arrays"
     assert files.load(key, {2}) is None and files.load(key._replace(tokens=(5, 6, 8)), {1}) is None
     (path,) = tmp_path.glob("*.safetensors")
     other = key._replace(tokens=(9, 9, 9))
