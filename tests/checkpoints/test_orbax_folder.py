@@ -107,7 +107,7 @@ def flip(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "without its config.json"),
         (
             lambda f: damage(f, "bicache.json", lambda m: m["params"]["head"].update(dtype="int16")),
-            "unsupported head: int16, expected one of float32, bfloat16, int8",
+            "unsupported head: int16, expected one of float32, bfloat16, float16, int8",
         ),
         (lambda f: shutil.rmtree(f / "params"), "cannot be read"),
     ],
