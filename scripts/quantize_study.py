@@ -176,13 +176,8 @@ def of_logits(name: str, quantize: Quantize) -> list[Any]:
     return list(by_layers(plain, small, ids, there, places))
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The study as Markdown."""
+def _answers_table(answers: dict[str, Any]) -> list[str]:
     lines = [
-        "# 8 bits: what they cost",
-        "",
-        "Made by `python scripts/quantize_study.py --output scripts/results/quantized`, on CPUs in float32.",
-        "",
         "## Answers",
         "",
         f"{SAMPLES} questions for the bundled model (seed {SEED}), {TRIPS_SAMPLES} of `examples/trips` (b = 1)."
@@ -191,7 +186,7 @@ def markdown(record: dict[str, Any]) -> str:
         "| task | policy | format | exact match | agreement | difference | McNemar p |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, results in record["answers"].items():
+    for name, results in answers.items():
         for result in results:
             policy, _, quantize = result["policy"].partition("@")
             low, high = result["difference_interval"]
@@ -200,8 +195,19 @@ def markdown(record: dict[str, Any]) -> str:
                 f" {100 * result['agreement']:.1f} % | {100 * result['difference']:+.1f} ({100 * low:+.1f} to"
                 f" {100 * high:+.1f}) | {result['mcnemar_p']:.2g} |"
             )
-    lines += ["", verdict(record["answers"]), "", "## Logits", ""]
-    lines += [
+    return [*lines, "", verdict(answers), ""]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The study as Markdown."""
+    lines = [
+        "# 8 bits: what they cost",
+        "",
+        "Made by `python scripts/quantize_study.py --output scripts/results/quantized`, on CPUs in float32.",
+        "",
+        *(_answers_table(record["answers"]) if record["answers"] else ()),
+        "## Logits",
+        "",
         "KL divergence from the floats' distribution, in nats, and share of places where the most probable token is the"
         " same, when the first k layers are in 8 bits and the rest is not; the last line of each also has embedding and"
         f" head in 8 bits. Bundled models: {SEQUENCES} prompts with all or half of the answer masked, at its masks."

@@ -20,7 +20,8 @@ folder: it appears under its name when it is complete and has been read back.
 
 examples:
   bicache convert --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --output LLaDA-8B-orbax
-  bicache convert --model LLaDA-8B-orbax --to safetensors --output LLaDA-8B"""
+  bicache convert --model LLaDA-8B-orbax --to safetensors --output LLaDA-8B
+  bicache convert --model GSAI-ML/LLaDA-8B-Instruct --quantize w8a8 --to safetensors --output LLaDA-8B-w8a8"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

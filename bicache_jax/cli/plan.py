@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_capacity(args: argparse.Namespace, given: set[str]) -> int:
-    from bicache_jax.configs import device
     from bicache_jax.serving.capacity import Shape, capacity, describe
+    from bicache_jax.wiring import device
 
     defaults = Parser()
     add_arguments(defaults)
