@@ -29,13 +29,15 @@ from bicache_jax.measure.by_boundary import accuracy_by_boundary, verdict
 from bicache_jax.measure.evaluate import evaluate, items_of
 from bicache_jax.measure.plots import accuracy_over_boundaries, similarity_heat_map
 from bicache_jax.measure.profile import profile_model
+from bicache_jax.measure.scorers import find_scorer
 
 QUESTIONS = 200  # more of them make a verdict possible where it says "open"
 SIZES = ((12, 4), (3, 2))  # people and facts of the bundled documents, which are half of them long, half short
 BOUNDARIES = None  # all from 0 to L; for a model of many layers some of them, such as (4, 8, 16, 32)
 GEN_LENGTH = 16  # tokens of an answer
 ROWS = 10  # of a batch: as many as share a document, so that batches have one shape, and few programs are compiled
-MARGIN = 0.02  # accuracy that you would give for speed
+SCORER = "exact"  # how answers are compared: exact, numeric, choice, or a function as module:function
+MARGIN = 0.05  # accuracy that you would give for speed; to show less than that takes more questions
 TIMED = 64  # questions on which speed is measured
 
 # %% tags=["quick"]
@@ -67,8 +69,8 @@ model
 # ## 1. How far do keys and values change?
 #
 # The published way to a boundary: a layer is *shallow* while the keys and values that a prefix gets alone are like
-# those that it gets in the whole sequence, above 0.97 of cosine similarity. `b(r)` counts them, for a prefix that is
-# r percent of the sequence, response included.
+# those that it gets in the whole sequence, above 0.97 of cosine similarity. b(r) counts them, for a prefix that is r
+# percent of the sequence, response included.
 
 # %%
 table = profile_model(model, questions, response=GEN_LENGTH, samples=8)
@@ -89,8 +91,15 @@ def measured(model, items, sampling, boundaries):
     """Accuracy at boundaries, with a bar."""
     depths = range(model.config.num_layers + 1) if boundaries is None else boundaries
     with tqdm(total=(1 + len(depths)) * len(items), unit="answer", leave=False) as bar:
-        settings = {"sampling": sampling, "boundaries": depths, "batch_size": ROWS}
-        return accuracy_by_boundary(model, items, **settings, progress=bar.update)
+        return accuracy_by_boundary(
+            model,
+            items,
+            sampling=sampling,
+            boundaries=depths,
+            scorer=find_scorer(SCORER),
+            batch_size=ROWS,
+            progress=bar.update,
+        )
 
 
 rows = measured(model, items, sampling, BOUNDARIES)
@@ -119,8 +128,17 @@ Table(("boundary that the table chooses", "verdict"), [(b, judged.judge(b)) for 
 # %%
 cap = 0 if deepest is None else deepest
 capped = {ratio: min(b, cap) for ratio, b in table.table.items()}
-settings = {"cache": CacheConfig(table=capped), "sampling": sampling, "timed": TIMED, "batch_size": ROWS}
-evaluation(evaluate(model, items, ["none", "naive", "bicache"], **settings))
+found = evaluate(
+    model,
+    items,
+    ["none", "naive", "bicache"],
+    cache=CacheConfig(table=capped),
+    sampling=sampling,
+    scorer=find_scorer(SCORER),
+    batch_size=ROWS,
+    timed=TIMED,
+)
+evaluation(found)
 
 # %% [markdown]
 # ## A warning: a model where similarity picks the wrong boundary

@@ -109,8 +109,15 @@ from bicache_jax.measure.plots import bars
 
 questions = [{**request, "prefix_len": shared} for request in requests]
 items = items_of(questions, model, engine.sampling, "these questions")
-settings = {"cache": CacheConfig(), "sampling": engine.sampling, "timed": TIMED, "turns": TURNS}
-measured = evaluate(model, items, ["none", "naive", "bicache"], **settings)
+measured = evaluate(
+    model,
+    items,
+    ["none", "naive", "bicache"],
+    cache=CacheConfig(),
+    sampling=engine.sampling,
+    timed=TIMED,
+    turns=TURNS,
+)
 bars({found["policy"]: found["tokens_per_s"] for found in measured}, label="tokens/s")
 
 # %%
