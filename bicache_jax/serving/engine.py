@@ -101,9 +101,9 @@ class Engine:
             if nbytes is not None and nbytes < 0:
                 raise BicacheError(f"{name} must be >= 0, got {nbytes}")
         start_compilation_cache()
-        self.model = model
-        self.cache = cache_for(model, cache or CacheConfig())
-        self.sampling = sampling or SamplingConfig()
+        self.model: Model = model
+        self.cache: CacheConfig = cache_for(model, cache or CacheConfig())
+        self.sampling: SamplingConfig = sampling or SamplingConfig()
         self.batch_size = batch_size
         placement = Placement(model.config, None if mesh is None else check_mesh(mesh))
         backbone = backbone_here(placement.partition.local, attention, axis=placement.axis, make=model.backbone)

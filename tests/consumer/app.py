@@ -57,6 +57,8 @@ def answer(model: Model, questions: list[str]) -> dict[str, str]:
             found[result.id] = result.text
         assert_type(result.token_ids, tuple[int, ...])
         assert_type(result.prefix_len + result.boundary + result.cached_tokens, int)
+    assert_type(engine.model, Model)
+    assert_type(engine.cache, CacheConfig)
     assert_type(engine.stats.prefixes_encoded, int)
     assert_type(engine.stats.seconds, float)
     assert_type(engine.warmup(prompt_len=32, rows=2).seconds, float)
