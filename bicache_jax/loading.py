@@ -257,11 +257,12 @@ def _targets(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> dict[s
     shapes = family.abstract(config, dtype)
     if mesh is None:
         return targets(shapes)
-    partition, axes = Partition(config, check_mesh(mesh).shape[MODEL]), family.axes(config)
-    shardings = dict(paths(param_shardings(axes, family.abstract(partition.config, dtype), mesh)))
+    partition = Partition(config, check_mesh(mesh).shape[MODEL])
+    table = family.axes(partition.config)
+    shardings = dict(paths(param_shardings(table, family.abstract(partition.config, dtype), mesh)))
 
     def sources(path: tuple[str, ...], leaf: Any) -> tuple[Any, ...]:
-        return tuple(map(partition.source, axes_of(axes, path, leaf.ndim)))
+        return tuple(map(partition.source, axes_of(table, path, leaf.ndim)))
 
     return tree_of(
         (path, Target(leaf.shape, leaf.dtype, shardings[path], sources(path, leaf))) for path, leaf in paths(shapes)

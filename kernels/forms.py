@@ -58,7 +58,7 @@ def candidates(platform: str, num_queries: int, head_dim: int, dtype: Any) -> li
     if platform == "cuda":
         for form in gpu.candidates(num_queries, head_dim, dtype):
             sizes = f"triton {form.queries} x {form.keys}, {form.warps} warps, {form.stages} stages"
-            name = sizes if form.form == "triton" else f"library ({form.library})"
+            name = sizes if form.form == "triton" else f"{form.form} ({form.library})"
             call = functools.partial(gpu.prefix_attention, form=form)
             found.append(Candidate(name, limits | dataclasses.asdict(form), call))
         return found

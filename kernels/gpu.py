@@ -10,6 +10,8 @@ only one prefix, all rows are folded into its queries, so it is read once. This 
 to `[..., P, K, H]` first, which copies the layer's prefix in every call. And it rounds the log-sum-exps to the queries'
 dtype: in bfloat16 an error of up to 1/64 at 4 < |lse| < 8, which shifts weight between the parts by up to 0.4 %.
 
+*Joined*: one call of a library for prefix and suffix (`bicache_jax.kernels.joined`).
+
 `gpu_forms.json` says which form is used for which shapes, and why. The rooflines in `bicache_jax.kernels.tpu` apply
 with the card's own ratio: an H100 (989e12 / 3.35e12 = 295 operations per byte) becomes compute-bound at about the same
 shapes as a v5e.
@@ -29,6 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from bicache_jax.core.numerics import precision
+from bicache_jax.kernels import joined
 from bicache_jax.kernels.axes import spread
 from bicache_jax.kernels.tuning import device_kind, rows
 
@@ -43,20 +46,20 @@ class Form:
     """How a call is computed; a row of `gpu_forms.json`.
 
     Attributes:
-        form: `triton` or `library`.
+        form: `triton`, `library` or `joined`.
         queries: queries in a program's block, a power of two (Triton).
         keys: keys in a block, a power of two (Triton).
         warps: warps per program.
         stages: stages of the compiler's software pipeline.
-        library: the implementation that `jax.nn.dot_product_attention` uses.
+        library: the implementation that `jax.nn.dot_product_attention` uses; for `joined` any of `joined.LIBRARIES`.
     """
 
-    form: Literal["triton", "library"]
+    form: Literal["triton", "library", "joined"]
     queries: int = 64
     keys: int = 64
     warps: int = 4
     stages: int = 2
-    library: Literal["xla", "cudnn"] = "xla"
+    library: Literal["xla", "cudnn", "tokamax"] = "xla"
 
 
 def form_for(kind: str | None, num_queries: int, head_dim: int, dtype: Any) -> Form:
@@ -74,21 +77,27 @@ def form_for(kind: str | None, num_queries: int, head_dim: int, dtype: Any) -> F
     for row in rows("cuda", kind):
         limits = ((num_queries, row["max_queries"]), (head_dim, row["max_head_dim"]))
         if jnp.dtype(dtype).name in row["dtypes"] and all(not most or value <= most for value, most in limits):
-            return Form(**{field.name: row[field.name] for field in dataclasses.fields(Form) if field.name in row})
+            form = Form(**{field.name: row[field.name] for field in dataclasses.fields(Form) if field.name in row})
+            if joined.has(form.library):  # a table may come from where more is installed
+                return form
     raise NotImplementedError(f"no form serves {jnp.dtype(dtype).name} with head size {head_dim}")
 
 
 def candidates(num_queries: int, head_dim: int, dtype: Any) -> list[Form]:
     """Forms that are worth timing for a shape; `form_for` describes the arguments."""
     if head_dim > 128:
-        return [Form("library")]
+        return [Form("library"), Form("joined")]
+    libraries = [Form("library"), Form("joined")]
+    if jnp.dtype(dtype).itemsize == 2:  # what those know that are made for it
+        more: list[Literal["cudnn", "tokamax"]] = ["cudnn", "tokamax"]
+        libraries += [Form("joined", library=name) for name in more if joined.has(name)]
     if jnp.dtype(dtype).itemsize > 2:
         tried = [(64, 32, 8, 1), (32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 2, 2), (128, 32, 8, 1)]
     elif num_queries <= FEW_QUERIES:
         tried = [(32, 64, 2, 3), (32, 128, 4, 3), (32, 32, 2, 3), (32, 64, 4, 4), (16, 64, 4, 3)]
     else:
         tried = [(64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 4, 3), (64, 128, 4, 2)]
-    return [*(Form("triton", *sizes) for sizes in tried), Form("library")]
+    return [*(Form("triton", *sizes) for sizes in tried), *libraries]
 
 
 def _kernel(
@@ -218,9 +227,7 @@ def _triton(
     return out.reshape(q.shape)
 
 
-def _part(
-    q: Array, k: Array, v: Array, mask: Array, scale: float, library: Literal["xla", "cudnn"]
-) -> tuple[Array, Array]:
+def _part(q: Array, k: Array, v: Array, mask: Array, scale: float, library: Any) -> tuple[Array, Array]:
     """Attention `[B, N, T, H]` over one part of the keys, and its log-sum-exp; -inf where no key is valid.
 
     The mask is [B, S], or [B, T, S] where queries see different keys.
@@ -326,7 +333,11 @@ def prefix_attention(
     scale = head_dim**-0.5 if scale is None else scale
     with jax.named_scope("prefix_attention"):
         arrays = (q, k_prefix, v_prefix, k_suffix, v_suffix)
+        if form.form == "joined" and block_ids is not None:  # lengths do not say who sees what
+            form = Form("library")
         if form.form == "library":
             return _library(*arrays, index, prefix_len, suffix_valid, block_ids, layer, scale, form)
         index = jnp.arange(q.shape[0]) if index is None else index
+        if form.form == "joined":
+            return joined.prefix_attention(*arrays, index, prefix_len, suffix_valid, layer, scale, form.library)
         return _triton(*arrays, index, prefix_len, suffix_valid, block_ids, layer, scale, form, bool(interpret))

@@ -16,6 +16,7 @@ from bicache_jax.models.family import register_family as register_family
 from bicache_jax.models.family import registered as registered
 from bicache_jax.models.transformer import AXES as AXES
 from bicache_jax.models.transformer import Transformer as Transformer
+from bicache_jax.models.transformer import axes as axes
 from bicache_jax.models.transformer import init as init
 
 MODULES: dict[str, ModuleType] = {

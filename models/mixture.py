@@ -60,7 +60,7 @@ class Mixture(nnx.Module):
         experts, d_model = config.experts, config.d_model
         assert experts is not None
         self.router = Router(experts, d_model, dtype=dtype, rngs=rngs)
-        wide, narrow = (experts.num, d_model, experts.d_expert), (experts.num, experts.d_expert, d_model)
+        wide, narrow = (experts.here, d_model, experts.d_expert), (experts.here, experts.d_expert, d_model)
         settings: Any = {"quantize": config.quantize, "dtype": dtype, "rngs": rngs}
         self.gate, self.up, self.down = (Stack(*size, **settings) for size in (wide, wide, narrow))
         if experts.d_shared:
@@ -108,7 +108,7 @@ def mix(
         layers: parameters of `Mixture`, stacked over layers.
         layer: which of them.
         x_md: the tokens.
-        axis: mesh axis over which the experts' columns are split; None: they are not split.
+        axis: mesh axis over which the experts, or the columns of each, are split; None: they are not split.
     """
     experts = config.experts
     assert experts is not None
@@ -117,16 +117,22 @@ def mix(
         return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
     chosen, weights = route(experts, jax.tree.map(here, layers["router"]), x_md)
+    whole = experts.cut == "expert"
+    if whole and axis is not None:  # counted from the first that is here; those of other shards come last
+        own = chosen - jax.lax.axis_index(axis) * experts.here
+        here_mk = (own >= 0) & (own < experts.here)
+        chosen, weights = jnp.where(here_mk, own, experts.here), jnp.where(here_mk, weights, 0)
     order = jnp.argsort(chosen.ravel(), stable=True)  # so that each expert's tokens are neighbours
-    sizes = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(experts.num), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(experts.here), axis=0, dtype=jnp.int32)
     sorted_nd = x_md[order // experts.per_token]
     stacks = [layers[name] for name in ("gate", "up", "down")]
-    tiles = functools.partial(_tiles, quantize=config.quantize, axis=axis)
+    tiles = functools.partial(_tiles, quantize=config.quantize, axis=None if whole else axis)
     if config.quantize == "none":
         out_nd = jax.lax.platform_dependent(sorted_nd, sizes, layer, *stacks, default=tiles, tpu=_ragged)
     else:  # a ragged product of 8-bit weights with floats would need a copy of all of them as floats
         out_nd = tiles(sorted_nd, sizes, layer, *stacks)
-    out_mkd = out_nd[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    mine = (jnp.arange(len(order)) < jnp.sum(sizes))[:, None]  # behind them nothing was written
+    out_mkd = jnp.where(mine, out_nd, 0)[jnp.argsort(order)].reshape(*chosen.shape, -1)
     out = jnp.einsum("mkd,mk->md", out_mkd.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
     out = out.astype(x_md.dtype)
     if experts.d_shared:

@@ -134,6 +134,16 @@ AXES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("mixture", "shared_down", "scale"): ("layer", "width"),
 }
 """Logical axes of every parameter of all families; `bicache_jax.sharding.partition.MESH_AXES` maps them to a mesh."""
+_SETS = {"expert": "held_expert", "expert_mlp": "expert_width"}
+
+
+@functools.lru_cache(maxsize=64)
+def axes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[str, ...]]:
+    """`AXES`, for an architecture whose shards may hold sets of whole experts."""
+    if config.experts is None or config.experts.cut == "width":
+        return AXES
+    moved = (path for path in AXES if path[0] == "mixture" and path[1] in ("gate", "up", "down"))
+    return {**AXES, **{path: tuple(_SETS.get(axis, axis) for axis in AXES[path]) for path in moved}}
 
 
 @functools.lru_cache(maxsize=64)
@@ -201,8 +211,8 @@ class Transformer:
 
     @property
     def axes(self) -> Mapping[tuple[str, ...], tuple[str, ...]]:
-        """`AXES`."""
-        return AXES
+        """Logical axes of every parameter, by path."""
+        return axes(self.config)
 
     def _block(self, layer: LayerParams) -> Block:
         dtype = layer["attention_norm"]["scale"].dtype

@@ -102,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mixed.add_argument(
         "--mixed",
         action="store_true",
-        help="instead: requests of many response lengths (32-256 tokens, blocks of 32) that stop early, in batches of"
-        " --rows that waiting rows join, against batches that wait for their slowest row",
+        help="instead: requests of many response lengths (32-256 tokens, blocks of 32) that stop early (with random"
+        " weights: one token in a hundred ends a response), in batches of --rows that waiting rows join, against"
+        " batches that wait for their slowest row",
     )
     mixed.add_argument("--requests", type=integer(1), metavar="N", help="(default: 12 for each row of a batch)")
     mixed.add_argument(
@@ -115,7 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--baseline", type=listed, default=(), metavar="LIST", help="torch: the same weights in PyTorch"
+        "--baseline",
+        type=listed,
+        default=(),
+        metavar="LIST",
+        help="torch: the same weights in PyTorch; torch+compile: through torch.compile",
     )
     running.add_argument("--repeats", type=integer(1), default=5, metavar="N", help="most turns (default: %(default)s)")
     running.add_argument(
@@ -148,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bicache_jax.measure import benchmark
+    from bicache_jax.measure.torch_baseline import TorchRunner
 
     if args.restart and args.model is None:
         raise BicacheError("--restart needs --model: random weights are nothing that a fresh process could load")
@@ -165,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     cases = _cases(args)
     with flag_named("suffix"), flag_named("prefix"):
         runners: list[Any] = [
-            _baseline(case.policy, model, case)
+            TorchRunner(model, case)
             if case.policy in args.baseline
             else benchmark.EngineRunner(model, case, args.attention)
             for case in cases
@@ -222,7 +228,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
     from tqdm import tqdm
 
     from bicache_jax.measure import benchmark
-    from bicache_jax.measure.mixed import measure_mixed, mixed_requests
+    from bicache_jax.measure.mixed import ending, measure_mixed, mixed_requests
 
     lists = {name: getattr(args, name) for name in ("rows", "prefixes", "refresh_interval", "boundary")}
     lists["prefix"] = args.prefix or (768,)
@@ -230,6 +236,7 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
         if len(values) != 1:
             raise BicacheError(f"--{name.replace('_', '-')}: one value with --mixed, got {len(values)}")
     (rows,), (prefixes,), (interval,), (boundary,), (prefix,) = lists.values()
+    model = ending(model) if args.model is None else model
     with flag_named("prefix"):
         requests = mixed_requests(
             model.config,
@@ -269,10 +276,11 @@ def _run_mixed(args: argparse.Namespace, model: Any, load: list[Any]) -> int:
 def _cases(args: argparse.Namespace) -> list[Any]:
     """The cases of the flags."""
     from bicache_jax.measure.grid import Grid
+    from bicache_jax.measure.torch_baseline import BASELINES
 
     for name in args.baseline:
-        if name != "torch":
-            raise BicacheError(f"--baseline {name!r}: the only baseline is torch")
+        if name not in BASELINES:
+            raise BicacheError(f"--baseline {name!r}: the baselines are {', '.join(BASELINES)}")
     prefixes = args.ratio if args.ratio is not None else args.prefix if args.prefix is not None else (768,)
     grid = Grid(
         policies=args.policies or POLICIES,
@@ -291,12 +299,6 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     lengths = {"gen_length": args.gen_length, "steps": args.steps, "block_length": args.block_length}
     with flag_named("prefixes"):
         return from_flags(lambda **_: grid.cases(), **lengths)
-
-
-def _baseline(name: str, model: Any, case: Any) -> Any:
-    from bicache_jax.measure.torch_baseline import TorchRunner
-
-    return TorchRunner(model, case)
 
 
 def table(record: dict[str, Any]) -> str:

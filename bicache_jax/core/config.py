@@ -94,6 +94,8 @@ class Experts:
         bias: whether a bias is added where experts are picked; their weights are without it.
         groups: groups of experts of which a token's come from `top_groups`, those whose two best are best together.
         top_groups: see there.
+        cut: how a mesh cuts them: the width of each (`width`), or into as many sets as there are shards (`expert`).
+        held: experts that are here, on a shard; None: all.
     """
 
     num: int
@@ -107,6 +109,13 @@ class Experts:
     bias: bool = False
     groups: int = 1
     top_groups: int = 1
+    cut: Literal["width", "expert"] = "width"
+    held: int | None = None
+
+    @property
+    def here(self) -> int:
+        """Experts of a layer that are here: all, or a shard's."""
+        return self.num if self.held is None else self.held
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.num:
@@ -211,15 +220,16 @@ class ModelConfig:
 
     @property
     def mlp_columns(self) -> float:
-        """Columns of the MLP, or of the experts, that a token runs through; the mean over the layers."""
-        return self._mean_columns(0 if self.experts is None else self.experts.per_token)
+        """Columns of the MLP, or of the experts, that a token runs through here; the mean over layers and shards."""
+        experts = self.experts
+        return self._mean_columns(0 if experts is None else experts.per_token * experts.here / experts.num)
 
     @property
     def mlp_weights(self) -> float:
         """Columns of the MLP, or of all experts, that there are in a layer; the mean over the layers."""
-        return self._mean_columns(0 if self.experts is None else self.experts.num)
+        return self._mean_columns(0 if self.experts is None else self.experts.here)
 
-    def _mean_columns(self, experts: int) -> float:
+    def _mean_columns(self, experts: float) -> float:
         """Columns of a layer's MLP, or of so many experts and the shared ones; the mean over the layers."""
         if self.experts is None:
             return self.d_mlp

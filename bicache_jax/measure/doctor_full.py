@@ -14,10 +14,11 @@ import numpy as np
 
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import Model
-from bicache_jax.measure import benchmark, kernel_times, trace
-from bicache_jax.measure.benchmark import Case, EngineRunner
+from bicache_jax.measure import benchmark, kernel_times, torch_baseline, trace
+from bicache_jax.measure.benchmark import Case, EngineRunner, Runner
 from bicache_jax.measure.doctor import Check, Clock, Status
 from bicache_jax.measure.kernel_times import Shape, Timing, line
+from bicache_jax.measure.torch_baseline import TorchRunner
 from bicache_jax.serving.compilation import kept_in
 from bicache_jax.testing import platform_here, save_rows
 
@@ -150,12 +151,16 @@ def runs(make: Callable[[str, str], Model], name: str, clock: Clock, scale: Scal
     except Exception as fault:
         yield Check("runs", name, "wrong", line(fault))
         return
+    without = torch_baseline.missing(model)
     for rows in scale.rows:
         if clock.left < 0:
             yield Check("runs", f"{name}, {rows} rows", "skipped", "no time is left; --budget gives more")
             continue
-        cases = [_case(policy, rows, scale) for policy in POLICIES]
+        others = () if without or rows != scale.rows[0] else torch_baseline.BASELINES
+        cases = [_case(policy, rows, scale) for policy in (*POLICIES, *others)]
         yield from _timed(model, name, cases, clock, bandwidth)
+    if without:
+        yield Check("runs", f"{name}, PyTorch", "skipped", without)
 
 
 def _case(policy: str, rows: int, scale: Scale) -> Case:
@@ -166,7 +171,7 @@ def _case(policy: str, rows: int, scale: Scale) -> Case:
 
 
 def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwidth: float) -> Iterator[Check]:
-    runners: list[EngineRunner] = []
+    runners: list[Runner] = []
     run: list[Case] = []
     for case in cases:
         title = f"{name}, {case.rows} rows, {case.policy}"
@@ -174,7 +179,8 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwid
             yield Check("runs", title, "skipped", "no time is left; --budget gives more")
             continue
         try:
-            runner = EngineRunner(model, case)
+            baseline = case.policy in torch_baseline.BASELINES
+            runner: Runner = TorchRunner(model, case) if baseline else EngineRunner(model, case)
             runner.prepare()
         except Exception as fault:
             yield Check("runs", title, "wrong", line(fault))
@@ -200,10 +206,13 @@ def _timed(model: Model, name: str, cases: Sequence[Case], clock: Clock, bandwid
     for record in records:
         if plain is not None:  # with a block cache the blocks differ, and the tokens are as many
             record["ratio_to_none"] = round(float(record["tokens_per_s"]) / float(plain), 4)
-            record["limit_share"] = round(record["ratio_to_none"] / record["limit"], 4)
+            if record["limit"] is not None:
+                record["limit_share"] = round(record["ratio_to_none"] / record["limit"], 4)
         detail = f"{record['tokens_per_s']:.1f} tokens/s, mfu {record['mfu']:.2f}"
         if plain is not None:
-            detail += f", {record['ratio_to_none']:.2f} times none, {record['limit_share']:.2f} of its limit"
+            detail += f", {record['ratio_to_none']:.2f} times none"
+        if record["limit_share"] is not None:
+            detail += f", {record['limit_share']:.2f} of its limit"
         facts = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
         yield Check("runs", f"{name}, {record['rows']} rows, {record['policy']}", "ok", detail, facts)
 

@@ -21,6 +21,14 @@ LENGTHS = (32, 64, 96, 128, 192, 256)
 REST = 24
 """Prompt tokens behind the prefix, at most."""
 BLOCK = 32
+ENDS = 100
+"""One token in so many ends a response of a model with random weights, which knows no end of text."""
+
+
+def ending(model: Model) -> Model:
+    """A model with random weights whose responses end early: in a block of 32 tokens with a chance of about 1/4."""
+    ends = tuple(token for token in range(ENDS - 1, model.config.vocab_size, ENDS) if token != model.config.mask_id)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=ends))
 
 
 def mixed_requests(

@@ -1,77 +1,69 @@
-"""A baseline outside this library: the same weights in PyTorch, through `transformers`' Llama modules.
+"""A baseline outside this library: the same weights in PyTorch.
 
-`scaled_dot_product_attention` under a full mask, no cache, the current block's logits only, and LLaDA's low-confidence
-loop. It needs the extra `torch`.
+The transformer of LLaDA-8B in PyTorch's own functions, with `scaled_dot_product_attention` over the whole canvas (no
+mask: every token sees every other), no cache, the current block's logits only, and LLaDA's low-confidence loop.
+`torch+compile` is the same through `torch.compile`. PyTorch reads JAX's arrays where both run on one device, so weights
+are there once. It needs the extra `torch`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.decoding.schedule import even_counts
 from bicache_jax.measure.benchmark import Case, synthetic_requests
 from bicache_jax.serving.flops import Job, row_flops
 
-# transformers' names of a layer's tensors -> where they are in the parameter tree
-_LAYER = {
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-}
+BASELINES = ("torch", "torch+compile")
+"""Names of the programs, as `bicache benchmark --baseline` takes them."""
 
 _LOOP = ("low_confidence", "even", False, False)  # rule, schedule, shifted logits and tied head of what runs here
+
+
+def missing(model: Model) -> str | None:
+    """Why a model does not run in PyTorch here; None if it does."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed; pip install 'bicache-jax[torch]'"
+    config = model.config
+    plain = (config.remasking, config.schedule, config.shift_logits, config.tied) == _LOOP
+    if not plain or config.qkv_bias or config.bias or config.norm_bias or config.head_bias or config.qk_norm:
+        return "only models that decode as LLaDA-8B, and have no biases, run there"
+    if model.params["embed"].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return "only weights that are not quantized run there"
+    return None
 
 
 class TorchRunner:
     """Runs a case in PyTorch; see `bicache_jax.measure.benchmark.Runner`."""
 
     def __init__(self, model: Model, case: Case) -> None:
-        """Copies the weights.
+        """Hands over the weights.
+
+        Args:
+            model: the model.
+            case: what to run; its policy is one of `BASELINES`.
 
         Raises:
-            BicacheError: PyTorch or transformers is missing, or the architecture is not the Llama block.
+            BicacheError: PyTorch is missing, or the architecture is not LLaDA-8B's.
         """
-        try:
-            import torch
-            from transformers import LlamaConfig, LlamaModel
-        except ImportError as error:
-            raise BicacheError(
-                f"--baseline torch: {error.name} is not installed; pip install 'bicache-jax[torch]'"
-            ) from None
-        config = model.config
-        plain = (config.remasking, config.schedule, config.shift_logits, config.tied) == _LOOP
-        if not plain or config.qkv_bias or config.bias or config.norm_bias or config.head_bias:
-            raise BicacheError("--baseline torch: only models that decode as LLaDA-8B, and have no biases, run there")
-        self._torch, self._case, self._config = torch, case, config
+        if why := missing(model):
+            raise BicacheError(f"--baseline torch: {why}")
+        import torch
+
+        self._torch, self._case, self._config = torch, case, model.config
         self._device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, str(model.params["embed"].dtype))
-        shape = LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_mlp,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=config.max_length,
-            attn_implementation="sdpa",
-        )
-        self._model = LlamaModel(shape).to(self._device, dtype).eval()
-        self._model.load_state_dict(_state(model.params, torch, dtype))
-        for layer in self._model.layers:
-            layer.self_attn.is_causal = False
-        self._head = _tensor(model.params["head"], torch, dtype).to(self._device)
+        self._weights = _weights(model.params, model.config, torch, self._device)
+        forward = _forward(torch, model.config)
+        self._hidden = torch.compile(forward) if case.policy == "torch+compile" else forward
 
     def prepare(self) -> None:
         """Warms up."""
@@ -100,14 +92,14 @@ class TorchRunner:
         ids = torch.cat([prompts, masks], dim=1)
         blocks = sampling.num_blocks
         counts = even_counts(sampling.block_size, sampling.num_steps // blocks)
-        everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=self._device)
+        cos, sin = _rotary(torch, self._config, ids.shape[1], self._device)
         with torch.inference_mode():
             for step in range(steps):
                 block, inside = divmod(step, sampling.num_steps // blocks)
                 begin = prompts.shape[1] + block * sampling.block_size
                 part = slice(begin, begin + sampling.block_size)
-                hidden = self._model(input_ids=ids, attention_mask=everything, use_cache=False).last_hidden_state
-                logits = (hidden[:, part] @ self._head.T).float()
+                hidden = self._hidden(self._weights, ids, cos, sin)
+                logits = (hidden[:, part] @ self._weights["head"].T).float()
                 allowed = logits.clone()
                 allowed[..., self._config.mask_id] = -torch.inf
                 token = allowed.argmax(-1)
@@ -133,23 +125,55 @@ class TorchRunner:
         }
 
 
-def _tensor(array: Any, torch: Any, dtype: Any) -> Any:
-    return torch.from_numpy(np.array(array, np.float32)).to(dtype)
+def _rotary(torch: Any, config: ModelConfig, length: int, device: str) -> tuple[Any, Any]:
+    """Cosines and sines of all positions, [T, H] each."""
+    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    angles = torch.arange(length, device=device)[:, None] * config.rope_theta**-half
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
-def _state(params: Any, torch: Any, dtype: Any) -> dict[str, Any]:
-    """Parameters under transformers' names."""
-    state = {
-        "embed_tokens.weight": _tensor(params["embed"], torch, dtype),
-        "norm.weight": _tensor(params["norm"]["scale"], torch, dtype),
-    }
-    layers = params["layers"]
-    for index in range(layers["q"]["weight"].shape[0]):
-        at = f"layers.{index}."
-        for name, ours in _LAYER.items():
-            linear = layers[ours]
-            weight = linear["weight"][index] if "weight" in linear else linear["kernel"][index].T
-            state[at + name + ".weight"] = _tensor(weight, torch, dtype)
-        state[at + "input_layernorm.weight"] = _tensor(layers["attention_norm"]["scale"][index], torch, dtype)
-        state[at + "post_attention_layernorm.weight"] = _tensor(layers["mlp_norm"]["scale"][index], torch, dtype)
-    return state
+def _forward(torch: Any, config: ModelConfig) -> Callable[..., Any]:
+    """The hidden states [B, T, D] behind the last norm, of weights, tokens [B, T] and `_rotary`'s tables."""
+    functional = torch.nn.functional
+
+    def norm(x: Any, scale: Any) -> Any:
+        return functional.rms_norm(x, scale.shape, scale, config.norm_eps)
+
+    def heads(x: Any) -> Any:
+        return x.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+
+    def rotated(x: Any, cos: Any, sin: Any) -> Any:
+        first, second = x.float().chunk(2, dim=-1)
+        return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+    def hidden(params: Any, ids: Any, cos: Any, sin: Any) -> Any:
+        x = params["embed"][ids]
+        for layer in params["layers"]:
+            y = norm(x, layer["attention_norm"])
+            q, k, v = (heads(functional.linear(y, layer[name])) for name in ("q", "k", "v"))
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+            grouped = config.num_heads != config.num_kv_heads
+            seen = functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            x = x + functional.linear(seen.transpose(1, 2).flatten(-2), layer["o"])
+            y = norm(x, layer["mlp_norm"])
+            gated = functional.silu(functional.linear(y, layer["gate"])) * functional.linear(y, layer["up"])
+            x = x + functional.linear(gated, layer["down"])
+        return norm(x, params["norm"])
+
+    return hidden
+
+
+def _weights(params: Any, config: ModelConfig, torch: Any, device: str) -> dict[str, Any]:
+    """The weights as PyTorch's; a layer's are views of the stack."""
+    there = jax.tree.map(lambda array: torch.from_dlpack(array).to(device), params)
+
+    def weight(found: Any, index: int) -> Any:
+        if "scale" in found:
+            return found["scale"][index]
+        return found["weight"][index] if "weight" in found else found["kernel"][index].T
+
+    layers = [
+        {name: weight(found, index) for name, found in there["layers"].items()} for index in range(config.num_layers)
+    ]
+    return {"embed": there["embed"], "head": there["head"], "norm": there["norm"]["scale"], "layers": layers}

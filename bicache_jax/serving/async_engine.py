@@ -326,7 +326,7 @@ class AsyncEngine:
     def _deliver(self, executor: Executor, seen: Seen) -> None:
         result, job = result_of(executor, seen), self._jobs.get(id(seen.row))
         if job is None:  # a shadow, or given up meanwhile
-            self._shadows.compare(seen.row, result)
+            self._shadows.compare(seen.row, result, executor.drift)
             return
         if seen.done:  # before who waits is told: they may look
             self._forget(job, seen.row)

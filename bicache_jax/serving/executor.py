@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bicache_jax.core.backbone import Backbone
-from bicache_jax.core.cache import PrefixCache
+from bicache_jax.core.buckets import prefix_bucket, suffix_bucket, width_bucket
+from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import CacheConfig
-from bicache_jax.core.layout import response_slots
+from bicache_jax.core.layout import lay_out, response_slots, suffix_length
 from bicache_jax.core.types import Model, Result
+from bicache_jax.decoding.drift import drift
 from bicache_jax.decoding.encode import encode
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.placement import Placement
@@ -59,6 +61,38 @@ class Executor:
             mesh=placement.mesh,
             **call.sizes,
         )
+
+    def drift(self, row: Row) -> tuple[float, float]:
+        """How far a row's prefix cache moves the predictions of its first pass, guidance aside.
+
+        Returns:
+            Mean and largest divergence of a response token's prediction, in nats.
+        """
+        placement, config, request = self.placement, self.model.config, row.request
+        length = prefix_bucket(row.prefix_len, growing=False)
+        ids = np.zeros((1, length), np.int32)
+        ids[0, : row.prefix_len] = request.prompt_ids[: row.prefix_len]
+        block = request.sampling.block_size
+
+        def rows(prefix_len: int) -> Rows:
+            size = suffix_bucket(suffix_length(request, prefix_len) + config.block_causal * block, growing=False)
+            laid = lay_out([(request, row.sample, prefix_len)], [0], config, num_rows=1, length=size)
+            return placement.rows([laid] * placement.shards)
+
+        found = drift(
+            self.backbone,
+            self.params,
+            placement.put([ids] * placement.shards),
+            placement.put([np.asarray([row.prefix_len], np.int32)] * placement.shards),
+            rows(row.prefix_len),
+            rows(0),
+            jnp.asarray(row.boundary, jnp.int32),
+            jnp.asarray(block, jnp.int32),
+            width=width_bucket(request.sampling.gen_length),
+            mesh=placement.mesh,
+        )
+        nats = next(iter(placement.read([found]).values()))[0][0, : request.sampling.gen_length]
+        return float(nats.mean()), float(nats.max())
 
     def result(self, row: Row, counts: Mapping[str, int], tokens: np.ndarray, cached: int) -> Result | None:
         """What there is to say of a row, from how it stands (`bicache_jax.serving.lane.Seen`); None: nothing yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from bicache_jax.core.types import Result
@@ -21,16 +22,27 @@ class Agreement:
         responses: responses compared.
         same: those that are equal, token for token.
         tokens: share of equal tokens, mean over responses; 0 where none was compared.
+        drift: how far the cache moves the first pass's predictions, where both look at the same canvas:
+            Kullback-Leibler divergence in nats, mean over response tokens, then responses.
+        most_drift: the largest of a token.
     """
 
     responses: int = 0
     same: int = 0
     tokens: float = 0.0
+    drift: float = 0.0
+    most_drift: float = 0.0
 
-    def and_one(self, share: float) -> Agreement:
-        """With another response, of which a share of the tokens is equal."""
+    def and_one(self, share: float, drift: tuple[float, float]) -> Agreement:
+        """With another response: its share of equal tokens, and its mean and largest drift."""
         count = self.responses + 1
-        return Agreement(count, self.same + (share == 1), self.tokens + (share - self.tokens) / count)
+        return Agreement(
+            count,
+            self.same + (share == 1),
+            self.tokens + (share - self.tokens) / count,
+            self.drift + (drift[0] - self.drift) / count,
+            max(self.most_drift, drift[1]),
+        )
 
 
 class Place(NamedTuple):
@@ -78,12 +90,18 @@ class Shadows:
         self._asked[id(shadow)] = shadow, row, result.token_ids
         return shadow
 
-    def compare(self, shadow: Row, result: Result | None) -> None:
-        """Takes the answer of a shadow; None: there will be none."""
+    def compare(self, shadow: Row, result: Result | None, drift: Callable[[Row], tuple[float, float]]) -> None:
+        """Takes the answer of a shadow.
+
+        Args:
+            shadow: the row.
+            result: its answer; None: there will be none.
+            drift: measures how far the prefix cache of a row moves its predictions.
+        """
         asked = self._asked.pop(id(shadow), None)
         if asked is None or result is None or result.finish_reason == "error":
             return
         _, row, tokens = asked
         place = Place(row.ratio // 10 * 10, row.boundary)
         share = sum(a == b for a, b in zip(tokens, result.token_ids, strict=True)) / len(tokens)
-        self._found[place] = self._found.get(place, Agreement()).and_one(share)
+        self._found[place] = self._found.get(place, Agreement()).and_one(share, drift(row))

@@ -5,13 +5,17 @@ attention's output projection, one after the MLP, and one for the embedding.
 
 A size that is not a multiple of the number of shards is padded with zero weights. If there are fewer key/value heads
 than shards, each head is copied to all shards with query heads that read it (`Partition`). Neither changes the results.
+
+Experts are cut by their width, so that all shards work for every token, or into sets of whole experts, whichever takes
+less memory: tiles of TPUs are 128 numbers wide, and an expert of 512 columns on eight shards would fill half of each.
+Both end in the same sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +35,18 @@ MESH_AXES: Mapping[str | None, str | None] = {
     "expert_mlp": MODEL,
     "shared_mlp": MODEL,
     "expert": None,
+    "held_expert": MODEL,
+    "expert_width": None,
     "vocab": MODEL,
     "layer": None,
     "width": None,
     None: None,
 }
 """Mesh axis of each logical axis; each model has its own table of the logical axes of its parameters."""
+
+
+LANES, SUBLANES = 128, 8
+"""The tile of a TPU's memory: numbers along the last axis of an array, and along the one before it."""
 
 
 def axes_of(table: Table | None, path: Path, ndim: int) -> tuple[str | None, ...]:
@@ -97,15 +107,33 @@ class Partition:
             num_kv_heads=heads * copies,
             d_mlp=_up(self.logical.d_mlp, self.shards),
             vocab_size=_up(self.logical.vocab_size, self.shards),
-            experts=self._experts(lambda size: _up(size, self.shards)),
+            experts=self._experts(1),
         )
 
-    def _experts(self, resize: Callable[[int], int]) -> Experts | None:
-        """The mixture of experts with other widths: each expert is cut, so that every shard works for every token."""
+    @functools.cached_property
+    def _whole_experts(self) -> bool:
+        """Whether shards hold sets of whole experts."""
+        experts = self.logical.experts
+        if experts is None or self.shards == 1 or experts.num % self.shards:
+            return False
+
+        def numbers(held: int, width: int) -> int:
+            """Of a layer's three projections, in tiles of memory."""
+            d_model = self.logical.d_model
+            return held * (2 * _up(d_model, SUBLANES) * _up(width, LANES) + _up(width, SUBLANES) * _up(d_model, LANES))
+
+        sets = numbers(experts.num // self.shards, experts.d_expert)
+        return sets < numbers(experts.num, _up(experts.d_expert, self.shards) // self.shards)
+
+    def _experts(self, shards: int) -> Experts | None:
+        """The padded mixture of experts, or with `shards` the part of each of them."""
         experts = self.logical.experts
         if experts is None:
             return None
-        return dataclasses.replace(experts, d_expert=resize(experts.d_expert), d_shared=resize(experts.d_shared))
+        cut = dataclasses.replace(experts, d_shared=_up(experts.d_shared, self.shards) // shards)
+        if self._whole_experts:
+            return dataclasses.replace(cut, cut="expert", held=experts.num // shards)
+        return dataclasses.replace(cut, d_expert=_up(experts.d_expert, self.shards) // shards)
 
     @property
     def local(self) -> ModelConfig:
@@ -117,7 +145,7 @@ class Partition:
             num_kv_heads=whole.num_kv_heads // self.shards,
             d_mlp=whole.d_mlp // self.shards,
             vocab_size=self.logical.vocab_size,
-            experts=self._experts(lambda size: _up(size, self.shards) // self.shards),
+            experts=self._experts(self.shards),
         )
 
     def source(self, axis: str | None) -> np.ndarray | None:

@@ -212,7 +212,7 @@ def test_the_command_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_changes_no_token() -> None:
-    """Rows over two data shards, heads and every expert cut in two."""
+    """Rows over two data shards; heads cut in two, and the experts, each of them or their set."""
     child = Path(__file__).parents[1] / "families_child.py"
     done = subprocess.run([sys.executable, str(child)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,35 @@ def test_the_triton_kernel_lowers(case: Case) -> None:
 @pytest.mark.parametrize("case", [*CASES[1:4], Case(2, 1, 4, 2, 16, 9, 3, 5)], ids=str)
 def test_the_library_form(case: Case) -> None:
     _check(case, functools.partial(gpu.prefix_attention, form=gpu.Form("library")))
+
+
+@pytest.mark.parametrize("case", [*CASES[1:4], CASES[4], CASES[6]], ids=str)
+def test_the_joined_form(case: Case) -> None:
+    _check(case, functools.partial(gpu.prefix_attention, form=gpu.Form("joined")))
+
+
+def test_the_joined_form_takes_tokamax_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments, by a stand-in; tokamax's own kernels need a GPU."""
+    asked: list[tuple[tuple[int, ...], Any]] = []
+
+    def stand_in(q: Any, k: Any, v: Any, *, scale: float, key_value_seq_lengths: Any, implementation: Any) -> Any:
+        asked.append((k.shape, implementation))
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=key_value_seq_lengths)
+
+    def forms() -> set[tuple[str, str]]:
+        return {(form.form, form.library) for form in gpu.candidates(512, 128, "bfloat16")}
+
+    assert ("joined", "cudnn") in forms()
+    monkeypatch.setattr(gpu.joined, "has", lambda library: library != "tokamax")
+    assert ("joined", "tokamax") not in forms()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(dot_product_attention=stand_in))
+    monkeypatch.setattr(gpu.joined, "has", lambda library: True)
+    assert ("joined", "tokamax") in forms()
+    case = CASES[1]
+    _check(case, functools.partial(gpu.prefix_attention, form=gpu.Form("joined", library="tokamax")))
+    assert {shape for shape, _ in asked} == {(case.rows, case.prefix + case.suffix, case.kv, case.head_dim)}
+    assert asked[0][1][0] == "mosaic"
 
 
 def test_chunks_of_padding_are_not_read() -> None:

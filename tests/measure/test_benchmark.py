@@ -144,7 +144,7 @@ def test_the_command_prints_every_column(capsys: pytest.CaptureFixture[str], tmp
         (["--random", "small", "--suffix", "8", "--gen-length", "16"], "is too short for gen_length"),
         (["--random", "small", "--restart"], "--restart needs --model"),
         (["--random", "small", "--policies", "none+dual", "--gen-length", "50"], "--gen-length"),
-        (["--random", "small", "--baseline", "caffe"], "the only baseline is torch"),
+        (["--random", "small", "--baseline", "caffe"], "the baselines are torch, torch+compile"),
     ],
 )
 def test_faults_are_one_line(flags, fault, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,6 @@ def test_faults_are_one_line(flags, fault, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_torch_baseline_gives_the_same_tokens() -> None:
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     from bicache_jax.measure.torch_baseline import TorchRunner
     from bicache_jax.serving.engine import Engine
 

@@ -16,7 +16,10 @@ import pytest
 from bicache_jax import BicacheError, testing
 from bicache_jax.cli import doctor as command
 from bicache_jax.cli import main
-from bicache_jax.measure import doctor, doctor_full, kernel_times
+from bicache_jax.core.types import Model
+from bicache_jax.loading import random_model
+from bicache_jax.measure import doctor, doctor_full, kernel_times, torch_baseline
+from bicache_jax.measure.benchmark import Case, EngineRunner
 from bicache_jax.measure.doctor import Check, Clock
 from bicache_jax.measure.kernel_times import Shape, Timing, best_rows
 from bicache_jax.testing import Candidate, shape_class
@@ -102,11 +105,14 @@ def test_everything_measured_is_kept_when_it_is_killed(
     monkeypatch.setattr(doctor, "checks", lambda load, recorded, clock: doctor.environment())
     monkeypatch.setattr(doctor_full, "scale_here", lambda: FAST)
     monkeypatch.setattr(doctor_full, "POLICIES", ("none", "bicache"))
+    monkeypatch.setattr(torch_baseline, "missing", lambda model: None)
+    monkeypatch.setattr(torch_baseline, "BASELINES", ("torch",))
+    monkeypatch.setattr(doctor_full, "TorchRunner", _WithoutTorch)
     flags = ["doctor", "--full", "--output", str(tmp_path)]
     assert main(flags) == 0
     whole = json.loads((tmp_path / "cpu.json").read_text())["checks"]
     names = [check["name"] for check in whole if check["part"] == "runs"]
-    assert names == [f"small, 2 rows, {policy}" for policy in doctor_full.POLICIES]
+    assert names == [f"small, 2 rows, {policy}" for policy in ("none", "bicache", "torch")]
     bicache = next(check["facts"] for check in whole if check["name"].endswith(", bicache"))
     assert bicache["ratio_to_none"] > 0 and 0 < bicache["limit_share"] and bicache["rows"] == 2
     timed = [check for check in whole if check["part"] == "kernels" and check["facts"]]
@@ -125,6 +131,21 @@ def test_everything_measured_is_kept_when_it_is_killed(
     assert main(flags) == 130
     kept = json.loads((tmp_path / "cpu.json").read_text())["checks"]
     assert len([check for check in kept if check["part"] == "kernels" and check["facts"]]) == 4
+
+
+class _WithoutTorch(EngineRunner):
+    """Stands in for PyTorch: the same work by this library."""
+
+    def __init__(self, model: Model, case: Case) -> None:
+        super().__init__(model, dataclasses.replace(case, policy="none"))
+
+
+def test_without_torch_the_other_runs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_baseline.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor_full, "_timed", lambda model, name, cases, clock, bandwidth: iter(cases))
+    found = list(doctor_full.runs(lambda name, dtype: random_model(name, dtype=dtype), "small", Clock(60), FAST, 1.0))
+    assert [case.policy for case in found[:-1]] == list(doctor_full.POLICIES)
+    assert found[-1].status == "skipped" and "torch is not installed" in found[-1].detail
 
 
 def test_the_fastest_of_each_class_is_a_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import families
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bicache_jax.configs import model_shape
 from bicache_jax.core.config import Experts, ModelConfig
-from bicache_jax.models import init, mixture
+from bicache_jax.core.quantized import quantise
+from bicache_jax.models import abstract, init, mixture
 from bicache_jax.models.mixture import mix, route
+from bicache_jax.sharding import Partition
 
 CONFIG = ModelConfig("llada2", 61, 24, 3, 4, 2, 8, 32, 1e4, 1e-6, 64, 5)
 KINDS = {
@@ -98,6 +102,50 @@ def test_a_token_gets_the_same_in_any_company(kind: str) -> None:
     np.testing.assert_array_equal(run(params, layer, crowd)[np.asarray([0, 11])], whole[np.asarray([7, 3])])
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("quantize", ["none", "w8a8"])
+def test_shards_with_sets_of_experts_add_up_to_all_of_them(kind: str, quantize: Any) -> None:
+    experts = dataclasses.replace(KINDS[kind], d_shared=0)
+    config = dataclasses.replace(CONFIG, experts=experts, quantize=quantize)
+    params = {name: part for name, part in parameters(KINDS[kind]).items() if not name.startswith("shared")}
+    for name in ("gate", "up", "down") if quantize != "none" else ():
+        kernel, scale = quantise(params[name]["kernel"], 2)
+        params[name] = {"kernel": kernel, "scale": scale}
+    x = jax.random.normal(jax.random.key(7), (40, CONFIG.d_model))
+    whole = mix(config, params, jnp.asarray(1), x)
+    shards = 4
+    part = dataclasses.replace(config, experts=dataclasses.replace(experts, cut="expert", held=experts.num // shards))
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        return jnp.stack(jnp.split(leaf, shards, axis=1))
+
+    own = {name: jax.tree.map(cut, stack) if name != "router" else stack for name, stack in params.items()}
+    axes = {name: 0 if name != "router" else None for name in own}
+    run = jax.vmap(lambda own: mix(part, own, jnp.asarray(1), x, axis="model"), in_axes=(axes,), axis_name="model")
+    parts = run(own)
+    np.testing.assert_allclose(parts.sum(0), whole, rtol=2e-5, atol=2e-5)
+    assert np.abs(parts).max(axis=(1, 2)).all(), "every shard has some"
+    assert dataclasses.replace(part, d_mlp=CONFIG.d_mlp // shards).mlp_columns * shards == config.mlp_columns
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "cut", "held", "width"),
+    [
+        ("llada2_mini", 8, "expert", 32, 512),  # by width 64 columns, half a tile
+        ("llada2_mini", 4, "width", None, 128),
+        ("llada_moe_7b", 8, "width", None, 128),
+        ("llada_moe_7b", 1, "width", None, 1024),
+    ],
+)
+def test_experts_are_cut_as_takes_less_memory(shape: str, shards: int, cut: str, held: int | None, width: int) -> None:
+    partition = Partition(model_shape(shape), shards)
+    experts = partition.local.experts
+    assert experts is not None and (experts.cut, experts.held, experts.d_expert) == (cut, held, width)
+    whole = abstract(partition.config)["mixture"]["gate"]["kernel"].shape
+    mine = abstract(partition.local)["mixture"]["gate"]["kernel"].shape
+    assert math.prod(whole) == shards * math.prod(mine)
+
+
 def test_equal_scores_go_to_the_lower_expert() -> None:
     router = {"weight": jnp.zeros((6, 4))}
     chosen, weights = route(Experts(6, 2, 4), router, jnp.ones((3, 4)))
@@ -114,9 +162,6 @@ def test_experts_that_cannot_be_picked_are_refused() -> None:
 
 def test_counts_of_the_published_shapes() -> None:
     """Parameters, and those that a token runs through, as their names say."""
-    from bicache_jax.configs import model_shape
-    from bicache_jax.models import abstract
-
     for name, billions in {"llada_moe_7b": 7.4, "llada2_mini": 16.3, "sdar_8b": 8.2, "sdar_4b": 4.0}.items():
         leaves = jax.tree.leaves(abstract(model_shape(name)))
         assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(billions, abs=0.1), name

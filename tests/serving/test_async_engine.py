@@ -203,11 +203,13 @@ def test_shadows_say_what_the_cache_costs(model: Model) -> None:
 
     _, exact = asyncio.run(agreement(boundary=0, refresh_interval=1))
     assert all(found.same == found.responses and found.tokens == 1.0 for found in exact.values())
+    assert all(found.drift <= found.most_drift < 1e-5 for found in exact.values()), "b = 0 computes everything"
     answers, found = asyncio.run(agreement(policy="naive"))
     plain = Engine(model, cache=CacheConfig(policy="none")).generate(requests)
     same = sum(one.token_ids == other.token_ids for one, other in zip(answers, plain, strict=True))
     assert sum(place.same for place in found.values()) == same < len(requests)
     assert {place.boundary for place in found} == {6}
+    assert all(0 < place.drift < place.most_drift for place in found.values())
 
 
 def test_a_share_of_the_requests_has_shadows() -> None:
