@@ -146,10 +146,10 @@ def train(
 def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description="Trains the bundled model on its own samples.")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a round (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="responses to each (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     parser.add_argument("--kinds", default="list", help="kinds of questions (default: %(default)s)")
     parser.add_argument(
         "--held-out", type=int, default=4, help="times --prompts that are asked before and after (default: %(default)s)"
