@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="rounds (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a round (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="responses to each (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     parser.add_argument("--kinds", default="list", help="kinds of questions (default: %(default)s)")
     parser.add_argument(
         "--held-out", type=int, default=4, help="times --prompts that are asked before and after (default: %(default)s)"
@@ -164,13 +164,11 @@ def main() -> None:
     kinds = args.kinds.split(",")
     sets = [prompts(args.seed + 1_000_000 + number, args.prompts, kinds) for number in range(args.held_out)]
 
-    def held_out(when: str) -> None:
-        if sets:
-            rewards = np.concatenate([sampled(engine, asked, args.samples)[1].mean(axis=1) for asked in sets])
-            error = rewards.std(ddof=1) / len(rewards) ** 0.5
-            print(f"{when}: reward {rewards.mean():.3f} +- {error:.3f} on {len(rewards)} prompts held out", flush=True)
+    def held_out() -> np.ndarray:
+        """The mean reward of each prompt that is not trained on."""
+        return np.concatenate([sampled(engine, asked, args.samples)[1].mean(axis=1) for asked in sets])
 
-    held_out("before")
+    before = held_out() if sets else np.zeros(0)
     print("round  reward  loss     compiled  encoded  sampling  update")
     done = train(
         engine,
@@ -187,7 +185,14 @@ def main() -> None:
             f"  {one.sampling_s:6.1f} s  {one.update_s:4.1f} s",
             flush=True,
         )
-    held_out("after")
+    if sets:
+        gain = held_out() - before
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        print(
+            f"{len(gain)} prompts held out: reward {before.mean():.3f} before, {(before + gain).mean():.3f} after,",
+            end="",
+        )
+        print(f" difference {gain.mean():+.3f} +- {error:.3f} (standard error over prompts)")
 
 
 if __name__ == "__main__":
