@@ -161,7 +161,9 @@ def test_the_reference_gives_the_recorded_tokens() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.full) for name in FAMILIES[1:])]
+)
 @pytest.mark.parametrize("block_cache", ["off", "dual", pytest.param("prefix", marks=pytest.mark.full)])
 def test_a_sample_of_the_matrix(
     models: dict[str, Model], references: dict[str, reference.Reference], family: str, block_cache: str
@@ -195,7 +197,7 @@ def test_the_whole_matrix(
     assert close <= 0.02 * total
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_prefix_block_cache_compiles_one_program_for_each_window(models: dict[str, Model]) -> None:
     model = models["llada"]
     sampling = SamplingConfig(16, 16, 8, threshold=0.2)

@@ -35,7 +35,7 @@ def run(*flags: str, command: tuple[str, ...] = (str(SCRIPT),)) -> tuple[int, st
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_compiler
 def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
     flags = ("--config", "llada_8b", "--topology", "v5e:2x4", "--mesh", "data=2,model=4", "--rows", "8", "--json")

@@ -222,7 +222,7 @@ def test_lengths_that_flags_leave_open_go_together() -> None:
     assert set(sampling("--policies", "none+dual", "--suffix", "9")) == {SamplingConfig(4, 4, 4)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_sweep_measures_each_setting_and_draws_it(tmp_path) -> None:
     from scripts import benchmark_sweep
 

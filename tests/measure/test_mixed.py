@@ -23,7 +23,7 @@ def test_requests_ask_for_many_lengths_over_shared_prefixes() -> None:
         mixed_requests(config, count=1, prefix=config.max_length, prefixes=1, threshold=None)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rows_that_join_leave_fewer_places_idle(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
