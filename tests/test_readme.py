@@ -39,7 +39,17 @@ def test_links_and_paths_lead_somewhere():
 @pytest.mark.skipif(not (ROOT / "models").exists(), reason="an unpacked sdist has no top-level folders")
 def test_every_top_level_folder_is_explained():
     explained = re.findall(r"^(\w+)/ ", TEXT, re.MULTILINE)
-    assert {*explained} == {"bicache_jax", "models", "kernels", "configs", "scripts", "examples", "docs", "tests"}
+    assert {*explained} == {
+        "bicache_jax",
+        "models",
+        "kernels",
+        "configs",
+        "scripts",
+        "examples",
+        "notebooks",
+        "docs",
+        "tests",
+    }
     assert all((ROOT / folder).is_dir() for folder in explained)
 
 
