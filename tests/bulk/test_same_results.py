@@ -35,7 +35,7 @@ def case(family, block_cache, *decoder, mark=pytest.mark.slow):
     [
         case("llada", "dual", mark=pytest.mark.full),
         case("llada", "off", "--threshold", "0.02", mark=pytest.mark.full),
-        case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16"),
+        case("llada", "dual", "--cfg-scale", "0.5", "--steps", "16", mark=pytest.mark.full),
         case("llada", "prefix", "--factor", "1.5"),
         case("llada", "prefix", "--temperature", "0.7", "--top-p", "0.9"),
         case("llada", "off", "--remasking", "random", "--logits-eos-inf"),
@@ -43,7 +43,7 @@ def case(family, block_cache, *decoder, mark=pytest.mark.slow):
         case("llada", "off", "--batch-boundary", "min", "--no-early-stop"),
         case("dream", "off", "--temperature", "0.7", "--top-k", "8", "--steps", "16", mark=pytest.mark.full),
         case("dream", "off", "--remasking", "origin", "--steps", "16"),
-        case("dream", "dual", "--threshold", "0.02"),
+        case("dream", "dual", "--threshold", "0.02", mark=pytest.mark.full),
         case("dream", "dual", "--remasking", "maskgit_plus", "--confidence-eos-eot-inf"),
         case("dream", "prefix", "--remasking", "topk_margin", "--steps", "16"),
     ],

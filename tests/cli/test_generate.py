@@ -203,7 +203,7 @@ def odd_line(chance: random.Random, number: int) -> bytes:
     return json.dumps(record).encode() + chance.choice([b"", b"\r", b"  ", b"\x00"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_thousand_lines_have_a_result_each(tmp_path, capfd):
     folder = checkpoint_files.llada(tmp_path / "model", n_layers=2)
     chance = random.Random(5)

@@ -71,7 +71,7 @@ def test_logits_are_those_of_the_published_model(model: Model, expected: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("shifted", [pytest.param(False, marks=pytest.mark.full), True])
 def test_tokens_are_those_of_the_published_loop(
     model: Model, expected: dict[str, np.ndarray], *, shifted: bool
 ) -> None:

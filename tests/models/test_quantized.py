@@ -104,7 +104,7 @@ def test_a_model_in_8_bits_is_the_model_with_rounded_weights(name: str) -> None:
     assert floats <= {("router", "weight"), ("gate", "scale"), ("up", "scale"), ("down", "scale")}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_same_tokens_in_any_company() -> None:
     """With `w8a8` close decisions may differ: where a sum's last bit does, an activation may round otherwise."""
     model = load_model(golden.FOLDERS["llada"], quantize="w8")

@@ -179,7 +179,7 @@ def test_settings_that_are_none_say_so(engine: Engine, sampling: Any, kind: type
             call(TEXT, sampling=sampling)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_conversation_that_grows_finds_its_programs_compiled(model: Model) -> None:
     """Ten turns, eleven to three hundred tokens: it waits for the compiler at four of them, whatever it says."""
     engine = Engine(model, cache=CacheConfig(boundary=2), sampling=EIGHT)

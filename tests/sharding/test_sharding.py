@@ -24,8 +24,8 @@ SMALL = ModelConfig("llada", 61, 24, 3, 6, 3, 4, 22, 1e4, 1e-5, 512, 5, qkv_bias
 @pytest.mark.parametrize(
     ("family", "extent"),
     [
-        *[pytest.param(family, "some", marks=pytest.mark.slow) for family in ("llada", "odd")],
-        pytest.param("dream", "some", marks=pytest.mark.full),
+        pytest.param("llada", "some", marks=pytest.mark.slow),
+        *[pytest.param(family, "some", marks=pytest.mark.full) for family in ("dream", "odd")],
         *[pytest.param(family, "all", marks=pytest.mark.full) for family in ("llada", "dream", "odd")],
     ],
 )
