@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_public_models(name: str, suffix: str, block: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sdar", "llada2"])
+@pytest.mark.parametrize("name", ["sdar", pytest.param("llada2", marks=pytest.mark.full)])
 def test_kept_blocks_change_no_token(name: str) -> None:
     work = list(families.cases(name))
     answer(families.load(name), "exact", work)
@@ -84,7 +84,7 @@ def bd3lm(*, shifted: bool) -> tuple[Model, list[families.Case]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("shifted", [pytest.param(False, marks=pytest.mark.full), True])
 def test_blocks_behind_a_padded_prompt(*, shifted: bool) -> None:
     model, work = bd3lm(shifted=shifted)
     assert len(work) == (1 if shifted else 7)

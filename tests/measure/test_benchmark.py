@@ -238,7 +238,7 @@ def test_the_sweep_measures_each_setting_and_draws_it(tmp_path) -> None:
     assert benchmark_sweep.main(["--random", "small", "--base", "1,2", "--output", str(tmp_path)]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_restarts_are_columns(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", str(golden.FOLDERS["llada"]), "--policies", "none", "--prefix", "8", "--suffix", "16"]
     status = main(["benchmark", *flags, "--rows", "1", "--steps", "2", "--repeats", "1", "--restart"])

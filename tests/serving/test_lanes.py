@@ -57,7 +57,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     ("family", "policy", "threshold"),
     [
         ("dream", "bicache", 0.2),
-        ("llada", "none", 0.2),
+        pytest.param("llada", "none", 0.2, marks=pytest.mark.full),
         pytest.param("llada", "bicache", None, marks=pytest.mark.full),
         pytest.param("dream", "dual", None, marks=pytest.mark.full),
         pytest.param("llada", "dual", 0.2, marks=pytest.mark.full),
