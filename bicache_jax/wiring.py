@@ -44,9 +44,17 @@ def backbone_for(
 
 
 def backbone_here(
-    config: ModelConfig, attention: str, *, axis: str | None = None, make: MakeBackbone | None = None
+    config: ModelConfig,
+    attention: str,
+    *,
+    devices: Sequence[Any],
+    axis: str | None = None,
+    make: MakeBackbone | None = None,
 ) -> Backbone:
-    """`backbone_for` this process's devices.
+    """`backbone_for` devices of this process.
+
+    For CPUs, `auto` is plain JAX by name: there is no kernel for them, and those of other platforms would be traced
+    with every program, for a quarter of its time.
 
     Raises:
         BicacheError: there is no such implementation of attention, or it does not run here; or as `backbone_for`.
@@ -55,6 +63,8 @@ def backbone_here(
         raise BicacheError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     if why := elsewhere(attention, jax.default_backend()):
         raise BicacheError(f"attention: {why}")
+    if attention == "auto" and all(device.platform == "cpu" for device in devices):
+        attention = "xla"
     return backbone_for(config, attention, axis=axis, make=make)
 
 

@@ -33,10 +33,25 @@ SLICES = {
     "tpu7x:2x2x1": "data=8,model=1",
 }
 MODELS = ("llada_8b", "dream_7b")
+OTHERS = {  # meshes on v5e:2x4 and v6e:2x4
+    "qwen3_0_6b": ("data=8,model=1", "data=8,model=1"),
+    "sdar_4b": ("data=8,model=1", "data=8,model=1"),
+    "sdar_8b": ("data=2,model=4", "data=8,model=1"),
+    "llada_moe_7b": ("data=2,model=4", "data=8,model=1"),
+    "llada2_mini": ("data=1,model=8", "data=2,model=4"),
+}
 EIGHT_BITS: tuple[Quantize, ...] = ("w8a8", "w8")
 CASES: dict[str, list[AotCase]] = {
     "slices": [
-        AotCase(model, where, mesh, rows="max") for model, (where, mesh) in itertools.product(MODELS, SLICES.items())
+        *(
+            AotCase(model, where, mesh, rows="max")
+            for model, (where, mesh) in itertools.product(MODELS, SLICES.items())
+        ),
+        *(
+            AotCase(model, where, mesh, rows="max")
+            for model, meshes in OTHERS.items()
+            for where, mesh in zip(("v5e:2x4", "v6e:2x4"), meshes, strict=True)
+        ),
     ],
     "one_chip": [
         *(
@@ -52,7 +67,8 @@ CASES: dict[str, list[AotCase]] = {
 TITLES = {
     "slices": "# What fits where\n\nLargest batches that the planner allows when it may fill all of a device (the"
     " engine fills 92 %). bfloat16, P = 1024, U = 512, 256 response tokens, 16 rows to a prefix, the published"
-    " boundary. Compiled by the TPU compiler (`python scripts/what_fits.py --output scripts/results/what_fits`), run"
+    " boundary, or half of the layers where there is none; SDAR and LLaDA2 with exact caches. Compiled by the TPU"
+    " compiler (`python scripts/what_fits.py --output scripts/results/what_fits`), run"
     " on none of these.",
     "one_chip": "# What fits on one chip, in 8 bits\n\nLargest batches that the planner allows when it may fill all of"
     " a device (the engine fills 92 %). bfloat16 with weights in 8 bits (w8), or also products (w8a8); P = 1024, U ="
@@ -144,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def key(case: AotCase) -> AotCase:
         return dataclasses.replace(case, rows="max")
 
+    status = 0
     wanted = [case for case in CASES[args.study] if args.slices is None or case.topology in args.slices]
     for case in wanted:
         known = [found for found in records if key(case_of(found)) == case]
@@ -153,13 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 known.append(check(dataclasses.replace(case, rows=rows)))
             except BicacheError as error:
                 print(f"what_fits: {error}", file=sys.stderr)
-                return EXIT_FAULT
+                status = EXIT_FAULT
+                break
             records.append(known[-1])
             order = [key(one) for one in CASES[args.study]]
             records.sort(key=lambda found: order.index(key(case_of(found))))
             file.write_text(json.dumps(records, indent=1) + "\n")
             args.output.with_suffix(".md").write_text(table(args.study, records))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

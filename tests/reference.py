@@ -271,7 +271,7 @@ def scores_of(
         entropy = -np.nansum(p * np.log(p))
     best = int(np.where(ids == config.mask_id, -np.inf, counted).argmax())
     margin = float(p[best] - np.delete(p, best).max())
-    rule = sampling.remasking or OWN_RULE[config.family]
+    rule = "entropy" if sampling.entropy_bound is not None else sampling.remasking or OWN_RULE[config.family]
     score, confidence = {
         "low_confidence": (log_odds, 1 / (1 + np.exp(-np.clip(log_odds, -700, 700)))),
         "topk_margin": (margin, margin),
@@ -304,7 +304,12 @@ def _pick(
     def ranked(scores: list[float]) -> list[int]:
         return sorted(candidates, key=lambda place: (-scores[place], place))
 
-    if sampling.by_confidence:
+    if sampling.entropy_bound is not None:
+        order = ranked([each[2] for each in found])
+        sums = np.cumsum([-found[place][2] for place in order])
+        count = max(1, int((sums < sampling.entropy_bound).sum()))
+        edge = min(np.abs(sums - sampling.entropy_bound)[1:], default=np.inf)
+    elif sampling.by_confidence:
         score = [each[1] for each in found]
         p = [1 / (1 + np.exp(-np.clip(each, -700, 700))) for each in score]
         order = ranked(score)

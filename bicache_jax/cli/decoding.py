@@ -51,7 +51,13 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         help="likewise, the n most probable tokens for the largest n with (n + 1) * (1 - p_n) <= F (default: by"
         " schedule)",
     )
-
+    parallel.add_argument(
+        "--entropy-bound",
+        type=float,
+        metavar="NATS",
+        help="likewise, tokens by ascending entropy while their entropies add up to less than NATS (default: by"
+        " schedule)",
+    )
     order.add_argument(
         "--editing-threshold",
         type=fraction,
@@ -123,6 +129,7 @@ def sampling_from_flags(args: argparse.Namespace, *, gen_length: int, seed: int,
         alg_temperature=args.alg_temperature,
         threshold=args.threshold,
         factor=args.factor,
+        entropy_bound=args.entropy_bound,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,

@@ -42,7 +42,7 @@ where content is a text or a list of {"type": "text", "text": ...}, and optional
   "stop": a string or a list of strings that end the text
   decoding settings in place of the flags: "gen_length", "steps", "steps_per_block", "block_length", "early_stop",
   "seed", "temperature", "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor",
-  "editing_threshold", "suppress_tokens", "logits_eos_inf", "confidence_eos_eot_inf"
+  "entropy_bound", "editing_threshold", "suppress_tokens", "logits_eos_inf", "confidence_eos_eot_inf"
   notes, which change no result: "answer" (a string or a list of strings that are right), "kind", "metadata"
 Any other key is an error. Alone or among these, lines of OpenAI's batch format work, such as
   {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": {...}}

@@ -35,7 +35,7 @@ _SHAPE = ("config", "device", "prefix", "suffix", "rows", "per_prefix", "memory_
 # They need a checkpoint, or make the work depend on what is written.
 _NOT_OF_SHAPES = (
     "model input mask_id block_causal right_shift_logits boundary_table batch_size prefix_cache_dir threshold factor"
-    " editing_threshold cfg_scale"
+    " entropy_bound editing_threshold cfg_scale"
 ).split()
 
 

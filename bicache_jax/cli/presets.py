@@ -20,8 +20,8 @@ def presets() -> dict[str, dict[str, Any]]:
     return {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-EXCLUSIVE = (("threshold", "factor"), ("steps", "steps_per_block"))
-"""Flags of which the command line takes one: that one given rules out a preset's other."""
+EXCLUSIVE = (("threshold", "factor", "entropy_bound"), ("steps", "steps_per_block"))
+"""Flags of which the command line takes one: that one given rules out a preset's others."""
 
 
 def add_preset_flag(parser: Parser, group: FlagGroup) -> None:

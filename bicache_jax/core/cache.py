@@ -183,6 +183,7 @@ class Decoding:
         threshold: probability from which a token is unmasked at once; infinite if the schedule decides.
         factor: n + 1 times how far the n-th most probable token may be below the threshold; 0 except for the factor
             rule.
+        entropy_bound: nats that the tokens unmasked at once may have together; infinite except for the entropy rule.
         editing: probability above which a placed token of the block is replaced; infinite where none ever is.
         early_stop: whether a row ends with the first block that contains an end-of-text token.
         anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
@@ -200,6 +201,7 @@ class Decoding:
     alg_temperature: Float[Array, ""]
     threshold: Float[Array, ""]
     factor: Float[Array, ""]
+    entropy_bound: Float[Array, ""]
     editing: Float[Array, ""]
     early_stop: Bool[Array, ""]
     anchor: Bool[Array, ""]

@@ -36,6 +36,8 @@ MOST_EDITS = 16
 REFRESH_INTERVAL = 16
 """Refresh interval without a block cache where none is given (BiCache, arXiv 2606.07571)."""
 REMASKING: tuple[Remasking, ...] = typing.get_args(Remasking)
+CONFIDENCE_RULES = ("threshold", "factor", "entropy_bound")
+"""Settings of `SamplingConfig` of which one may say how many tokens a step unmasks, in place of the schedule."""
 SCHEDULES: tuple[Schedule, ...] = ("even", "time", "linear")
 
 
@@ -411,6 +413,8 @@ class SamplingConfig:
             probability must be above the threshold.
         factor: f, in place of a threshold: the n most probable tokens are unmasked for the largest n with
             `(n + 1) * (1 - p_n) <= f` (Fast-dLLM, section 3.3); at least one is, and `steps` mean nothing.
+        entropy_bound: nats, in place of a threshold: tokens are unmasked by ascending entropy while their entropies add
+            up to less (after the EB-Sampler, arXiv 2505.24857); at least one is, and `steps` mean nothing.
         alg_temperature: 0 unmasks by rank; above, positions are drawn without replacement with odds
             `exp(confidence / alg_temperature)` (Dream's `alg_temp`).
         top_p: keep the smallest set of most probable tokens that holds more than this share of the probability
@@ -436,6 +440,7 @@ class SamplingConfig:
     seed: int = 0
     threshold: float | None = None
     factor: float | None = None
+    entropy_bound: float | None = None
     alg_temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -468,10 +473,13 @@ class SamplingConfig:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
-        if self.factor is not None and not 0.0 < self.factor < float("inf"):
-            raise ValueError(f"factor must be finite and > 0, got {self.factor}")
-        if self.factor is not None and self.threshold is not None:
-            raise ValueError("factor and threshold are two rules for the same thing: give one of them")
+        for name in ("factor", "entropy_bound"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        given = [name for name in CONFIDENCE_RULES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are two rules for the same thing: give one of them")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
@@ -515,7 +523,7 @@ class SamplingConfig:
     @property
     def by_confidence(self) -> bool:
         """Whether confidence alone decides how many tokens a step unmasks."""
-        return self.threshold is not None or self.factor is not None
+        return any(getattr(self, name) is not None for name in CONFIDENCE_RULES)
 
     @property
     def guided(self) -> bool:

@@ -112,16 +112,22 @@ def by_confidence(
     least: Int[Array, " B"],
     threshold: Float[Array, ""],
     factor: Float[Array, ""],
+    entropy_bound: Float[Array, ""],
 ) -> Bool[Array, "B W"]:
     """Candidates unmasked by confidence: of Fast-dLLM (arXiv 2505.22618), at least the most probable one.
 
     Threshold (`factor` 0): all candidates that reach it, if these are `least` or more; else the `least` most probable
-    ones (SDAR, LLaDA2). Factor rule (`threshold` 1): the n-th most probable candidate
-    if its probability is at least `1 - factor / (n + 1)`. If only one candidate would be left, it is unmasked too, as
-    in the published loop.
+    ones (SDAR, LLaDA2). Factor rule (`threshold` 1): the n-th most probable candidate if its probability is at least
+    `1 - factor / (n + 1)`. If only one candidate would be left, it is unmasked too, as in the published loop. Entropy
+    rule (`entropy_bound` finite): candidates by ascending entropy, while the sum of their entropies stays below it.
     """
-    rank = ranks(choice.log_odds, candidate_bw)
+    bounded = jnp.isfinite(entropy_bound)
+    least = jnp.where(bounded, 1, least)
+    rank = ranks(jnp.where(bounded, -choice.entropy, choice.log_odds), candidate_bw)
+    so_far = candidate_bw[:, None, :] & (rank[:, None, :] <= rank[:, :, None])
+    together = jnp.sum(jnp.where(so_far, choice.entropy[:, None, :], 0), axis=-1)
     sure = jax.nn.sigmoid(choice.log_odds) >= threshold - factor / (rank + 2)
+    sure = jnp.where(bounded, together < entropy_bound, sure)
     enough = jnp.sum(candidate_bw & sure, axis=-1) >= least
     chosen = candidate_bw & jnp.where(enough[:, None], sure, rank < least[:, None])
     left = jnp.sum(candidate_bw & ~chosen, axis=-1, keepdims=True)

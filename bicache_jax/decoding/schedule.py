@@ -189,7 +189,7 @@ def make_decoding(
         ban_eos=jnp.asarray(sampling.logits_eos_inf),
         defer_eos=jnp.asarray(sampling.confidence_eos_eot_inf),
     )
-    threshold = 1.0 if sampling.factor is not None else jnp.inf if sampling.threshold is None else sampling.threshold
+    threshold = sampling.threshold or (1.0 if sampling.by_confidence else jnp.inf)
     if config.block_causal:  # these loops ask for more than the threshold, the others for no less
         threshold = np.nextafter(np.float32(threshold), np.float32(jnp.inf))
     return Decoding(
@@ -204,6 +204,7 @@ def make_decoding(
         alg_temperature=jnp.asarray(sampling.alg_temperature, jnp.float32),
         threshold=jnp.asarray(threshold, jnp.float32),
         factor=jnp.asarray(sampling.factor or 0.0, jnp.float32),
+        entropy_bound=jnp.asarray(sampling.entropy_bound or jnp.inf, jnp.float32),
         editing=jnp.asarray(jnp.inf if sampling.editing_threshold is None else sampling.editing_threshold, jnp.float32),
         early_stop=jnp.asarray(sampling.early_stop),
         anchor=jnp.asarray(anchored),

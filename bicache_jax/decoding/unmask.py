@@ -96,7 +96,7 @@ def _unmask(
         rank = ranks(order(decoding.remasking, choice, noise, decoding.alg_temperature), candidate)
         scheduled = candidate & (rank < (count + by_chance)[:, None])
         least = jnp.where(decoding.quota, count, 1)
-        sure = by_confidence(choice, candidate, least, decoding.threshold, decoding.factor)
+        sure = by_confidence(choice, candidate, least, decoding.threshold, decoding.factor, decoding.entropy_bound)
         chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
         anchor = candidate & (jnp.arange(width) == 0)
         chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)

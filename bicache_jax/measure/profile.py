@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -218,7 +219,7 @@ def measure(model: Model, samples: Sequence[Sample], *, attention: str = "auto")
     Yields:
         (index of the sample, mean similarity of each layer [L]).
     """
-    backbone = backbone_here(model.config, attention, make=model.backbone)
+    backbone = backbone_here(model.config, attention, devices=jax.devices()[:1], make=model.backbone)
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
         shapes.setdefault((length_bucket(len(sample.ids)), length_bucket(sample.prefix_len)), []).append(index)

@@ -106,7 +106,9 @@ class Engine:
         self.sampling: SamplingConfig = sampling or SamplingConfig()
         self.batch_size = batch_size
         placement = Placement(model.config, None if mesh is None else check_mesh(mesh))
-        backbone = backbone_here(placement.partition.local, attention, axis=placement.axis, make=model.backbone)
+        backbone = backbone_here(
+            placement.partition.local, attention, devices=placement.devices, axis=placement.axis, make=model.backbone
+        )
         params = placement.params(model.params, backbone.axes)
         self._counters = Counters()
         self._executor = Executor(model, self.cache, placement, backbone, params, self._counters)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bicache_jax.core.config import ModelConfig, SamplingConfig, field_kinds
+from bicache_jax.core.config import CONFIDENCE_RULES, ModelConfig, SamplingConfig, field_kinds
 from bicache_jax.core.types import Tokenizer
 
 PROMPTS = ("prompt", "messages", "prompt_ids")
@@ -41,13 +41,8 @@ _ALIASES = {
     "input_ids": "prompt_ids",
     "stop_strings": "stop",
 }
-# Two rules for the same thing. A request that names one of them overrides the run's other one.
-_ALTERNATIVES = {
-    "threshold": "factor",
-    "factor": "threshold",
-    "steps": "steps_per_block",
-    "steps_per_block": "steps",
-}
+# Rules for the same thing. A request that names one of them overrides the run's other ones.
+_ALTERNATIVES = (CONFIDENCE_RULES, ("steps", "steps_per_block"))
 
 SEED_LIMIT = 2**63
 MOST_SAMPLES = 2**16
@@ -207,7 +202,8 @@ def with_settings(sampling: SamplingConfig, given: Mapping[str, Any]) -> Samplin
     Raises:
         BadRequest: the settings cannot be combined.
     """
-    dropped = {other: None for name, other in _ALTERNATIVES.items() if name in given and other not in given}
+    named = [rules for rules in _ALTERNATIVES if any(rule in given for rule in rules)]
+    dropped = {rule: None for rules in named for rule in rules if rule not in given}
     try:
         return dataclasses.replace(sampling, **{**dropped, **given})
     except ValueError as error:

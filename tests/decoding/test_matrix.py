@@ -52,7 +52,8 @@ class Case:
 
     def sampling(self) -> SamplingConfig:
         draw = random.Random(repr(self))
-        count = draw.choice([{}, {}, {"threshold": draw.choice([0.1, 0.3])}, {"factor": draw.choice([0.9, 1.6])}])
+        counts = {"threshold": [0.1, 0.3], "factor": [0.9, 1.6], "entropy_bound": [6.0, 14.0]}
+        count = draw.choice([{}, {}, *({name: draw.choice(values)} for name, values in counts.items())])
         filters = draw.choice([{}, {}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.9, "top_k": 12}])
         settings: dict[str, Any] = {
             "temperature": draw.choice([0.0, 0.0, 0.3, 1.0]),

@@ -188,12 +188,26 @@ def test_threshold_unmasks_all_that_reach_it_and_one_at_least(confidence: list[f
     assert set(np.flatnonzero(chosen[0])) == {int(p.argmax()), *map(int, np.flatnonzero(p >= threshold))}
 
 
-@jax.jit
-def _by_confidence(log_odds: Any, candidate: Any, threshold: Any, factor: Any) -> jax.Array:
-    some = jnp.asarray(log_odds, jnp.float32)
+@hypothesis.given(st.lists(st.floats(0.01, 4.0), min_size=1, max_size=8, unique=True), st.floats(0.05, 8.0))
+def test_entropy_rule_unmasks_by_ascending_entropy_below_the_bound(entropies: list[float], bound: float) -> None:
+    values = np.full((1, 10), 1e-3)
+    values[0, : len(entropies)] = entropies
+    ascending = np.argsort(values[0, : len(entropies)], kind="stable")
+    sums = np.cumsum(values[0, ascending])
+    hypothesis.assume((np.abs(sums - bound) > 1e-5).all())
+    chosen = np.asarray(_by_confidence(values, np.arange(10)[None] < len(entropies), 1.0, 0.0, bound, least=3))
+    assert set(np.flatnonzero(chosen[0])) == set(ascending[: max(1, int((sums < bound).sum()))])
+
+
+@functools.partial(jax.jit, static_argnames="least")
+def _by_confidence(
+    statistic: Any, candidate: Any, threshold: Any, factor: Any, bound: Any = np.inf, *, least: int = 1
+) -> jax.Array:
+    some = jnp.asarray(statistic, jnp.float32)
     choice = head.Choice(jnp.zeros(some.shape, jnp.int32), some, some, some)
-    least = jnp.ones(len(log_odds), jnp.int32)
-    return by_confidence(choice, jnp.asarray(candidate), least, jnp.float32(threshold), jnp.float32(factor))
+    at_least = jnp.full(len(statistic), least, jnp.int32)
+    rule = (jnp.float32(threshold), jnp.float32(factor), jnp.float32(bound))
+    return by_confidence(choice, jnp.asarray(candidate), at_least, *rule)
 
 
 def test_guided_hidden_states_give_guided_logits() -> None:
