@@ -25,10 +25,11 @@ ENOUGH = 4
 TITLE = """# Which device for which model
 
 Rows of the largest batch that the planner allows (on `v5e-8`: of all shards; it fills 92 %), at P = 1024, U = 512, 16
-rows to a prefix, with the policy of the family (BiCache with the published boundary, or half of the layers where there is
-none; exact caches for SDAR and LLaDA2). In bfloat16 (float16 on a T4), or with weights in 8 bits (w8) where fewer than
-four rows would fit. GPUs with 75 % of their memory, as JAX takes it; `--memory-share` says otherwise. From shapes alone
-(`python scripts/which_device.py`): a run of LLaDA-8B on an H200 agreed; nothing else here has run.
+rows to a prefix, with the policy of the family (BiCache with the published boundary, or half of the layers where there
+is none; exact caches for SDAR and LLaDA2). In bfloat16 (float16 on a T4), or with weights in 8 bits (w8) where fewer
+than four rows would fit. GPUs with 75 % of their memory, as JAX takes it; `--memory-share` says otherwise. From shapes
+alone (`python scripts/which_device.py --output scripts/results/which_device.md`): a run of LLaDA-8B on an H200 agreed;
+nothing else here has run.
 """
 
 
@@ -47,8 +48,8 @@ def cell(model: str, name: str) -> str:
             found = capacity(Shape(model, rows="max", dtype=chip.dtype, quantize=quantize), name, mesh)
         except BicacheError:  # not one row fits, or the heads cannot be cut like this
             continue
-        words = [str(found["largest_rows_all_shards"]), *(["w8"] if quantize == "w8" else []), *([mesh] if mesh else [])]
-        best = max(best, (found["largest_rows"], ", ".join(words)), key=lambda kept: kept[0])
+        words = (str(found["largest_rows_all_shards"]), "w8" if quantize == "w8" else "", mesh)
+        best = max(best, (found["largest_rows"], ", ".join(filter(None, words))), key=lambda kept: kept[0])
         if best[0] >= ENOUGH:
             break
     return best[1]
