@@ -92,13 +92,14 @@ def main() -> int:
     """Runs the study; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="writes OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--slices", nargs="+", choices=list(SLICES), help="only lines of these slices (default: all)")
     args = parser.parse_args()
     kept = args.output.with_suffix(".json")
     records: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     known = {tuple(record[field] for field in ("config", "topology", "mesh", "block_cache")) for record in records}
     for config, (where, mesh), cache in itertools.product(MODELS, SLICES.items(), ("off", "dual")):
         key = (config, where, mesh, cache)
-        if key in known:
+        if key in known or where not in (args.slices or SLICES):
             continue
         case = AotCase(config, where, mesh, rows=ROWS, block_cache=cache)  # type: ignore[arg-type]
         records.append(dict(zip(("config", "topology", "mesh", "block_cache"), key, strict=True)) | one(case))
