@@ -33,7 +33,7 @@ _forward = jax.jit(forward, static_argnames=("config",))
 
 def template(seed: int, holes: Holes, length: int = LENGTH) -> list[int]:
     """A sequence of random known tokens, with masks of id -1."""
-    ids = np.random.default_rng(seed).integers(6, 290, length)
+    ids = np.random.default_rng(seed).integers(6, 260, length)
     for place, size in holes:
         ids[place : place + size] = -1
     return ids.tolist()
@@ -89,7 +89,7 @@ def even(steps: int) -> Callable[[int], list[int]]:
     return lambda masks: [masks // steps + (step < masks % steps) for step in range(steps)]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
+@pytest.mark.parametrize("family", ["llada", "dream", pytest.param("a2d-qwen3", marks=pytest.mark.full)])
 def test_the_public_loop_fills_holes_with_the_same_tokens(family: str) -> None:
     """In one call with requests that have no holes; the public loops' one window is the whole sequence."""
     model, steps = load(family), 5
@@ -111,6 +111,7 @@ def test_the_public_loop_fills_holes_with_the_same_tokens(family: str) -> None:
         assert result.forward_passes == len([count for count in counts_of(12) if count])
 
 
+@pytest.mark.full
 def test_holes_that_are_windows_of_the_public_loop_are_blocks() -> None:
     holes, model = ((8, 8), (24, 8), (40, 8)), load("llada")
     ids = template(7, holes)
@@ -130,12 +131,12 @@ CACHES = {
 @pytest.mark.parametrize(
     ("family", "block_cache", "settings"),
     [
-        ("llada", "off", {"early_stop": True}),
-        ("dream", "off", {"temperature": 0.6, "early_stop": True, "block_length": 6}),
+        ("llada", "off", {"early_stop": True, "block_length": 6}),
         ("dream", "dual", {"early_stop": True}),
-        pytest.param("llada", "dual", {"threshold": 0.02}, marks=pytest.mark.slow),
+        pytest.param("dream", "off", {"temperature": 0.6, "early_stop": True}, marks=pytest.mark.full),
+        pytest.param("llada", "dual", {"threshold": 0.02}, marks=pytest.mark.full),
         pytest.param("dream", "prefix", {"steps": 9}, marks=pytest.mark.full),
-        pytest.param("llada", "off", {"cfg_scale": 1.0}, marks=pytest.mark.slow),
+        pytest.param("llada", "off", {"cfg_scale": 1.0}, marks=pytest.mark.full),
         pytest.param("dream", "dual", {"threshold": 0.02}, marks=pytest.mark.full),
         pytest.param("llada", "prefix", {"threshold": 0.02, "early_stop": True}, marks=pytest.mark.full),
         pytest.param("dream", "dual", {"cfg_scale": 1.0, "alg_temperature": 0.4}, marks=pytest.mark.full),
@@ -144,7 +145,7 @@ CACHES = {
 def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
     family: str, block_cache: str, settings: dict[str, Any]
 ) -> None:
-    """Blocks are of 5 of the masks, and the last one is shorter; an end of text closes its own hole only."""
+    """A last block may be shorter; an end of text closes its own hole only. Others of the call may have no holes."""
     model, cache = ending(family), CACHES[block_cache]
     slow = reference.Reference.of(model.config, model.params)
     shared = template(99, (), 24)
@@ -152,11 +153,11 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
     for index, holes in enumerate((((24, 4), (31, 7), (40, 1)), ((30, 6), (44, 6)), ((26, 12),))):
         ids = [*shared, *template(index, holes)[24:]]
         requests.append(asked(f"r{index}", ids, holes, seed=index, **{"block_length": 5, **settings}))
-    common = requests[0].sampling
-    common = dataclasses.replace(common, gen_length=12 - 12 % common.block_size)
-    strangers = [Request(f"s{i}", (*shared, *range(60, 66 + i)), None, common) for i in range(2)]
-    together = Engine(model, cache=CacheConfig(**cache), batch_size=4)
-    results = {result.id: result for result in together.generate([requests[2], *strangers, *requests[:2]])}
+    strangers = []
+    if 12 % requests[0].sampling.block_size == 0:  # a response has whole blocks
+        strangers = [Request(f"s{i}", (*shared, *range(60, 66 + i)), None, requests[0].sampling) for i in range(2)]
+    engine = Engine(model, cache=CacheConfig(**cache), batch_size=5)  # type: ignore[arg-type]
+    results = {result.id: result for result in engine.generate([requests[2], *strangers, *requests[:2]])}
     told = 0
     for request in requests:
         result = results[request.id]
@@ -167,7 +168,7 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
             name=request.id,
             prefix_len=result.prefix_len,
             boundary=2,
-            refresh_interval=cache["refresh_interval"],
+            refresh_interval=int(cache["refresh_interval"]),
             block_cache=block_cache,
             holes=request.holes,
         )
@@ -177,14 +178,14 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
             assert result.token_ids == wanted.tokens, (request.id, wanted.gap)
             assert result.forward_passes == wanted.passes
     assert told
-    alone = Engine(model, cache=CacheConfig(**cache), batch_size=1)
-    for request in requests[:2]:
-        found = dataclasses.replace(request, prefix_len=results[request.id].prefix_len)
-        assert alone.generate(found) == [results[request.id]]
+    alone = dataclasses.replace(requests[0], prefix_len=results["r0"].prefix_len)
+    assert engine.generate(alone) == [results["r0"]]
     if settings.get("early_stop"):
-        holes = [hole.token_ids for result in results.values() for hole in result.holes]
-        closed = [hole for hole in holes if len(hole) > 2 and hole[-1] == hole[-2] in model.config.eos_ids]
-        assert closed and any(not {*hole} & {*model.config.eos_ids} for hole in holes)
+        holes = [
+            hole.token_ids for request in requests for hole in results[request.id].holes if len(hole.token_ids) > 2
+        ]
+        closed = [hole for hole in holes if hole[-1] == hole[-2] in model.config.eos_ids]
+        assert 0 < len(closed) < len(holes)
 
 
 def test_holes_that_move_compile_nothing() -> None:
@@ -199,7 +200,7 @@ def test_holes_that_move_compile_nothing() -> None:
     assert before.count == 0
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.full)])
 def test_the_functional_layer_fills_holes_too(family: str) -> None:
     model, holes = load(family), SEVERAL[0]
     ids = [template(seed, holes) for seed in range(2)]
