@@ -300,11 +300,9 @@ def _check_holes(config: ModelConfig, shape: tuple[int, ...], holes: Array, canv
     if isinstance(holes, jax.core.Tracer) or isinstance(canvas_len, jax.core.Tracer):
         return
     lengths = np.full(shape[0], shape[1]) if canvas_len is None else np.asarray(canvas_len)
-    counts = (np.asarray(holes) & (np.arange(shape[1]) < lengths[:, None])).sum(axis=1)
-    if (counts != gen_length).any():
-        raise ValueError(
-            f"holes must have gen_length={gen_length} places in every row, got {sorted(set(counts.tolist()))}"
-        )
+    counts = (np.asarray(holes) & (np.arange(shape[1]) < lengths[:, None])).sum(axis=1).tolist()
+    if {*counts} - {gen_length}:
+        raise ValueError(f"holes must have gen_length={gen_length} places in every row, got {sorted({*counts})}")
 
 
 def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> None:
