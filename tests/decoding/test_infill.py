@@ -121,7 +121,7 @@ def test_holes_that_are_windows_of_the_public_loop_are_blocks() -> None:
     assert (*ids[:8], *result.token_ids) == windows != public_infill(model, ids, LENGTH, even(9))
 
 
-CACHES = {
+CACHES: dict[str, dict[str, Any]] = {
     "off": {"boundary": 2, "refresh_interval": 3},
     "dual": {"boundary": 2, "refresh_interval": 2, "block_cache": "dual"},
     "prefix": {"boundary": 2, "refresh_interval": 2, "block_cache": "prefix"},
@@ -156,7 +156,7 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
     strangers = []
     if 12 % requests[0].sampling.block_size == 0:  # a response has whole blocks
         strangers = [Request(f"s{i}", (*shared, *range(60, 66 + i)), None, requests[0].sampling) for i in range(2)]
-    engine = Engine(model, cache=CacheConfig(**cache), batch_size=5)  # type: ignore[arg-type]
+    engine = Engine(model, cache=CacheConfig(**cache), batch_size=5)
     results = {result.id: result for result in engine.generate([requests[2], *strangers, *requests[:2]])}
     told = 0
     for request in requests:
@@ -168,7 +168,7 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
             name=request.id,
             prefix_len=result.prefix_len,
             boundary=2,
-            refresh_interval=int(cache["refresh_interval"]),
+            refresh_interval=cache["refresh_interval"],
             block_cache=block_cache,
             holes=request.holes,
         )
@@ -181,10 +181,10 @@ def test_every_cache_gives_the_tokens_of_the_reference_in_any_company(
     alone = dataclasses.replace(requests[0], prefix_len=results["r0"].prefix_len)
     assert engine.generate(alone) == [results["r0"]]
     if settings.get("early_stop"):
-        holes = [hole.token_ids for request in requests for hole in results[request.id].holes]
-        holes = [hole for hole in holes if len(hole) > 2]
-        closed = [hole for hole in holes if hole[-1] == hole[-2] in model.config.eos_ids]
-        assert 0 < len(closed) < len(holes)
+        found = [hole.token_ids for request in requests for hole in results[request.id].holes]
+        found = [hole for hole in found if len(hole) > 2]
+        closed = [hole for hole in found if hole[-1] == hole[-2] in model.config.eos_ids]
+        assert 0 < len(closed) < len(found)
 
 
 def test_holes_that_move_compile_nothing() -> None:
