@@ -131,8 +131,8 @@ CACHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "block_cache", "settings"),
     [
-        ("llada", "off", {"early_stop": True, "block_length": 6}),
         ("dream", "dual", {"early_stop": True}),
+        pytest.param("llada", "off", {"early_stop": True, "block_length": 6}, marks=pytest.mark.full),
         pytest.param("dream", "off", {"temperature": 0.6, "early_stop": True}, marks=pytest.mark.full),
         pytest.param("llada", "dual", {"threshold": 0.02}, marks=pytest.mark.full),
         pytest.param("dream", "prefix", {"steps": 9}, marks=pytest.mark.full),
@@ -199,7 +199,8 @@ def test_holes_that_move_compile_nothing() -> None:
     assert before.count == 0
 
 
-@pytest.mark.parametrize("family", ["dream", pytest.param("llada", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_functional_layer_fills_holes_too(family: str) -> None:
     model, holes = load(family), SEVERAL[0]
     ids = [template(seed, holes) for seed in range(2)]

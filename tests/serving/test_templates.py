@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, processors
 from word_tokenizer import word_tokenizer
 
-from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
+from bicache_jax import CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
 from bicache_jax.bulk.journal import journal_path
 from bicache_jax.checkpoints.tokenizer import Tokenizer
 from bicache_jax.cli import main
@@ -146,14 +146,20 @@ def test_requests_of_python_are_checked_too() -> None:
     assert (sampling.gen_length, sampling.block_length) == (9, 4)  # whose last block is shorter
 
 
-def test_block_causal_models_fill_one_hole_at_the_end_and_refuse_text_behind_one() -> None:
+@pytest.mark.full
+def test_block_causal_models_fill_one_hole_at_the_end() -> None:
     model = families.load("sdar")
     engine, mask_id = Engine(model), model.config.mask_id
     (filled,) = engine.generate({"template_ids": [*range(10, 20), *[mask_id] * 9]})
     (answer,) = engine.generate({"id": "1", "prompt_ids": list(range(10, 20)), "gen_length": 9})
     assert filled.token_ids == answer.token_ids == filled.holes[0].token_ids
-    with pytest.raises(BicacheError, match="block-causal, so a hole does not see the text behind it"):
-        engine.generate({"template_ids": [10, mask_id, 11]})
+
+
+def test_block_causal_models_refuse_text_behind_a_hole() -> None:
+    for ids in ([10, MASK, 11], [10, MASK, 11, MASK]):
+        assert "block-causal, so a hole does not see the text behind it" in fault(
+            {"template_ids": ids}, attention="block_causal"
+        )
 
 
 def read(request: Request, *filled: int, spaced: bool = True) -> Any:
