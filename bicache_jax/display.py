@@ -112,7 +112,7 @@ class Canvas:
         if key in self._shown or len(self._shown) < self._rows:
             self._shown[key] = record
         if result.finish_reason is not None:
-            self._tokens += len(result.token_ids)
+            self._tokens += len(result.decoded)
         self._seconds = self._clock() - self._begun
         return self._board.take(record)
 

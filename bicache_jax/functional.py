@@ -137,6 +137,7 @@ def denoise(
     block_cache: BlockCache = "off",
     prefix_index: Int[Array, " B"] | None = None,
     canvas_len: Int[Array, " B"] | None = None,
+    holes: Bool[Array, "B U"] | None = None,
     attention: str = "auto",
     backbone: MakeBackbone | None = None,
 ) -> Denoised:
@@ -166,19 +167,25 @@ def denoise(
             kept: that is exact.
         prefix_index: prefix of each row; None: the only prefix for all, or row i's is prefix i.
         canvas_len: tokens of each row's canvas; None: all U.
+        holes: places of the canvas that are decoded instead of its last `gen_length` ones (infilling), as many in every
+            row, in any number of runs; what stands between and behind them is known, and seen. In families that shift
+            logits a row over a prefix has a known token in front of them. Not under block-causal attention, where a
+            token does not see what follows its block.
         attention: implementation of prefix attention.
         backbone: makes the model's pieces; None: its family does.
 
     Returns:
-        The responses [B, gen_length] and the work they took.
+        The responses [B, gen_length], tokens of holes in reading order, and the work they took. A row whose traced
+        `holes` are not `gen_length` places comes back as `failed`.
 
     Raises:
-        ValueError: shapes do not fit each other, or `prefix` was not encoded for `boundary`.
+        ValueError: shapes do not fit each other, `prefix` was not encoded for `boundary`, or `holes` has another number
+            of places.
         TypeError: it is differentiated.
     """
     cache = CacheConfig(block_cache=block_cache).for_model(config)
     block_cache = cache.block_cache
-    sampling = cache.with_blocks(sampling, config)
+    sampling = cache.with_blocks(sampling, config, even=holes is None)
     if config.block_causal:
         boundary = config.num_layers
     canvas = jnp.asarray(canvas)
@@ -186,7 +193,10 @@ def denoise(
         raise ValueError(f"canvas must be [B, U], a row for each response, got shape {list(canvas.shape)}")
     num_rows, length = canvas.shape
     num_prefixes = prefix.length.shape[0]
-    if length < sampling.gen_length + config.shifted:
+    if holes is not None:
+        holes = jnp.asarray(holes, bool)
+        _check_holes(config, canvas.shape, holes, canvas_len, sampling.gen_length)
+    if length < sampling.gen_length + config.shifted and holes is None:
         raise ValueError(
             f"canvas must hold gen_length={sampling.gen_length} response tokens (+{config.shifted}), got U={length}"
         )
@@ -212,6 +222,7 @@ def denoise(
         key,
         jnp.asarray(boundary, jnp.int32),
         jnp.asarray(refresh_interval, jnp.int32),
+        holes,
     )
     along = P(explicit_axis(args[2], 0))
     return on_auto_axes(run, args, Denoised(along, along, along, along))  # type: ignore[arg-type]
@@ -225,12 +236,12 @@ def _denoise(backbone: Backbone, sampling: SamplingConfig, block_cache: BlockCac
 
 
 def _denoise_all(backbone: Backbone, sampling: SamplingConfig, block_cache: BlockCache, *args: Any) -> Denoised:
-    params, prefix, canvas, canvas_len, prefix_index, key, boundary, refresh_interval = vary_like(args, args)
+    params, prefix, canvas, canvas_len, prefix_index, key, boundary, refresh_interval, holes = vary_like(args, args)
     config, num_rows = backbone.config, canvas.shape[0]
     known = jnp.any(prefix.boundaries == clamp_boundary(boundary, config.num_layers))
     known = (known & (boundary <= config.num_layers)) | (prefix.k.shape[-2] == 0)
     checkify.debug_check(known, "the prefixes were not encoded for boundary {boundary}", boundary=boundary)
-    rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling, key)
+    rows = lay_out_canvases(config, prefix.length[prefix_index], canvas, canvas_len, sampling, key, holes)
     rows = dataclasses.replace(rows, prefix_index=prefix_index, done=~known | rows.done, failed=~known | rows.failed)
     if sampling.guided:
         prefix, rows = _with_twins(backbone, params, prefix, rows, jnp.asarray(sampling.block_size, jnp.int32))
@@ -274,6 +285,24 @@ def _head_axis(backbone: Backbone, params: Params) -> Any:
             if axis is not None and heads % jax.typeof(leaf).sharding.mesh.shape[axis] == 0:
                 return axis
     return None
+
+
+def _check_holes(config: ModelConfig, shape: tuple[int, ...], holes: Array, canvas_len: Any, gen_length: int) -> None:
+    """Refuses holes that the model cannot fill, or whose known number is not that of the tokens to decode.
+
+    Raises:
+        ValueError: they are such.
+    """
+    if config.block_causal:
+        raise ValueError("holes are for full attention: under block-causal attention a token does not see what follows")
+    if holes.shape != shape:
+        raise ValueError(f"holes must be {list(shape)}, as canvas is, got shape {list(holes.shape)}")
+    if isinstance(holes, jax.core.Tracer) or isinstance(canvas_len, jax.core.Tracer):
+        return
+    lengths = np.full(shape[0], shape[1]) if canvas_len is None else np.asarray(canvas_len)
+    counts = (np.asarray(holes) & (np.arange(shape[1]) < lengths[:, None])).sum(axis=1).tolist()
+    if {*counts} - {gen_length}:
+        raise ValueError(f"holes must have gen_length={gen_length} places in every row, got {sorted({*counts})}")
 
 
 def _check_boundary(config: ModelConfig, prefix: PrefixCache, boundary: Any) -> None:

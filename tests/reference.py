@@ -142,29 +142,38 @@ def denoise(
     boundary: int = 0,
     refresh_interval: int = 1,
     block_cache: str = "off",
+    holes: tuple[tuple[int, int], ...] = (),
 ) -> Outcome:
-    """Denoises one response; `name` and the seed of `sampling` decide the noise."""
-    config, gen_length, size = model.config, sampling.gen_length, sampling.block_size
-    start = len(prompt)
+    """Denoises one response; `name` and the seed of `sampling` decide the noise.
+
+    With `holes` (position and length), `prompt` is what is known around them, and the tokens are all from the first
+    hole on.
+    """
+    config, size = model.config, sampling.block_size
+    holes = holes or ((len(prompt), sampling.gen_length),)
+    start, sequence = holes[0][0], list(prompt)
+    for place, length in holes:
+        sequence[place:place] = [config.mask_id] * length
+    masked = [place + i for place, length in holes for i in range(length)]
     prefix_len = min(prefix_len, start - config.shift_logits)
-    masks = [config.mask_id] * gen_length
-    streams = [_Stream(model, np.asarray([*prompt, *masks]), prefix_len, boundary)]
+    streams = [_Stream(model, np.asarray(sequence), prefix_len, boundary)]
     if sampling.cfg_scale:
-        streams.append(_Stream(model, np.asarray([config.mask_id] * start + masks), prefix_len, boundary))
+        streams.append(_Stream(model, np.asarray([config.mask_id] * len(sequence)), prefix_len, boundary))
     noise = _Noise(name, sampling.seed, config)
     anchored = config.anchor_blocks and block_cache != "off"
     steps, gap = 0, np.inf
     for block in range(sampling.num_blocks):
-        places = start + block * size + np.arange(size)
+        places = np.asarray(masked[block * size : (block + 1) * size])
+        sources = np.maximum(places - config.shift_logits, 0)
         block_step = 0
         while (streams[0].tokens[places] == config.mask_id).any():
             counter = block_step if sampling.by_confidence else steps
-            window = np.arange(start + gen_length) >= 0
+            window = np.ones(len(sequence), bool)
             if block_cache != "off" and block_step:
-                window = np.arange(start + gen_length) >= places[0]
-                window[places[-1] + 1 :] &= block_cache == "prefix"
+                window = np.isin(np.arange(len(sequence)), masked[block * size :])
+                window &= np.isin(np.arange(len(sequence)), places) | (block_cache == "prefix")
             found = [s.step(counter % refresh_interval == 0, window, block_start=block_step == 0) for s in streams]
-            logits = [each[places - config.shift_logits] for each in found]
+            logits = [each[sources] for each in found]
             guided = logits[0]
             if sampling.cfg_scale:
                 guided = logits[1] + (sampling.cfg_scale + 1) * (logits[0] - logits[1])
@@ -172,19 +181,22 @@ def denoise(
                 guided,
                 streams[0].tokens[places] == config.mask_id,
                 block_step,
-                noise.at(steps, block * size, size),
+                noise.at(steps, block * size, len(places)),
                 config,
                 sampling,
                 anchored=anchored,
+                from_outside=~np.isin(sources, places),
             )
             for stream in streams:
                 stream.tokens[places[chosen]] = tokens[chosen]
             gap = min(gap, margin)
             steps, block_step = steps + 1, block_step + 1
-        done = [token for token in streams[0].tokens[places] if token in config.eos_ids]
-        if sampling.early_stop and done:
-            streams[0].tokens[places[-1] + 1 :] = done[0]
-            break
+        for hole, length in holes if sampling.early_stop else ():
+            inside = [place for place in places if hole <= place < hole + length]
+            ends = [token for token in streams[0].tokens[inside] if token in config.eos_ids]
+            for stream in streams if ends else ():
+                left = stream.tokens[hole : hole + length]
+                left[left == config.mask_id] = ends[0]
     return Outcome(tuple(map(int, streams[0].tokens[start:])), steps, gap)
 
 
@@ -293,13 +305,14 @@ def _pick(
     sampling: SamplingConfig,
     *,
     anchored: bool,
+    from_outside: np.ndarray,
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Tokens of a block's positions, the smallest gap, and the positions that this step unmasks."""
     found = [scores_of(row, *pair, config, sampling) for row, *pair in zip(logits, *noise, strict=True)]
     tokens = np.asarray([each[0] for each in found])
-    candidates = np.flatnonzero(masked)
-    if anchored and block_step == 0:
-        return tokens, found[0][4], np.asarray([0])
+    candidates, anchors = np.flatnonzero(masked), np.flatnonzero(masked & from_outside)
+    if anchored and block_step == 0 and len(anchors):
+        return tokens, min(found[place][4] for place in anchors), anchors
 
     def ranked(scores: list[float]) -> list[int]:
         return sorted(candidates, key=lambda place: (-scores[place], place))
@@ -328,7 +341,7 @@ def _pick(
         if sampling.alg_temperature:
             score = [each[3] / sampling.alg_temperature + g for each, g in zip(found, noise[1], strict=True)]
         order = ranked(score)
-        count, edge = _count(len(candidates), block_step, noise[1][candidates], config, sampling, anchored=anchored)
+        count, edge = _count(len(masked), block_step, noise[1][candidates], config, sampling, anchored=anchored)
         if 0 < count < len(order):
             edge = min(edge, score[order[count - 1]] - score[order[count]])
     chosen = order[:count]
@@ -337,16 +350,18 @@ def _pick(
 
 
 def _count(
-    left: int, step: int, noise: np.ndarray, config: ModelConfig, sampling: SamplingConfig, *, anchored: bool
+    size: int, step: int, noise: np.ndarray, config: ModelConfig, sampling: SamplingConfig, *, anchored: bool
 ) -> tuple[int, float]:
-    """How many of `left` candidates a step unmasks, by the published schedules."""
-    dream = config.family == "dream"
-    steps, size = sampling.num_steps // sampling.num_blocks, sampling.block_size
+    """How many candidates of a block of `size` masks a step unmasks, by the published schedules."""
+    dream, steps = config.family == "dream", sampling.block_steps
     times = np.linspace(1, 1e-3 if dream else 0, steps + 1)
-    share = 1 - times[step + 1] / times[step] if step < steps - 1 else 1.0
+    shares = [*(1 - times[1:-1] / times[:-2]), 1.0]
     if sampling.remasking == "origin":
         uniform = np.exp(-np.exp(-noise))  # the noise of this many positions is above the bar of that share
-        return int((uniform > 1 - share).sum()), float(np.abs(uniform - (1 - share)).min())
+        return int((uniform > 1 - shares[step]).sum()), float(np.abs(uniform - (1 - shares[step])).min())
     if dream:
-        return int(left * share), np.inf
+        left = size
+        for before in range(step):
+            left -= 1 if anchored and before == 0 else int(left * shares[before])
+        return int(left * shares[step]), np.inf
     return size // steps + (step < size % steps), np.inf

@@ -37,9 +37,13 @@ Answers requests with a diffusion language model. Prompts that share a prefix ha
 
 A request is a JSON object on one line, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
-where content is a text or a list of {"type": "text", "text": ...}, and optionally
+  "template": text with holes    "template_ids": [token, ...], in which each run of the model's mask token is a hole
+where content is a text or a list of {"type": "text", "text": ...}. A hole is {mask:N}, N tokens long, and a brace of
+the text is doubled: {{ or }}; or a template is a list of texts and of lengths of holes. Messages may end with one:
+{"role": "assistant", "template": ...}. The model sees what stands between and behind the holes. And optionally
   "id": a name (default: the number of the line)   "prefix_len": tokens of the prefix   "n": samples
-  "stop": a string or a list of strings that end the text
+  "stop": a string or a list of strings that end the text, or that of the hole in which they are
+  "trim": whether the text of a hole ends at an end of text (templates only; default: false)
   decoding settings in place of the flags: "gen_length", "steps", "steps_per_block", "block_length", "early_stop",
   "seed", "temperature", "top_p", "top_k", "cfg_scale", "remasking", "alg_temperature", "threshold", "factor",
   "entropy_bound", "editing_threshold", "suppress_tokens", "logits_eos_inf", "confidence_eos_eot_inf"

@@ -75,9 +75,10 @@ class Rows:
     """The denoising state of B rows: tokens, counters and keys, but no KV.
 
     The suffix layout of a row is `[response | rest of the prompt | padding]` (families that shift logits:
-    `[last prompt token | response | rest | padding]`). Attention only uses positions, so the order does not matter, and
-    the response starts at the same index in every row. Under block-causal attention it is the reading order, so that
-    what a pass runs is one piece: `[rest of the prompt | response | padding]`.
+    `[token before the response | response | rest | padding]`). The response is whatever is decoded, in one piece behind
+    the prompt or in holes of it: attention only uses positions, so the order does not matter, and the response starts
+    at the same index in every row. Under block-causal attention it is the reading order, so that what a pass runs is
+    one piece: `[rest of the prompt | response | padding]`.
 
     Under classifier-free guidance the second half of the rows are *twins* of the first: the same response after a
     prompt of masks, and after a prefix of as many masks as the row's own prefix has tokens, cached like any other.
@@ -85,6 +86,8 @@ class Rows:
     Attributes:
         tokens: suffix tokens in that order.
         positions: position of each suffix token in the whole sequence.
+        source: slot whose hidden state predicts each suffix token (`bicache_jax.core.layout.Slots`).
+        hole: which hole of the prompt each token of the response is in; the response itself is one.
         valid: False for padding.
         front: where the first block begins in the suffix.
         given: tokens of the prompt with which it begins.
@@ -103,6 +106,8 @@ class Rows:
 
     tokens: Int[Array, "B U"]
     positions: Int[Array, "B U"]
+    source: Int[Array, "B U"]
+    hole: Int[Array, "B U"]
     valid: Bool[Array, "B U"]
     front: Int[Array, " B"]
     given: Int[Array, " B"]
@@ -186,7 +191,8 @@ class Decoding:
         entropy_bound: nats that the tokens unmasked at once may have together; infinite except for the entropy rule.
         editing: probability above which a placed token of the block is replaced; infinite where none ever is.
         early_stop: whether a row ends with the first block that contains an end-of-text token.
-        anchor: whether a block's first token is fixed by the pass at the block's start (Dream with a block cache).
+        anchor: whether the pass at a block's start fixes the tokens that are predicted from outside of the block: its
+            first one, and the first of each hole (Dream with a block cache).
         dual: whether a block cache also freezes the tokens after the block.
     """
 

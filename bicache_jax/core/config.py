@@ -358,12 +358,16 @@ class CacheConfig:
             return config.block_length
         return gen_length if self.block_cache == "off" else min(CACHED_BLOCK, gen_length)
 
-    def with_blocks(self, sampling: SamplingConfig, config: ModelConfig | None = None) -> SamplingConfig:
+    def with_blocks(
+        self, sampling: SamplingConfig, config: ModelConfig | None = None, *, even: bool = True
+    ) -> SamplingConfig:
         """The settings with the block length that the cache or the model implies where they name none.
 
         Args:
             sampling: the settings.
             config: the model; None: one of full attention.
+            even: refuse a last block that is shorter, where the published loops do. The holes of a template are as long
+                as they are, so that it may have one.
 
         Raises:
             ValueError: lengths and steps do not go together.
@@ -372,7 +376,7 @@ class CacheConfig:
         if sampling.block_length is None and (causal or self.block_cache != "off"):
             block = self.default_block(sampling.gen_length, config)
             sampling = dataclasses.replace(sampling, block_length=block)
-        if config is None or not (causal or config.schedule == "linear"):
+        if even and (config is None or not (causal or config.schedule == "linear")):
             sampling.check_even()
         if sampling.editing_threshold is not None and not causal:
             raise ValueError("editing_threshold is for block-causal attention: this model's is full")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,36 +72,65 @@ def _keys(words_bw: UInt32[Array, "B 4"]) -> Key[Array, " B"]:
     return jax.vmap(fold)(words_bw)
 
 
-def reading_order(slot: Any, canvas_len: Any, gen_length: int, config: ModelConfig) -> Any:
-    """The suffix layout: which token of a canvas in reading order is at a slot of the suffix.
+class Slots(NamedTuple):
+    """The suffix layout of a canvas, numpy or jax, with any leading axes.
 
-    The response comes first, so that it is a static slice of every row; in families that shift logits, after the last
-    prompt token. Attention sees positions only, so the order is free. Under block-causal attention nothing is moved.
+    Attributes:
+        place: which place of the canvas, in reading order, is at each slot of the suffix.
+        source: slot whose hidden state predicts each slot's token: its own, or in families that shift logits that of
+            the token before it (at the start of a sequence its own, as the published loops have it).
+        front: where the masked tokens begin; none where there are none.
+    """
+
+    place: Any
+    source: Any
+    front: Any
+
+
+def suffix_slots(masked: Any, valid: Any, config: ModelConfig) -> Slots:
+    """Lays out a canvas: its masked tokens first, wherever they stand, then what is known.
+
+    So the response is a slice of every row, at the same place in all of them. In families that shift logits the token
+    before the first masked one goes in front. Attention sees positions only, so the order is free. Under block-causal
+    attention nothing is moved.
 
     Args:
-        slot: places in the suffix, numpy or jax.
-        canvas_len: tokens of the canvas `[rest of the prompt | response]`.
-        gen_length: tokens of its response.
+        masked: which places of the canvas are to be decoded [..., U].
+        valid: False for padding, which is at its end [..., U].
         config: the architecture.
-
-    Returns:
-        Places in the canvas, for slots below `canvas_len`.
     """
+    xp = masked.__array_namespace__()
+    place = xp.arange(masked.shape[-1])
+    first = xp.argmax(masked, axis=-1)[..., None]
     if config.block_causal:
-        return slot + canvas_len * 0
-    front = config.shifted + gen_length
-    in_front = slot < front
-    return slot + in_front * (canvas_len - front) + (in_front - 1) * front
+        order, front = masked * 0 + place, first
+    else:
+        before = (place == first - 1) & config.shift_logits
+        kind = xp.where(valid, xp.where(before, 0, xp.where(masked, 1, 2)), 3)
+        order, front = xp.argsort(kind, axis=-1, stable=True), xp.minimum(first, config.shifted)
+    slot_of = xp.argsort(order, axis=-1, stable=True)
+    source = xp.take_along_axis(slot_of, xp.maximum(order - config.shifted, 0), axis=-1)
+    return Slots(order, source, front[..., 0])
 
 
-def response_slots(request: Request, prefix_len: int, config: ModelConfig) -> slice:
-    """Where the response stands in a suffix."""
-    start = len(request.prompt_ids) - prefix_len if config.block_causal else config.shifted
-    return slice(start, start + request.sampling.gen_length)
+def hole_of_place(request: Request) -> np.ndarray:
+    """Which hole each position of a request's sequence is in, prompt and response; -1 where it is known."""
+    known = len(request.prompt_ids)
+    found = np.full(known + request.sampling.gen_length, -1)
+    for hole, (place, length) in enumerate(request.holes or ((known, request.sampling.gen_length),)):
+        found[place : place + length] = hole
+    return found
+
+
+def response_slots(request: Request, prefix_len: int, config: ModelConfig) -> np.ndarray:
+    """Where the response stands in a suffix, in reading order; of a template all from its first hole on."""
+    masked = hole_of_place(request)[prefix_len:] >= 0
+    order = suffix_slots(masked, np.ones_like(masked), config).place
+    return np.argsort(order)[request.lead - prefix_len :]
 
 
 def in_response(rows: Rows) -> Bool[Array, "B U"]:
-    """Which places of the rows' suffixes are the response's, what completes its last block included."""
+    """Which places of the rows' suffixes are decoded, what completes a response's last block included."""
     slot = jnp.arange(rows.tokens.shape[1]) - rows.front[:, None]
     return (slot >= rows.given[:, None]) & (slot < rows.end[:, None])
 
@@ -135,7 +164,8 @@ def lay_out(
         The fields of the rows at step 0, their keys as words.
     """
     tokens = np.full((num_rows, length), config.mask_id, np.int32)
-    positions = np.zeros((num_rows, length), np.int32)
+    positions, hole = np.zeros((2, num_rows, length), np.int32)
+    source = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
     valid = np.zeros((num_rows, length), bool)
     words = np.zeros((num_rows, 4), np.uint32)
     front, given, end = np.zeros((3, num_rows), np.int32)
@@ -145,14 +175,19 @@ def lay_out(
             continue
         request, sample, prefix_len = entry
         done[row] = False
-        prompt = np.asarray(request.prompt_ids[prefix_len:], np.int32)
         given[row] = given_tokens(len(request.prompt_ids), request.sampling.block_size, config)
         end[row] = decoded_tokens(given[row], request.sampling, config)
-        front[row] = len(prompt) - given[row] if config.block_causal else config.shifted
-        canvas = np.concatenate([prompt, np.full(end[row] - given[row], config.mask_id, np.int32)])
-        order = reading_order(np.arange(len(canvas)), len(canvas), request.sampling.gen_length, config)
-        tokens[row, : len(canvas)] = canvas[order]
-        positions[row, : len(canvas)] = prefix_len + order
+        holes = hole_of_place(request)[prefix_len:]
+        completing = end[row] - given[row] - request.sampling.gen_length
+        holes = np.pad(holes, (0, completing), constant_values=holes[-1])
+        canvas = np.full(len(holes), config.mask_id, np.int32)
+        canvas[holes < 0] = request.prompt_ids[prefix_len:]
+        slots = suffix_slots(holes >= 0, np.ones(len(holes), bool), config)
+        front[row] = slots.front - given[row]
+        tokens[row, : len(canvas)] = canvas[slots.place]
+        positions[row, : len(canvas)] = prefix_len + slots.place
+        source[row, : len(canvas)] = slots.source
+        hole[row, : len(canvas)] = holes[slots.place]
         valid[row, : len(canvas)] = True
         words[row] = noise_words(request.id, request.sampling.seed + sample)
     index = np.zeros(num_rows, np.int32)
@@ -160,12 +195,14 @@ def lay_out(
     if guided:
         half = num_rows // 2
         index[half : half + len(entries)] = prefix_index[len(entries) :]
-        for values in (positions, valid, words, front, given, end, done):
+        for values in (positions, source, hole, valid, words, front, given, end, done):
             values[half:] = values[:half]
 
     return {
         "tokens": tokens,
         "positions": positions,
+        "source": source,
+        "hole": hole,
         "valid": valid,
         "front": front,
         "given": given,
@@ -188,6 +225,7 @@ def lay_out_canvases(
     canvas_len: Int[Array, " B"],
     sampling: SamplingConfig,
     key: Key[Array, "*B"],
+    masked: Bool[Array, "B U"] | None = None,
 ) -> Rows:
     """Rows of canvases that are on a device already, as `lay_out` lays out requests.
 
@@ -198,9 +236,10 @@ def lay_out_canvases(
         canvas_len: tokens of each canvas.
         sampling: decoding settings.
         key: a noise key for each row, or one that is folded with the row's number.
+        masked: `gen_length` places of each canvas that are decoded; None: the last ones.
 
     Returns:
-        The rows at step 0, all over prefix 0.
+        The rows at step 0, all over prefix 0. A row with another number of masked places has failed.
     """
     num_rows, length = canvas.shape
     rest = canvas_len - sampling.gen_length
@@ -210,16 +249,19 @@ def lay_out_canvases(
     if config.block_causal and not config.padded_prompt:  # room for what completes the last block
         length += sampling.block_size - 1
         canvas = jnp.pad(canvas, ((0, 0), (0, sampling.block_size - 1)))
-    slot = jnp.arange(length)
-    order = reading_order(slot, canvas_len[:, None], sampling.gen_length, config)
-    valid = slot < canvas_len[:, None]
-    order = jnp.where(valid, order, slot)
-    counter = jnp.zeros(num_rows, jnp.int32)
+    valid = jnp.arange(length) < canvas_len[:, None]
+    behind = valid & (jnp.arange(length) >= rest[:, None])
+    masked = behind if masked is None else masked & valid
+    slots = suffix_slots(masked, valid, config)
+    apart = jnp.diff(slots.place, axis=1, prepend=slots.place[:, :1]) != 1
+    counter, failed = jnp.zeros(num_rows, jnp.int32), masked.sum(axis=1) != behind.sum(axis=1)
     rows = Rows(
-        tokens=jnp.take_along_axis(canvas, order, axis=1).astype(jnp.int32),
-        positions=(prefix_len[:, None] + order).astype(jnp.int32),
+        tokens=jnp.take_along_axis(canvas, slots.place, axis=1).astype(jnp.int32),
+        positions=(prefix_len[:, None] + slots.place).astype(jnp.int32),
+        source=slots.source.astype(jnp.int32),
+        hole=jnp.cumsum(apart, axis=1, dtype=jnp.int32),
         valid=valid,
-        front=(rest - given if config.block_causal else counter + config.shifted).astype(jnp.int32),
+        front=(slots.front - given).astype(jnp.int32),
         given=given.astype(jnp.int32),
         end=(counter + end).astype(jnp.int32),
         prefix_index=counter,
@@ -229,9 +271,9 @@ def lay_out_canvases(
         block_step=counter,
         interval_step=counter,
         edits=counter,
-        done=jnp.zeros(num_rows, bool),
+        done=failed,
         forward_passes=counter,
-        failed=jnp.zeros(num_rows, bool),
+        failed=failed,
     )
     rows = dataclasses.replace(rows, tokens=jnp.where(in_response(rows), config.mask_id, rows.tokens))
     return vary_like(rows, canvas)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -62,11 +63,11 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request, tokenised.
+    """One request, tokenised: a prompt with a response behind it, or a template with holes in it.
 
     Attributes:
         id: name of the request; part of the noise key, so that a result never depends on its neighbours.
-        prompt_ids: the whole prompt, prefix included.
+        prompt_ids: the whole prompt, prefix included; of a template its known tokens, in order, without the holes.
         prefix_len: tokens of the prompt that are its shared prefix; None: to be found (`CacheConfig.prefix_detection`).
         sampling: all decoding settings of this request (`sampling.seed` is the seed of sample 0).
         n: samples asked for; sample i uses seed + i.
@@ -75,6 +76,11 @@ class Request:
         max_tokens: tokens of the response that may be text, where the canvas is longer; None: all of them.
         chat: whether the prompt is a conversation.
         prefix_from_messages: whether `prefix_len` follows from the conversation rather than being given.
+        holes: of a template, first position and length of each hole, positions counted over the whole filled sequence;
+            `sampling.gen_length` becomes their sum. Empty: the response is the one hole, behind the prompt.
+        trim: whether a hole's text ends at an end of text.
+        template: texts of a template in front of, between and behind its holes, which the filled text repeats as they
+            are; empty if it came as tokens.
     """
 
     id: str
@@ -87,6 +93,21 @@ class Request:
     max_tokens: int | None = None
     chat: bool = False
     prefix_from_messages: bool = False
+    holes: tuple[tuple[int, int], ...] = ()
+    trim: bool = False
+    template: tuple[str, ...] = ()
+
+    @property
+    def lead(self) -> int:
+        """Tokens of the prompt in front of the first masked position: all that a prefix may have."""
+        return self.holes[0][0] if self.holes else len(self.prompt_ids)
+
+    def canvas(self, mask_id: int) -> tuple[int, ...]:
+        """The whole sequence, prompt and response, before anything is decoded."""
+        known, found = iter(self.prompt_ids), list[int]()
+        for place, length in self.holes or ((len(self.prompt_ids), self.sampling.gen_length),):
+            found += [*itertools.islice(known, place - len(found)), *(mask_id,) * length]
+        return (*found, *known)
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt_ids, str | bytes):
@@ -99,6 +120,28 @@ class Request:
             object.__setattr__(self, "prompt_ids", tuple(map(int, self.prompt_ids)))
         if not isinstance(self.stop, tuple):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.holes:
+            try:
+                holes = tuple((int(place), int(length)) for place, length in self.holes)
+            except (TypeError, ValueError):
+                raise TypeError(f"holes must be pairs of position and length, got {self.holes!r:.80}") from None
+            sampling = dataclasses.replace(self.sampling, gen_length=max(1, sum(length for _, length in holes)))
+            object.__setattr__(self, "holes", holes)
+            object.__setattr__(self, "sampling", sampling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """What a hole of a template was filled with.
+
+    Attributes:
+        token_ids: all its tokens.
+        text: the text that they add to what stands in front of them, up to a stop string or, with `trim`, to an end of
+            text; None without a tokenizer.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +151,10 @@ class Result:
     Attributes:
         id: id of the request.
         sample: number of the sample, 0..n-1.
-        token_ids: the whole response canvas [gen_length], masks included where a stream shows it unfinished.
+        token_ids: the whole response canvas [gen_length], masks included where a stream shows it unfinished. Of a
+            template all from its first hole to its end, known tokens included.
         text: decoded up to the end of text or a stop string, a hole for each masked position; None without a
-            tokenizer.
+            tokenizer. Of a template the whole of it, filled.
         finish_reason: `stop` (the response holds an end-of-text token or a stop string), `length`, or `error`; None
             while unfinished.
         prefix_len: P, prompt tokens served from the prefix cache.
@@ -125,6 +169,7 @@ class Result:
         text_len: tokens of the canvas that `text` is made of.
         chat: whether the request is a conversation.
         engine_fault: whether an error is not the request's own: the model could not answer it.
+        holes: of a template, what its holes were filled with, in order.
         cached_tokens: prompt tokens whose encoding was there already, made for another request or in an earlier call.
             It says what happened, not what the answer is: neither `==` nor files of results look at it.
     """
@@ -146,6 +191,7 @@ class Result:
     text_len: int = 0
     chat: bool = False
     engine_fault: bool = False
+    holes: tuple[Filled, ...] = ()
     cached_tokens: int = dataclasses.field(default=0, compare=False)
 
     def __repr__(self) -> str:
@@ -157,14 +203,25 @@ class Result:
         shown += [f"tokens={len(self.token_ids)}", *(f"{name}={getattr(self, name)}" for name in counts)]
         return f"Result({', '.join(shown)})"
 
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """The tokens that were decoded: the response, or those of all holes one after the other."""
+        return tuple(token for hole in self.holes for token in hole.token_ids) or self.token_ids
+
     def to_json(self) -> Record:
-        """The result as a JSON object, as files have it; `error` only where there is one, `masked` while unfinished."""
+        """The result as a JSON object, as files have it.
+
+        There is an `error` only where there is one, `holes` only of a template, and `masked` while it is unfinished.
+        """
         return native(self.to_record())
 
     def to_record(self) -> Record:
         """The result as journals keep it, with what other formats need."""
         record = dataclasses.asdict(self)
         record["token_ids"] = list(self.token_ids)
+        holes = record.pop("holes")
+        if holes:
+            record["holes"] = [{**hole, "token_ids": list(hole["token_ids"])} for hole in holes]
         del record["cached_tokens"]
         if self.error is None:
             del record["error"]

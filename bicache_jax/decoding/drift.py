@@ -73,8 +73,8 @@ def first_pass(
         block_ids=block_ids,
     )
     x, _, _ = over.refresh(*vary_like((DeepCache(deep, deep), SuffixCache(none, none)), rows))
-    at = (rows.front + rows.given - config.shifted)[:, None] + jnp.arange(width)
-    x = jnp.take_along_axis(x, jnp.clip(at, 0, length - 1)[..., None], axis=1)
+    slot = jnp.minimum((rows.front + rows.given)[:, None] + jnp.arange(width), length - 1)
+    x = jnp.take_along_axis(x, jnp.take_along_axis(rows.source, slot, axis=1)[..., None], axis=1)
     return backbone.final_norm(params, x)
 
 

@@ -223,10 +223,10 @@ def denoise_steps(
         )
 
     def block_hidden(rows: Rows, x: Float[Array, "B T D"], start: Array) -> Float[Array, "B W D"]:
-        # Families that shift logits read a position from the one before it.
-        first = rows.front + rows.block * decoding.block_length - config.shifted
-        position = first[:, None] + jnp.arange(block_width) - start[:, None]
-        return jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
+        first = rows.front + rows.block * decoding.block_length
+        slot = jnp.minimum(first[:, None] + jnp.arange(block_width), length - 1)
+        source = jnp.take_along_axis(rows.source, slot, axis=1) - start[:, None]
+        return jnp.take_along_axis(x, jnp.clip(source, 0, x.shape[1] - 1)[..., None], axis=1)
 
     def forward(rows: Rows, deep: DeepCache, suffix: SuffixCache, size: int, this: NextPass, *, refresh: bool) -> Pass:
         over = suffix_forward(rows, size, this)

@@ -98,8 +98,10 @@ def _unmask(
         least = jnp.where(decoding.quota, count, 1)
         sure = by_confidence(choice, candidate, least, decoding.threshold, decoding.factor, decoding.entropy_bound)
         chosen = jnp.where(jnp.isfinite(decoding.threshold), sure, scheduled)
-        anchor = candidate & (jnp.arange(width) == 0)
-        chosen = jnp.where(decoding.anchor & (rows.block_step == 0)[:, None], anchor, chosen)
+        source = jnp.take_along_axis(rows.source, slot, axis=1) - slot[:, :1]
+        anchor = candidate & ((source < 0) | (source >= decoding.block_length))
+        fixes = decoding.anchor & (rows.block_step == 0) & jnp.any(anchor, axis=1)
+        chosen = jnp.where(fixes[:, None], anchor, chosen)
         edited = in_block & ~candidate & (choice.token != tokens)
         edited &= jax.nn.sigmoid(choice.log_odds) > decoding.editing
         changed = chosen | edited
@@ -114,16 +116,15 @@ def _unmask(
         full = active & ~jnp.any(candidate, axis=1) & jnp.isfinite(decoding.editing)
         settled = full & (~jnp.any(edited, axis=1) | (rows.edits + 1 >= MOST_EDITS))
         over &= settled | ~jnp.isfinite(decoding.editing)
-        complete = over & last
-        ended = over & decoding.early_stop & ~complete
+        complete, block = over & last, rows.block + over
         if config.eos_ids:
-            now = jnp.where(changed, choice.token, tokens)
-            is_end = in_block & jnp.isin(now, jnp.asarray(config.eos_ids))
-            ended &= jnp.any(is_end, axis=1)
-            end = jnp.take_along_axis(now, jnp.argmax(is_end, axis=1)[:, None], axis=1)
-            updated = jnp.where(ended[:, None] & in_response(rows) & (updated == config.mask_id), end, updated)
-        else:
-            ended &= False
+            stops = over & decoding.early_stop
+            is_end = in_block & jnp.isin(jnp.take_along_axis(updated, slot, axis=1), jnp.asarray(config.eos_ids))
+            updated = _close_holes(rows, updated, config.mask_id, slot, is_end & stops[:, None])
+            left = in_response(rows) & (updated == config.mask_id)
+            complete |= stops & ~jnp.any(left, axis=1)
+            next_block = (jnp.argmax(left, axis=1) - rows.front) // decoding.block_length  # others may be full already
+            block = jnp.where(stops & ~complete, next_block.astype(block.dtype), block)
         seen = {}
         if config.pad_id is not None:
             inside = (jnp.arange(length) - rows.front[:, None]) // decoding.block_length == rows.block[:, None]
@@ -136,15 +137,39 @@ def _unmask(
             rows,
             tokens=updated,
             step=rows.step + active,
-            block=rows.block + over,
+            block=block,
             block_step=jnp.where(over, 0, rows.block_step + active),
             interval_step=jnp.where(next_step >= decoding.refresh_interval, 0, next_step),
             edits=jnp.where(over, 0, rows.edits + full),
-            done=rows.done | complete | ended | failed,
+            done=rows.done | complete | failed,
             forward_passes=rows.forward_passes + active,
             failed=rows.failed | failed,
             **seen,
         )
+
+
+def _close_holes(
+    rows: Rows, tokens: Int[Array, "B U"], mask_id: int, slot: Int[Array, "B W"], is_end: Bool[Array, "B W"]
+) -> Int[Array, "B U"]:
+    """Fills what is left of a hole behind an end of text with that token; the first one in a block counts.
+
+    Args:
+        rows: the rows.
+        tokens: their suffixes.
+        mask_id: the mask token.
+        slot: slots of the block.
+        is_end: which of them hold an end of text that closes its hole.
+    """
+    num_rows, length = tokens.shape
+    # Later holes have higher numbers, and within a hole the first end has the highest: the maximum so far is its.
+    base = (rows.hole + 1) * (length + 1)
+    number = jnp.take_along_axis(base, slot, axis=1) - slot
+    ends = jnp.zeros_like(tokens).at[jnp.arange(num_rows)[:, None], jnp.where(is_end, slot, length)]
+    latest = jax.lax.cummax(ends.set(number.astype(tokens.dtype), mode="drop"), axis=1)
+    at = base - latest  # the slot of that end, if it is in the same hole
+    inside = (at >= 0) & (at < length) & in_response(rows) & (tokens == mask_id)
+    end = jnp.take_along_axis(tokens, jnp.clip(at, 0, length - 1), axis=1)
+    return jnp.where(inside, end, tokens)
 
 
 def _keys(rows: Rows, offset_bw: Int[Array, "B W"]) -> tuple[Key[Array, "B W"], Key[Array, "B W"]]:

@@ -116,7 +116,9 @@ def compare(right: Sequence[bool], reference: Sequence[bool], *, seed: int = 0, 
 
 
 def _answer_tokens(model: Model, result: Result) -> tuple[int, ...]:
-    """Response tokens up to the first end of text: what follows is not part of an answer."""
+    """Response tokens up to the first end of text: what follows is not part of an answer. Of a template all of them."""
+    if result.holes:
+        return result.decoded
     end = next((place for place, token in enumerate(result.token_ids) if token in model.config.eos_ids), None)
     return result.token_ids[:end]
 

@@ -73,7 +73,7 @@ def samples_of_requests(
     for request, prefix_len in zip(
         requests, detect_prefixes(requests, min_prefix=min_prefix, min_suffix=0), strict=True
     ):
-        ids = request.prompt_ids + (mask_id,) * (request.sampling.gen_length if with_response else 0)
+        ids = request.canvas(mask_id) if with_response else request.prompt_ids
         ratio = _floor(prefix_len, len(ids), ratio_step)
         if 0 < prefix_len < len(ids) and taken.get(ratio, 0) < per_ratio:
             taken[ratio] = taken.get(ratio, 0) + 1

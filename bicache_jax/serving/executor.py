@@ -13,7 +13,7 @@ from bicache_jax.core.backbone import Backbone
 from bicache_jax.core.buckets import prefix_bucket, suffix_bucket, width_bucket
 from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import CacheConfig
-from bicache_jax.core.layout import lay_out, response_slots, suffix_length
+from bicache_jax.core.layout import hole_of_place, lay_out, response_slots, suffix_length
 from bicache_jax.core.types import Model, Result
 from bicache_jax.decoding.drift import drift
 from bicache_jax.decoding.encode import encode
@@ -101,6 +101,7 @@ class Executor:
             return self._failure(row, counts["step"]) if counts["done"] else None
         config, tokenizer, finished = self.model.config, self.model.tokenizer, bool(counts["done"])
         ids = tuple(map(int, tokens[response_slots(row.request, row.prefix_len, config)]))
+        decoded = hole_of_place(row.request)[row.request.lead :] >= 0
         read = read_text(ids, row.request, config, tokenizer)
         return Result(
             id=row.request.id,
@@ -114,10 +115,11 @@ class Executor:
             refresh_interval=self.cache.interval(row.request.sampling),
             steps=counts["step"],
             forward_passes=counts["forward_passes"],
-            masked=() if finished else tuple(i for i, token in enumerate(ids) if token == config.mask_id),
+            masked=() if finished else tuple(i for i, t in enumerate(ids) if t == config.mask_id and decoded[i]),
             prompt_len=len(row.request.prompt_ids),
             text_len=read.length,
             chat=row.request.chat,
+            holes=read.holes,
             cached_tokens=cached,
         )
 

@@ -13,11 +13,11 @@ from typing import Any
 from bicache_jax.core.config import CONFIDENCE_RULES, ModelConfig, SamplingConfig, field_kinds
 from bicache_jax.core.types import Tokenizer
 
-PROMPTS = ("prompt", "messages", "prompt_ids")
+PROMPTS = ("prompt", "messages", "prompt_ids", "template", "template_ids")
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 NOTES = ("answer", "kind", "metadata")
 """Keys that do not affect the run: the right answer, the kind of question, and the user's own notes."""
-KEYS = ("id", *PROMPTS, "prefix_len", "n", "stop", *SAMPLING, *NOTES)
+KEYS = ("id", *PROMPTS, "prefix_len", "n", "stop", "trim", *SAMPLING, *NOTES)
 
 # Names that other programs use for our keys.
 _ALIASES = {
@@ -40,6 +40,8 @@ _ALIASES = {
     "token_ids": "prompt_ids",
     "input_ids": "prompt_ids",
     "stop_strings": "stop",
+    "infill": "template",
+    "masked_ids": "template_ids",
 }
 # Rules for the same thing. A request that names one of them overrides the run's other ones.
 _ALTERNATIVES = (CONFIDENCE_RULES, ("steps", "steps_per_block"))
@@ -138,7 +140,12 @@ def _tokens(record: Mapping[str, Any], field: str) -> tuple[int, ...] | None:
     return tuple(map(int, value))
 
 
-def _flag(record: Mapping[str, Any], field: str) -> bool | None:
+def flag(record: Mapping[str, Any], field: str) -> bool | None:
+    """A field that is true or false; None if it is missing or null.
+
+    Raises:
+        BadRequest: the value is something else.
+    """
     value = record.get(field)
     if value is not None and not isinstance(value, bool):
         raise BadRequest(f"{field!r} must be true or false, got {shown(value)}")
@@ -182,7 +189,7 @@ def given_sampling(record: Mapping[str, Any], config: ModelConfig | None = None)
     given: dict[str, Any] = {}
     for name, kinds in _kinds().items():
         if bool in kinds:
-            value: Any = _flag(record, name)
+            value: Any = flag(record, name)
         elif int in kinds:
             value = integer(record, name, *limits.get(name, (1, length)))
         elif float in kinds:

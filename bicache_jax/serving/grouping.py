@@ -131,12 +131,13 @@ def detect_prefixes(
 ) -> list[int]:
     """Finds the shared prefix of each request.
 
-    A given `prefix_len` is kept. A request for several samples uses its whole prompt as prefix, and one whose prompt
-    begins with an added prefix the longest of these. The other prompts are sorted, and the common prefixes of
-    neighbours form a tree. Starting at the root, a request takes the first prefix of at least `min_prefix` tokens that
-    it shares with another request, and then each longer one that is at least `DEEPER` times as long. So a document
-    after a common instruction gets its own encoding, and two questions that happen to begin with the same words do not.
-    The result depends on the set of prompts, not on their order.
+    What stands in front of a template's first hole counts as its prompt. A given `prefix_len` is kept. A request for
+    several samples uses its whole prompt as prefix, and one whose prompt begins with an added prefix the longest of
+    these. The other prompts are sorted, and the common prefixes of neighbours form a tree. Starting at the root, a
+    request takes the first prefix of at least `min_prefix` tokens that it shares with another request, and then each
+    longer one that is at least `DEEPER` times as long. So a document after a common instruction gets its own encoding,
+    and two questions that happen to begin with the same words do not. The result depends on the set of prompts, not on
+    their order.
 
     Args:
         requests: all requests of a run.
@@ -153,7 +154,7 @@ def detect_prefixes(
     known, sizes = set(added), sorted({len(prefix) for prefix in added}, reverse=True)
     undecided = []
     for index, request in enumerate(requests):
-        most = max(0, len(request.prompt_ids) - min_suffix)
+        most = max(0, request.lead - min_suffix)
         if request.prefix_len is not None and not (detection == "off" and request.prefix_from_messages):
             lengths[index] = min(request.prefix_len, most)
         elif request.n > 1 and detection != "off":
@@ -163,7 +164,7 @@ def detect_prefixes(
         elif detection == "auto":
             undecided.append(index)
     # Sorting big-endian bytes is fast and gives the same order, since ids are never negative.
-    prompts = {index: np.asarray(requests[index].prompt_ids, ">i4") for index in undecided}
+    prompts = {index: np.asarray(requests[index].prompt_ids[: requests[index].lead], ">i4") for index in undecided}
     order = sorted(undecided, key=lambda index: prompts[index].tobytes())
     ends = {index: max(0, len(prompts[index]) - min_suffix) for index in order}
     common = [_shared(prompts[a][: ends[a]], prompts[b][: ends[b]]) for a, b in pairwise(order)]

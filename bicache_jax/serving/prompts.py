@@ -10,20 +10,18 @@ from bicache_jax.core.types import Tokenizer
 from bicache_jax.serving.fields import BadRequest, encodable, is_int, shown
 
 
-def token_prompt(value: Any, config: ModelConfig) -> tuple[int, ...]:
-    """A prompt given as token ids: a list, or a one-dimensional array.
+def token_prompt(value: Any, config: ModelConfig, field: str = "prompt_ids") -> tuple[int, ...]:
+    """A prompt given as token ids: a list, or a one-dimensional array; `field` is what messages call it.
 
     Raises:
         BadRequest: an entry is not a token of the model.
     """
     ids = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(map(is_int, ids)):
-        raise BadRequest("'prompt_ids' must be a list of integers")
+        raise BadRequest(f"{field!r} must be a list of integers")
     outside = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if outside is not None:
-        raise BadRequest(
-            f"'prompt_ids' holds {str(outside)[:40]}, outside the vocabulary (0 to {config.vocab_size - 1})"
-        )
+        raise BadRequest(f"{field!r} holds {str(outside)[:40]}, outside the vocabulary (0 to {config.vocab_size - 1})")
     return tuple(map(int, ids))
 
 

@@ -17,6 +17,7 @@ from bicache_jax.serving.fields import (
     BadRequest,
     check_keys,
     encodable,
+    flag,
     given_sampling,
     integer,
     is_int,
@@ -26,6 +27,7 @@ from bicache_jax.serving.fields import (
 from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.openai import from_openai, is_openai
 from bicache_jax.serving.prompts import chat_prompt, text_prompt, token_prompt
+from bicache_jax.serving.templates import Template, text_template, token_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +67,20 @@ class Parser:
             raise BadRequest(f"must have exactly one of {', '.join(map(repr, PROMPTS))}, has {_listed(given)}")
         sampling = with_settings(self.sampling, given_sampling(record, config))
         samples = integer(record, "n", 1, MOST_SAMPLES) or 1
-        prefix_len: int | None = None
-        if given == ["messages"]:
-            ids, prefix_len = chat_prompt(record["messages"], self.tokenizer)
-        elif given == ["prompt"]:
-            ids = text_prompt(record["prompt"], self.tokenizer)
-        else:
-            ids = token_prompt(record["prompt_ids"], config)
-        if not ids:
-            raise BadRequest(f"{given[0]!r} has no tokens")
-        explicit = integer(record, "prefix_len", 0, len(ids) + 1)
+        template, prefix_len = self._prompt(given[0], record[given[0]])
+        if not template.known:
+            raise BadRequest(f"{given[0]!r} has no tokens" + (" beside its holes" if template.holes else ""))
+        if template.holes and record.get("gen_length") is not None:
+            raise BadRequest("a template takes no 'gen_length': its holes say how many tokens they have")
+        if not template.holes and record.get("trim") is not None:
+            raise BadRequest("'trim' is for templates: other texts end at an end of text anyway")
+        lead = template.holes[0][0] if template.holes else len(template.known)
+        explicit = integer(record, "prefix_len", 0, lead + 1)
         if explicit is None and samples > 1:
             prefix_len = None  # the whole prompt is what the samples share
         request = Request(
             id=name,
-            prompt_ids=ids,
+            prompt_ids=template.known,
             prefix_len=prefix_len if explicit is None else explicit,
             sampling=sampling,
             n=samples,
@@ -88,8 +89,31 @@ class Parser:
             max_tokens=max_tokens,
             chat=given == ["messages"],
             prefix_from_messages=explicit is None and prefix_len is not None,
+            holes=template.holes,
+            trim=bool(flag(record, "trim")),
+            template=template.texts,
         )
         return self.checked(request)
+
+    def _prompt(self, field: str, value: Any) -> tuple[Template, int | None]:
+        """The tokens of a request, with holes or without, and what of them its messages say to be the prefix.
+
+        Raises:
+            BadRequest: the value has no tokens, or not of this model.
+        """
+        if field == "template":
+            return text_template(value, self.tokenizer, self.config), None
+        if field == "template_ids":
+            return token_template(token_prompt(value, self.config, field), self.config), None
+        if field == "messages":
+            value, last = _without_template(value)
+            ids, prefix_len = chat_prompt(value, self.tokenizer)
+            if last is None:
+                return Template(ids, ()), prefix_len
+            name = "messages[-1].template"
+            return text_template(last, self.tokenizer, self.config, alone=False, field=name).behind(ids), prefix_len
+        ids = text_prompt(value, self.tokenizer) if field == "prompt" else token_prompt(value, self.config)
+        return Template(ids, ()), None
 
     def checked(self, request: Request) -> Request:
         """A request as it is run, with the block length that the block cache implies.
@@ -101,15 +125,21 @@ class Parser:
         ids, config, gen_length = request.prompt_ids, self.config, request.sampling.gen_length
         if not ids:
             raise BadRequest("the prompt has no tokens")
+        _check_holes(request, config)
         if min(ids) < 0 or max(ids) >= config.vocab_size:
             outside = max(ids) if max(ids) >= config.vocab_size else min(ids)
             raise BadRequest(f"token {outside} of the prompt is outside the model's vocabulary of {config.vocab_size}")
+        if len(ids) + gen_length > config.max_length and request.holes:
+            raise BadRequest(
+                f"the template's {len(ids) + gen_length} tokens, those of its holes included, exceed the model's "
+                f"{config.max_length}: shorten it"
+            )
         if len(ids) + gen_length > config.max_length:
             raise BadRequest(
                 f"{len(ids)} prompt tokens and gen_length {gen_length} exceed the model's {config.max_length} tokens; "
                 "shorten the prompt or lower gen_length"
             )
-        integer({"prefix_len": request.prefix_len}, "prefix_len", 0, len(ids) + 1)
+        integer({"prefix_len": request.prefix_len}, "prefix_len", 0, request.lead + 1)
         integer({"n": request.n}, "n", 1, MOST_SAMPLES)
         for token in request.sampling.suppress_tokens:
             if not 0 <= token < config.vocab_size:
@@ -117,7 +147,7 @@ class Parser:
         if request.stop:
             stops({"stop": request.stop}, self.tokenizer)
         try:
-            sampling = self.cache.with_blocks(request.sampling, config)
+            sampling = self.cache.with_blocks(request.sampling, config, even=not request.holes)
         except ValueError as error:
             raise BadRequest(str(error)) from None
         return request if sampling is request.sampling else dataclasses.replace(request, sampling=sampling)
@@ -185,6 +215,51 @@ def request_name(record: Mapping[str, Any], number: int) -> str:
     name = str(value)
     encodable(name, field)
     return name
+
+
+def _without_template(messages: Any) -> tuple[Any, Any]:
+    """A conversation without the template of the answer that it ends with, and that template, if there is one.
+
+    Raises:
+        BadRequest: the message with the template is not the assistant's, or has a content, too.
+    """
+    last = messages[-1] if isinstance(messages, Sequence) and not isinstance(messages, str | bytes) and messages else {}
+    if not isinstance(last, Mapping) or "template" not in last:
+        return messages, None
+    if last.get("role") != "assistant" or last.keys() != {"role", "template"}:
+        raise BadRequest(
+            'a message with a template must be the last one, {"role": "assistant", "template": ...}, without content'
+        )
+    return messages[:-1], last["template"]
+
+
+def _check_holes(request: Request, config: ModelConfig) -> None:
+    """Refuses holes that are not apart from each other in the sequence, or that the model cannot fill.
+
+    Raises:
+        BadRequest: they are not, or it cannot.
+    """
+    if not request.holes:
+        if request.trim or request.template:
+            raise BadRequest("trim and template are for requests with holes")
+        return
+    total, end = len(request.prompt_ids) + request.sampling.gen_length, 0
+    for place, length in request.holes:
+        if length < 1 or not end <= place <= total - length:
+            raise BadRequest(
+                f"holes must be in order, apart from each other, of at least 1 token and within the {total} tokens of "
+                f"the sequence, got position {place} and length {length}"
+            )
+        end = place + length
+    if request.template and len(request.template) != len(request.holes) + 1:
+        raise BadRequest(f"template must have {len(request.holes) + 1} texts, got {len(request.template)}")
+    if request.max_tokens is not None:
+        raise BadRequest("a template takes no max_tokens: its holes say how many tokens they have")
+    if config.block_causal and request.lead < len(request.prompt_ids):
+        raise BadRequest(
+            "this model's attention is block-causal, so a hole does not see the text behind it: a template may have "
+            "one hole, at its end"
+        )
 
 
 def _object(line: Any) -> Mapping[str, Any]:

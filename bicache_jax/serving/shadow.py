@@ -87,7 +87,7 @@ class Shadows:
         if drawn >= self._share:
             return None
         shadow = dataclasses.replace(row, prefix_len=0, ratio=0, boundary=0, priority=LAST)
-        self._asked[id(shadow)] = shadow, row, result.token_ids
+        self._asked[id(shadow)] = shadow, row, result.decoded
         return shadow
 
     def compare(self, shadow: Row, result: Result | None, drift: Callable[[Row], tuple[float, float]]) -> None:
@@ -103,5 +103,5 @@ class Shadows:
             return
         _, row, tokens = asked
         place = Place(row.ratio // 10 * 10, row.boundary)
-        share = sum(a == b for a, b in zip(tokens, result.token_ids, strict=True)) / len(tokens)
+        share = sum(a == b for a, b in zip(tokens, result.decoded, strict=True)) / len(tokens)
         self._found[place] = self._found.get(place, Agreement()).and_one(share, drift(row))
