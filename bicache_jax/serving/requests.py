@@ -140,7 +140,7 @@ class Parser:
                 continue
             name = str(number)
             try:
-                record = _object(line)
+                record = json_object(line)
                 name = request_name(record, number)
                 if name in seen:
                     repeated, name = name, str(number)
@@ -187,7 +187,12 @@ def request_name(record: Mapping[str, Any], number: int) -> str:
     return name
 
 
-def _object(line: Any) -> Mapping[str, Any]:
+def json_object(line: Any) -> Mapping[str, Any]:
+    """The JSON object on a line of text or bytes, or one that was read already.
+
+    Raises:
+        BadRequest: the line holds something else.
+    """
     if not isinstance(line, str | bytes):
         if not isinstance(line, Mapping):
             raise BadRequest("must be a JSON object")
