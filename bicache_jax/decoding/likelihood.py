@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.cache import DeepCache, PrefixCache, Rows
 from bicache_jax.core.config import ModelConfig
@@ -41,7 +42,7 @@ class Scored(NamedTuple):
     """What a model says of the masked tokens of each look.
 
     Attributes:
-        log_p: sum of their log-probabilities; NaN where a logit is not finite.
+        log_p: sum of their log-probabilities; NaN where a logit is not finite, 0 where there was no look.
         top: whether each of them is the most probable one at its place.
     """
 
@@ -95,6 +96,7 @@ def log_likelihoods(
     targets: Int[Array, "B W"],
     masked: Bool[Array, "B M W"],
     boundary: Int[Array, ""],
+    num_looks: Int[Array, ""],
     block_length: Int[Array, ""],
     *,
     deep_layers: int,
@@ -109,6 +111,7 @@ def log_likelihoods(
         targets: their tokens behind the prompt, and mask tokens behind these.
         masked: the tokens that each look masks; those that are looked for.
         boundary: b.
+        num_looks: looks to be made, at most M and at least one.
         block_length: tokens of a block, under block-causal attention.
         deep_layers: layers above the boundary to make room for, at least `L - 1 - b` (static).
     """
@@ -124,16 +127,18 @@ def log_likelihoods(
         found = token_log_p(x, targets, backbone.head(params), config=config, axis=backbone.axis)
         return deep, (jnp.sum(jnp.where(masked_bw, found.log_p, 0), -1), jnp.all(found.top | ~masked_bw, -1))
 
-    looks = jnp.swapaxes(masked, 0, 1)
-    deep = room_for_deep(config, cache, rows, deep_layers)
-    found: list[tuple[Array, Array]] = []
-    if deep.k.shape[0]:
-        deep, (log_p, top) = one(deep, looks[0], refresh=True)
-        found, looks = [(log_p[None], top[None])], looks[1:]
-    if looks.shape[0]:
-        found.append(jax.lax.scan(lambda _, masked_bw: (None, one(deep, masked_bw, refresh=False)[1]), None, looks)[1])
-    log_p, top = (jnp.concatenate(parts).T for parts in zip(*found, strict=True))
-    return Scored(log_p, top)
+    def turn(index: Array, carry: tuple[DeepCache, Scored], *, refresh: bool) -> tuple[DeepCache, Scored]:
+        deep, found = carry
+        deep, parts = one(deep, jax.lax.dynamic_index_in_dim(masked, index, axis=1, keepdims=False), refresh=refresh)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
+        return deep, Scored(*(put(whole, part) for whole, part in zip(found, parts, strict=True)))
+
+    unseen = Scored(jnp.zeros(masked.shape[:2]), jnp.zeros(masked.shape[:2], bool))
+    carry = vary_like((room_for_deep(config, cache, rows, deep_layers), unseen), rows)
+    first = 0
+    if carry[0].k.shape[0]:
+        carry, first = turn(jnp.asarray(0), carry, refresh=True), 1
+    return jax.lax.fori_loop(first, num_looks, functools.partial(turn, refresh=False), carry)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("backbone", "deep_layers", "mesh"))
@@ -145,6 +150,7 @@ def score(
     targets: Int[Array, "B W"],
     masked: Bool[Array, "B M W"],
     boundary: Int[Array, " S"],
+    num_looks: Int[Array, " S"],
     block_length: Int[Array, ""],
     *,
     deep_layers: int,
@@ -162,15 +168,25 @@ def score(
         targets: Array,
         masked: Array,
         boundary: Array,
+        num_looks: Array,
         block_length: Array,
     ) -> Scored:
         found = log_likelihoods(
-            backbone, params, cache, rows, targets, masked, boundary[0], block_length, deep_layers=deep_layers
+            backbone,
+            params,
+            cache,
+            rows,
+            targets,
+            masked,
+            boundary[0],
+            num_looks[0],
+            block_length,
+            deep_layers=deep_layers,
         )
         if mesh is None:
             return found
         return Scored(*(jax.lax.all_gather(part, DATA, axis=0, tiled=True) for part in found))
 
-    specs = (param_specs(backbone.axes, params), PREFIX, *[PER_SHARD] * 4, REPLICATED)
+    specs = (param_specs(backbone.axes, params), PREFIX, *[PER_SHARD] * 5, REPLICATED)
     run = on_shards(shard, mesh, specs, Scored(REPLICATED, REPLICATED))  # type: ignore[arg-type]
-    return run(params, cache, rows, targets, masked, boundary, block_length)
+    return run(params, cache, rows, targets, masked, boundary, num_looks, block_length)

@@ -11,7 +11,7 @@ import numpy as np
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.buckets import count_bucket, length_bucket, width_bucket
 from bicache_jax.core.cache import PrefixCache
-from bicache_jax.core.config import CacheConfig
+from bicache_jax.core.config import REFRESH_INTERVAL, CacheConfig
 from bicache_jax.core.layout import lay_out
 from bicache_jax.core.masks import Masks
 from bicache_jax.core.types import Request
@@ -69,6 +69,11 @@ class Pending:
     cached: int | None = None
 
 
+def _room(looks: int) -> int:
+    """Looks that a program has room for: few sizes, since how many are made is traced."""
+    return max(REFRESH_INTERVAL, 1 << (looks - 1).bit_length())
+
+
 @dataclasses.dataclass(frozen=True)
 class LookRow(Row):
     """Some looks at a part of a text, which share a refresh.
@@ -88,16 +93,21 @@ class LookRow(Row):
     @property
     def _shape(self) -> tuple[object, ...]:
         width = width_bucket(self.request.sampling.block_size)
-        return length_bucket(self.prefix_len), length_bucket(self.suffix_len), width, count_bucket(self.looks)
+        return length_bucket(self.prefix_len), length_bucket(self.suffix_len), width, _room(self.looks)
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """What rows that run together have in common: the boundary and shapes in buckets."""
-        return self.boundary, *self._shape
+        """What rows that run together have in common: the boundary, shapes in buckets, and about as many looks."""
+        return self.boundary, *self._shape, count_bucket(self.looks)
 
     def program(self, cache: CacheConfig) -> tuple[object, ...]:
         """What rows of one program have in common."""
         return self._shape
+
+
+def _looks(row: Row) -> int:
+    assert isinstance(row, LookRow)
+    return row.looks
 
 
 class Looking:
@@ -149,13 +159,14 @@ class Looking:
         block = leader.request.sampling.block_size
         boundaries = [clamp_boundary(batch.boundary, config.num_layers) for batch in batches]
         cache = self._prefixes(batches, boundaries, block)
-        width, looks = width_bucket(block), count_bucket(leader.looks)
+        width, room = width_bucket(block), _room(leader.looks)
+        looks = [max((_looks(row) for row in batch.rows), default=1) for batch in batches]
         fields, targets, masked, passes = [], [], [], 0
         for batch in batches:
             entries = [(row.request, row.sample, row.prefix_len) for row in batch.rows]
             fields.append(lay_out(entries, batch.prefix_index, config, num_rows=num_rows, length=suffix))
             tokens = np.full((num_rows, width), config.mask_id, np.int32)
-            hidden = np.zeros((num_rows, looks, width), bool)
+            hidden = np.zeros((num_rows, room, width), bool)
             for place, row in enumerate(batch.rows):
                 assert isinstance(row, LookRow)
                 own = row.part.masks.distinct[row.first : row.first + row.looks]
@@ -165,7 +176,7 @@ class Looking:
             targets.append(tokens)
             masked.append(hidden)
         found = executor.score(
-            cache, fields, targets, masked, boundaries, block, deep_layers=plan.buffers.deep if length else 0
+            cache, fields, targets, masked, boundaries, looks, block, deep_layers=plan.buffers.deep if length else 0
         )
         for shard, batch in enumerate(batches):
             for row in batch.rows:
@@ -175,7 +186,7 @@ class Looking:
             batches=1,
             dispatches=1,
             forward_passes=passes,
-            row_steps=looks * num_rows * len(batches),
+            row_steps=sum(looks) * num_rows,
             prefix_hits=rows if length else 0,
         )
         return found

@@ -78,7 +78,8 @@ def test_a_run_that_was_cut_short_continues(score: Any, tmp_path: Path, monkeypa
     assert status == 3 and "1 from the journal" in said
     found, wanted = _read(tmp_path / "cut.jsonl"), [json.loads(line) for line in whole.splitlines()]
     for one, other in zip(found, wanted, strict=True):
-        assert one.get("log_likelihood") == pytest.approx(other.get("log_likelihood"), rel=1e-5)
+        if "error" not in other:
+            assert one["log_likelihood"] == pytest.approx(other["log_likelihood"], rel=1e-5)
         assert {name: one.get(name) for name in ("id", "error", "prefix_len", "boundary")} == {
             name: other.get(name) for name in ("id", "error", "prefix_len", "boundary")
         }
