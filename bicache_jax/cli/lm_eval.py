@@ -94,15 +94,12 @@ def run(args: argparse.Namespace) -> int:
     _need_harness()
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
     if args.resume and args.output is None:
         raise BicacheError("--resume reads the journal in the folder that --output names: give it")
-    manager = TaskManager(include_path=args.include_path)
-    unknown = [name for name in args.tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise BicacheError(f"--tasks: there is no task {unknown[0]!r}; 'lm-eval ls tasks' lists them")
+    cache_from_flags(args), estimate_from_flags(args)  # bad flags cost no load
+    manager = _tasks(args)
     journal = None
     if args.output is not None:
         Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -144,6 +141,26 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(_closing_line(results["config"]["bicache"]), file=sys.stderr)
     return 0
+
+
+def _tasks(args: argparse.Namespace) -> Any:
+    """What knows the tasks that are asked for.
+
+    Raises:
+        BicacheError: there is no such task, or no such folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = args.include_path
+    if own is not None and not Path(own).is_dir():
+        raise BicacheError(f"--include-path {own}: there is no such folder")
+    # The harness's own tasks are thousands of files: they are read where one of them is meant.
+    for defaults in (False, True) if own is not None else (True,):
+        manager = TaskManager(include_path=own, include_defaults=defaults)
+        unknown = [name for name in args.tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    raise BicacheError(f"--tasks: there is no task {unknown[0]!r}; 'lm-eval ls tasks' lists them")
 
 
 def open_model(
