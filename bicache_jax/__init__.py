@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bicache_jax.core.config import CacheConfig as CacheConfig
     from bicache_jax.core.config import ModelConfig as ModelConfig
     from bicache_jax.core.config import SamplingConfig as SamplingConfig
+    from bicache_jax.core.score import Likelihood as Likelihood
+    from bicache_jax.core.score import Score as Score
     from bicache_jax.core.types import BicacheError as BicacheError
     from bicache_jax.core.types import Model as Model
     from bicache_jax.core.types import Request as Request
@@ -48,6 +50,8 @@ _HOME = {
     "Model": "bicache_jax.core.types",
     "Request": "bicache_jax.core.types",
     "Result": "bicache_jax.core.types",
+    "Likelihood": "bicache_jax.core.score",
+    "Score": "bicache_jax.core.score",
     "use_compilation_cache": "bicache_jax.serving.compilation",
 }
 __all__ = list(_HOME)

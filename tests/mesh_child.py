@@ -62,3 +62,9 @@ for family, folder in FOLDERS.items():
     answers = [result.token_ids for result in Engine(whole, **settings).generate(REQUESTS)]
     on_mesh = Engine(load_model(orbax, mesh=mesh), mesh=mesh, **settings)
     assert [result.token_ids for result in on_mesh.generate(REQUESTS)] == answers
+    texts = [{**request, "choices_ids": [[50, 51, 52], [60]]} for request in REQUESTS]
+    scores = [score.choices for score in Engine(whole, **settings).score(texts, samples=16)]
+    mesh = make_mesh("data=2,model=4")
+    shared = Engine(load_model(orbax, mesh=mesh), mesh=mesh, **settings).score(texts, samples=16)
+    for one, other in zip([score.choices for score in shared], scores, strict=True):
+        np.testing.assert_allclose(*([choice.log_likelihood for choice in each] for each in (one, other)), rtol=1e-5)

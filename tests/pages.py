@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from bicache_jax.cli import build_parser
+from bicache_jax.cli.lm_eval import model_arguments
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -77,6 +78,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["python", "-m", "sphinx", *rest]:
             values = {"source": rest[-2]}
             assert (ROOT / rest[-2] / "conf.py").is_file()
+        case ["python", "-m", "bicache_jax.lm_eval", *rest]:
+            pairs = rest[rest.index("--model_args") + 1].split(",")
+            assert model_arguments({name: value for name, _, value in (pair.partition("=") for pair in pairs)})
+            values = {"tasks": rest}
         case ["pip", "install", *rest]:
             values = {}
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -31,10 +31,12 @@ ARROWS: dict[str, set[str]] = {
     "measure": {"core", "sharding", "decoding", "serving", "wiring", "testing"},
     "display": {"core", "serving"},
     "example": {"core"},
+    "harness": {"core", "serving", "bulk"},
     "cli": {
         *("core", "sharding", "checkpoints", "serving", "bulk", "measure", "display", "example"),
-        *("loading", "convert", "wiring"),
+        *("loading", "convert", "wiring", "harness"),
     },
+    "lm_eval": {"core", "cli", "harness"},
 }
 FACES = {"__init__", "__main__"}  # what a user calls; they may import anything
 
@@ -91,7 +93,18 @@ def test_only_the_top_of_the_package_knows_models_and_kernels():
 
 
 # Where a family is data on its `ModelConfig`, never a name.
-NAMELESS = ("core", "sharding", "decoding", "serving", "bulk", "measure", "functional", "wiring", "conformance")
+NAMELESS = (
+    "core",
+    "sharding",
+    "decoding",
+    "serving",
+    "bulk",
+    "measure",
+    "harness",
+    "functional",
+    "wiring",
+    "conformance",
+)
 
 
 def family_names(tree: ast.AST) -> list[ast.AST]:

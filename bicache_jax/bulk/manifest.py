@@ -58,8 +58,8 @@ def _versions() -> dict[str, str]:
 
 
 def is_error(record: Record) -> bool:
-    """Whether a line of an output says that its request failed, in our format or in OpenAI's."""
-    return record.get("finish_reason") == "error" or ("custom_id" in record and record.get("error") is not None)
+    """Whether a line of an output says that its request failed, in our formats or in OpenAI's."""
+    return record.get("finish_reason") == "error" or record.get("error") is not None
 
 
 def read_manifest(path: AnyPath) -> dict[str, Entry]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TextIO
 
-from bicache_jax.cli import aot, batch, benchmark, convert, doctor, evaluate, generate, plan, profile
+from bicache_jax.cli import aot, batch, benchmark, convert, doctor, evaluate, generate, lm_eval, plan, profile, score
 from bicache_jax.cli.interrupt import EXIT_INTERRUPTED, say_interrupted
 from bicache_jax.cli.options import Parser
 from bicache_jax.cli.outputs import abandon
@@ -26,9 +26,11 @@ from bicache_jax.core.version import version
 COMMANDS = {
     "generate": generate,
     "batch": batch,
+    "score": score,
     "plan": plan,
     "profile": profile,
     "evaluate": evaluate,
+    "lm-eval": lm_eval,
     "benchmark": benchmark,
     "convert": convert,
     "aot": aot,

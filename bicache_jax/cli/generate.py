@@ -14,20 +14,16 @@ from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
 from bicache_jax.cli.interrupt import ends_at_once
 from bicache_jax.cli.options import (
-    DTYPE_HELP,
     Parser,
-    add_cache_dtype_flag,
-    add_checkpoint_flags,
     auto_or_integer,
-    boundary,
-    from_flags,
     integer,
 )
 from bicache_jax.cli.outputs import Output, open_output, write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
 from bicache_jax.cli.report import Progress, closing_line
-from bicache_jax.core.config import BLOCK_CACHES, DTYPES, POLICIES, PREFIX_DETECTIONS, CacheConfig, SamplingConfig
-from bicache_jax.core.types import BicacheError, Record, Result
+from bicache_jax.cli.running import add_cache_arguments, add_device_arguments, add_model_arguments, cache_from_flags
+from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.types import Record, Result
 from bicache_jax.serving.inputs import read_requests
 from bicache_jax.serving.results import FORMATS, ResultFormat
 
@@ -107,80 +103,22 @@ def add_arguments(parser: Parser) -> None:
     add_answering_arguments(parser)
 
 
-def add_running_arguments(parser: Parser, *, required: bool = True) -> None:
+def add_running_arguments(parser: Parser, *, required: bool = True, gen_length: int | None = 128) -> None:
     """Adds the flags that say what to run and how, whatever the files are.
 
     Args:
         parser: where to.
         required: whether there must be a model.
+        gen_length: response tokens where the flag is not given; None: what is asked says how many.
     """
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", required=required, metavar="M", help="folder in Hugging Face layout, hub id, or 'example' (bundled)"
-    )
-    add_checkpoint_flags(model)
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
-
-    cache = parser.add_argument_group("cache")
-    cache.add_argument(
-        "--policy",
-        choices=("auto", *POLICIES),
-        default="auto",
-        help="none: no prefix cache; naive: reuse the prefix in all layers, as a causal model would; bicache: in"
-        " shallow layers, refreshed in deep ones; exact: keep all that is finished, where attention is block-causal and"
-        " nothing later changes it; auto: bicache, or exact where the model's attention is block-causal (default:"
-        " %(default)s)",
-    )
-    cache.add_argument(
-        "--boundary",
-        type=boundary,
-        default="auto",
-        metavar="auto|INT",
-        help="layers that count as shallow; auto: from the boundary table, by the prefix's share of the sequence"
-        " (default: %(default)s)",
-    )
-    cache.add_argument(
-        "--boundary-table", metavar="FILE", help="boundary table to use for 'auto' (default: the model's own)"
-    )
-    cache.add_argument(
-        "--refresh-interval",
-        type=auto_or_integer(1),
-        default="auto",
-        metavar="auto|N",
-        help="denoising steps from one refresh of the deep layers to the next; auto: 16, with a block cache a block's"
-        " steps (default: %(default)s)",
-    )
-    cache.add_argument(
-        "--block-cache",
-        choices=BLOCK_CACHES,
-        default="off",
-        help="keep keys and values outside the current block until it is done: dual all of them, prefix those before it"
-        " (Fast-dLLM); approximate, like every policy but none (default: %(default)s)",
-    )
-    add_cache_dtype_flag(cache)
-    cache.add_argument(
-        "--batch-boundary",
-        choices=("own", "min"),
-        default="own",
-        help="own: each request its own boundary; min: requests batched together take their smallest, which makes"
-        " results depend on their neighbours (default: %(default)s)",
-    )
-
-    cache.add_argument(
-        "--prefix-detection",
-        choices=PREFIX_DETECTIONS,
-        default="auto",
-        help="where the prefix of a request comes from that has no prefix_len. auto: all its messages but the last of"
-        " the user, its whole prompt for several samples, else what it shares with the other requests of the run, so"
-        " that another run may give another prefix, and with it other tokens; messages: not from other requests; off:"
-        " from prefix_len only. With messages and off, a request gets the same tokens alone and in any run (default:"
-        " %(default)s)",
-    )
+    add_model_arguments(parser, required=required)
+    add_cache_arguments(parser)
 
     decoding = parser.add_argument_group("length and seed", "a request's own settings override these and the following")
     add_preset_flag(parser, decoding)
+    usual = "those that are asked for" if gen_length is None else "%(default)s"
     decoding.add_argument(
-        "--gen-length", type=integer(1), default=128, metavar="N", help="response tokens (default: %(default)s)"
+        "--gen-length", type=integer(1), default=gen_length, metavar="N", help=f"response tokens (default: {usual})"
     )
     add_step_flags(decoding)
     decoding.add_argument(
@@ -206,23 +144,7 @@ def add_running_arguments(parser: Parser, *, required: bool = True) -> None:
 
     add_decoding_flags(parser)
 
-    running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=integer(1), metavar="N", help="rows of a batch (default: planned)")
-    running.add_argument(
-        "--mesh",
-        metavar="data=D,model=M",
-        help="devices to run on: D batches at a time, each model cut over M devices (default: one device)",
-    )
-    running.add_argument(
-        "--prefix-cache",
-        dest="prefix_cache_dir",
-        metavar="DIR",
-        help="where encoded prefixes outlive the run: later and other processes of the same model and kind of device"
-        " take them from there, for the same tokens (default: none)",
-    )
-    backend.add_attention_flag(running)
-    backend.add_compilation_flags(running)
-    running.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+    add_device_arguments(parser)
 
 
 def add_answering_arguments(parser: Parser) -> None:
@@ -296,22 +218,7 @@ def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfi
     Raises:
         BicacheError: flags that do not go together.
     """
-    if args.policy == "none" and args.boundary_table is not None:
-        raise BicacheError("--policy none keeps no prefix cache, so it takes no --boundary-table")
-    if args.boundary != "auto" and args.boundary_table is not None:
-        raise BicacheError(f"--boundary {args.boundary} leaves --boundary-table without use: give one of them")
-    if args.policy == "naive" and (args.boundary != "auto" or args.boundary_table is not None):
-        raise BicacheError("--policy naive has its boundary at the last layer: --policy bicache takes another one")
-    cache = from_flags(
-        CacheConfig,
-        policy=args.policy,
-        boundary=args.boundary,
-        refresh_interval=args.refresh_interval,
-        block_cache=args.block_cache,
-        batch_boundary=args.batch_boundary,
-        prefix_detection=args.prefix_detection,
-        cache_dtype=args.cache_dtype,
-    )
+    cache = cache_from_flags(args)
     sampling = sampling_from_flags(
         args,
         gen_length=args.gen_length,

@@ -11,109 +11,39 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from bicache_jax.core.axes import vary_like
 from bicache_jax.core.backbone import Backbone, Params
 from bicache_jax.core.boundary import clamp_boundary
-from bicache_jax.core.cache import DeepCache, PrefixCache, Rows, SuffixCache
+from bicache_jax.core.cache import PrefixCache, Rows
 from bicache_jax.core.config import CacheDtype, ModelConfig
-from bicache_jax.core.kv import dtype_of, zeros
-from bicache_jax.core.quantized import product
 from bicache_jax.decoding.encode import encode_alone
-from bicache_jax.decoding.forward import SuffixForward
-from bicache_jax.decoding.head import TILE
+from bicache_jax.decoding.looks import look, room_for_deep
+from bicache_jax.decoding.tiles import Head, over_tiles
 from bicache_jax.sharding import PER_SHARD, REPLICATED, on_shards, param_specs
-
-
-def first_pass(
-    backbone: Backbone,
-    params: Params,
-    cache: PrefixCache,
-    rows: Rows,
-    boundary: Int[Array, ""],
-    block_length: Int[Array, ""],
-    *,
-    width: int,
-) -> Float[Array, "B W D"]:
-    """What the head would see of the responses' first W positions in the rows' first pass, a refresh.
-
-    Args:
-        backbone: the model (static).
-        params: its parameters.
-        cache: the G prefixes.
-        rows: rows at step 0.
-        boundary: b, for which the prefixes were encoded.
-        block_length: tokens of a block, under block-causal attention.
-        width: W (static).
-
-    Returns:
-        Normalised hidden states.
-    """
-    config, (num_rows, length) = backbone.config, rows.tokens.shape
-    heads = (num_rows, config.num_kv_heads)
-    layers = 0 if config.block_causal or not cache.k.shape[-2] else config.num_layers - 1
-    dtype = cache.hidden.dtype
-    deep = zeros((layers, *heads, cache.k.shape[-2], config.head_dim), dtype, dtype_of(cache.k))
-    none = jnp.zeros((0, *heads, length, config.head_dim), dtype)
-    block_ids = None
-    if config.block_causal:
-        own = jnp.floor_divide(jnp.arange(length) - rows.front[:, None], block_length)
-        block_ids = own, own
-    over = SuffixForward(
-        backbone,
-        params,
-        cache,
-        rows,
-        jnp.asarray(clamp_boundary(boundary if layers else config.num_layers, config.num_layers)),
-        start=jnp.zeros((num_rows,), jnp.int32),
-        update=jnp.ones((num_rows, length), bool),
-        renew=jnp.ones((num_rows,), bool),
-        valid=rows.valid,
-        block_ids=block_ids,
-    )
-    x, _, _ = over.refresh(*vary_like((DeepCache(deep, deep), SuffixCache(none, none)), rows))
-    slot = jnp.minimum((rows.front + rows.given)[:, None] + jnp.arange(width), length - 1)
-    x = jnp.take_along_axis(x, jnp.take_along_axis(rows.source, slot, axis=1)[..., None], axis=1)
-    return backbone.final_norm(params, x)
 
 
 def divergence(
     x_bwd: Float[Array, "B W D"],
     y_bwd: Float[Array, "B W D"],
-    head: tuple[Shaped[Array, "V D"], Float[Array, " V"] | None, Float[Array, " V"] | None],
+    head: Head,
     *,
     config: ModelConfig,
     axis: str | None = None,
 ) -> Float[Array, "B W"]:
     """Kullback-Leibler divergence of the predictions from `x_bwd` to those from `y_bwd`, in nats.
 
-    Logits exist for one tile of the vocabulary at a time.
-
     Args:
         x_bwd: normalised hidden states.
         y_bwd: others.
-        head: rows of the head, their biases and scales, as `Backbone.head` gives them.
+        head: rows of the head, their biases and scales.
         config: the architecture.
         axis: mesh axis over which the vocabulary is split; None: it is not.
     """
-    head_vd, bias_v, scale_v = head
-    num_rows = head_vd.shape[0]
-    tile = min(TILE, num_rows)
-    first = 0 if axis is None else jax.lax.axis_index(axis) * num_rows
 
-    def logits(hidden: Array, start: Array) -> Array:
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=tile)
-        scale = None if scale_v is None else part(scale_v)
-        found = product(hidden, part(head_vd), scale, out_first=True, quantize=config.quantize, dtype=jnp.float32)
-        return found if bias_v is None else found + part(bias_v).astype(jnp.float32)
-
-    def of_tile(index: Array, was: tuple[Array, ...]) -> tuple[Array, ...]:
-        start = jnp.minimum(index * tile, num_rows - tile)  # the last tile overlaps the one before it
-        ids = start + jnp.arange(tile)
-        counts = (ids >= index * tile) & (first + ids < config.vocab_size)
-        a, b = (jnp.where(counts, logits(hidden, start), -jnp.inf) for hidden in (x_bwd, y_bwd))
-        between = jnp.where(counts, a - b, 0)
+    def fold(ids: Array, logits: tuple[Array, ...], was: tuple[Array, ...]) -> tuple[Array, ...]:
+        a, b = logits
+        between = jnp.where(jnp.isneginf(a), 0, a - b)
         peak_a, peak_b, sum_a, sum_b, apart = was
         top_a, top_b = (jnp.maximum(peak, jnp.max(new, -1)) for peak, new in ((peak_a, a), (peak_b, b)))
         shrink, weights = jnp.exp(peak_a - top_a), jnp.exp(a - top_a[..., None])
@@ -126,8 +56,8 @@ def divergence(
         )
 
     lowest, zeros = jnp.full(x_bwd.shape[:2], jnp.finfo(jnp.float32).min), jnp.zeros(x_bwd.shape[:2])
-    start = vary_like((lowest, lowest, zeros, zeros, zeros), x_bwd)
-    peak_a, peak_b, sum_a, sum_b, apart = jax.lax.fori_loop(0, -(-num_rows // tile), of_tile, start)
+    start: tuple[Array, ...] = (lowest, lowest, zeros, zeros, zeros)
+    peak_a, peak_b, sum_a, sum_b, apart = over_tiles(fold, start, (x_bwd, y_bwd), head, config=config, axis=axis)
     if axis is not None:
         top_a, top_b = jax.lax.pmax((peak_a, peak_b), axis)
         mine_a, mine_b = jnp.exp(peak_a - top_a), jnp.exp(peak_b - top_b)
@@ -181,7 +111,10 @@ def drift(
         boundary: Array,
         block_length: Array,
     ) -> Array:
-        look = functools.partial(first_pass, backbone, params, block_length=block_length, width=width)
+        def first_pass(cache: PrefixCache, rows: Rows) -> Array:
+            deep = room_for_deep(config, cache, rows, config.num_layers - 1)
+            return look(backbone, params, cache, rows, deep, boundary, block_length, width=width)[0]
+
         slots = jnp.asarray(clamp_boundary(boundary, config.num_layers))[None]
 
         def encoded(ids: Array, lengths: Array) -> PrefixCache:
@@ -196,8 +129,8 @@ def drift(
                 cache_dtype=cache_dtype,
             )
 
-        plain = look(encoded(ids[:, :0], lengths * 0), whole, boundary)
-        cached = look(encoded(ids, lengths), rows, boundary)
+        plain = first_pass(encoded(ids[:, :0], lengths * 0), whole)
+        cached = first_pass(encoded(ids, lengths), rows)
         return divergence(plain, cached, backbone.head(params), config=config, axis=backbone.axis)
 
     specs = (param_specs(backbone.axes, params), *[PER_SHARD] * 4, REPLICATED, REPLICATED)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bicache_jax.core.config import ATTENTION, CacheConfig, SamplingConfig
+from bicache_jax.core.score import Estimate, Method, Score
 from bicache_jax.core.types import BicacheError, Model, Request, Result
 from bicache_jax.serving.admission import Asked, Errors, Settings, admit, settings
 from bicache_jax.serving.compilation import start_compilation_cache
@@ -33,6 +34,9 @@ from bicache_jax.serving.prefixes import Prefixes
 from bicache_jax.serving.requests import Parser
 from bicache_jax.serving.run_prefixes import RunPrefixes
 from bicache_jax.serving.scheduler import Scheduler, result_of, scheduled
+from bicache_jax.serving.score_requests import Scorable, ScoreParser
+from bicache_jax.serving.score_requests import admit as admit_scores
+from bicache_jax.serving.scoring import Scorer
 from bicache_jax.serving.stats import Counters, Stats
 from bicache_jax.serving.store import PrefixStore
 from bicache_jax.serving.warmup import Warmup, warm_up
@@ -243,6 +247,53 @@ class Engine:
         frames = Frames(every, seconds=frame_seconds) if partial else None
         return (result for _, _, result in self._answer(entries, rows, frames))
 
+    def score(
+        self,
+        requests: Scorable,
+        *,
+        method: Method = "monte_carlo",
+        samples: int = 128,
+        batch: int = 16,
+        greedy: bool = False,
+        errors: Errors = "raise",
+        progress: bool = False,
+        namespace: str = "",
+    ) -> list[Score]:
+        """Says how likely texts are behind prompts.
+
+        A request is a dict with one of `prompt`, `messages` and `prompt_ids`, and one of `continuation` (a text),
+        `choices` (several), `continuation_ids` and `choices_ids`; optionally `id`, `prefix_len` and `seed`. Prefixes
+        are found, encoded, kept and reused as in `generate`; where a request has none, its whole prompt is one, which
+        its choices and samples share. Samples that stand for the steps of a refresh interval share a refresh. Under
+        block-causal attention a text is scored block by block, each behind the true ones before it, which is exact;
+        within a block `method` says how. A score depends on the request and its prefix, never on its company.
+
+        Args:
+            requests: one request or an iterable of them.
+            method: `monte_carlo`: LLaDA's estimate of the bound on the log-likelihood (arXiv 2502.09992, equation 14;
+                `get_log_likelihood` of its repository). `pseudo`: the sum of log-probabilities where all tokens are
+                masked, in one pass. `exact`: the bound itself, over every set of masked tokens, for texts, or blocks,
+                of at most 10.
+            samples: samples of a Monte Carlo estimate. Equal masks are looked at once, so a text of one token takes one
+                pass.
+            batch: samples among which the numbers of masked tokens are spread evenly; `samples` is a multiple.
+            greedy: also decode each prompt at temperature 0, a token a step, and say whether that gives the text.
+            errors: what becomes of faulty requests, as in `generate`.
+            progress: show a bar over finished requests.
+            namespace: as in `generate`.
+
+        Returns:
+            Scores in the order of the requests; a list for a single request, too.
+
+        Raises:
+            TypeError: something is not a request, or an argument is of another type.
+            ValueError: an argument is out of range.
+            BicacheError: a request is faulty; the message names its place.
+        """
+        estimate = Estimate(method, samples, batch, greedy)
+        entries = admit_scores(requests, self.score_parser(estimate), errors=errors)
+        return self.scorer(estimate, namespace).answers(entries, progress=progress)
+
     def plan(self, requests: Asked, *, sampling: Settings = None, errors: Errors = "raise") -> Plan:
         """What `generate` would do with the same arguments; nothing is run. Raises what that raises."""
         return self._planner.plan(self.admitted(requests, sampling, errors)[1], self._store)
@@ -314,6 +365,19 @@ class Engine:
         """What makes requests of objects; `sampling` as in `generate`."""
         return Parser(self.model.config, self.model.tokenizer, settings(sampling, self.sampling), self.cache)
 
+    def score_parser(self, estimate: Estimate) -> ScoreParser:
+        """What makes requests to score of objects."""
+        return ScoreParser(self.model.config, self.model.tokenizer, self.sampling.seed, estimate)
+
+    def scorer(self, estimate: Estimate, namespace: str = "") -> Scorer:
+        """What scores parsed requests.
+
+        Raises:
+            TypeError: the namespace is not a string.
+        """
+        _check_namespace(namespace)
+        return Scorer(self._executor, self._planner, self._store, self._prefixes.added, namespace, estimate)
+
     def conversation(self, messages: Asked) -> dict[str, Any]:
         """A conversation as one request; errors as in `chat`."""
         if isinstance(messages, str):
@@ -331,8 +395,7 @@ class Engine:
         self, asked: Asked, sampling: Settings, errors: Errors, namespace: str = ""
     ) -> tuple[list[Request | Result], list[Row]]:
         """Requests, or errors in their places, and the rows that the former make; raises what `generate` does."""
-        if not isinstance(namespace, str):
-            raise TypeError(f"namespace must be a string, got {type(namespace).__name__} {namespace!r:.60}")
+        _check_namespace(namespace)
         entries = admit(asked, self.parser(sampling), errors=errors)
         requests = [one for one in entries if isinstance(one, Request)]
         return entries, self._planner.rows(requests, self._prefixes.added, namespace)
@@ -364,6 +427,11 @@ class Engine:
                     yield places[id(seen.row.request)], seen.row.sample, result
         finally:
             prefixes.close()
+
+
+def _check_namespace(namespace: Any) -> None:
+    if not isinstance(namespace, str):
+        raise TypeError(f"namespace must be a string, got {type(namespace).__name__} {namespace!r:.60}")
 
 
 def _bar(entries: Sequence[Request | Result], *, shown: bool) -> AbstractContextManager[Any]:

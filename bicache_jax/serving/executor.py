@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from bicache_jax.core.layout import hole_of_place, lay_out, response_slots, suff
 from bicache_jax.core.types import Model, Result
 from bicache_jax.decoding.drift import drift
 from bicache_jax.decoding.encode import encode
+from bicache_jax.decoding.likelihood import Scored, score
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.placement import Placement
 from bicache_jax.serving.programs import EncodeCall
@@ -60,6 +61,34 @@ class Executor:
             None if call.before is None else placement.assemble([call.before]),
             mesh=placement.mesh,
             **call.sizes,
+        )
+
+    def score(
+        self,
+        cache: PrefixCache,
+        rows: Sequence[Mapping[str, np.ndarray]],
+        targets: Sequence[np.ndarray],
+        masked: Sequence[np.ndarray],
+        boundaries: Sequence[int],
+        looks: Sequence[int],
+        block_length: int,
+        *,
+        deep_layers: int,
+    ) -> Scored:
+        """Looks at rows under their masks (`bicache_jax.decoding.likelihood.score`); what is given is each shard's."""
+        placement = self.placement
+        return score(
+            self.backbone,
+            self.params,
+            cache,
+            placement.rows(rows),
+            placement.put(targets),
+            placement.put(masked),
+            placement.put([np.asarray([boundary], np.int32) for boundary in boundaries]),
+            placement.put([np.asarray([count], np.int32) for count in looks]),
+            jnp.asarray(block_length, jnp.int32),
+            deep_layers=deep_layers,
+            mesh=placement.mesh,
         )
 
     def drift(self, row: Row) -> tuple[float, float]:

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from bicache_jax.core.buckets import length_bucket
-from bicache_jax.core.config import PrefixDetection
+from bicache_jax.core.buckets import length_bucket, width_bucket
+from bicache_jax.core.config import CacheConfig, PrefixDetection
 from bicache_jax.core.layout import suffix_length
 from bicache_jax.core.types import Request
 
@@ -80,6 +80,19 @@ class Row:
             length_bucket(self.suffix_len),
             *(str(value) for value in dataclasses.astuple(sampling)),
         )
+
+    def program(self, cache: CacheConfig) -> tuple[object, ...]:
+        """What rows must have in common to run in the same program, in batches of a round or one after the other."""
+        sampling = self.request.sampling
+        shape = (
+            length_bucket(self.prefix_len),
+            length_bucket(self.suffix_len),
+            width_bucket(sampling.block_size),
+            length_bucket(sampling.block_steps),
+            len(sampling.suppress_tokens),
+            sampling.guided,
+        )
+        return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.gen_length)
 
 
 @dataclasses.dataclass(frozen=True)

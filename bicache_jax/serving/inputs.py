@@ -11,16 +11,34 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from bicache_jax.core.types import BicacheError, Key, Record, Request, Result
 
 STANDARD = "-"
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """What a line asks for: a `Request`, or one to score."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def n(self) -> int:
+        """How many results it has."""
+        ...
+
+
+Item = TypeVar("Item", bound=Asks)
 _GZIP = b"\x1f\x8b"  # how gzip files begin, and no JSON
 
 
 @dataclasses.dataclass
-class Requests:
+class Requests(Generic[Item]):
     """A file of requests.
 
     Attributes:
@@ -33,12 +51,12 @@ class Requests:
     source: str
     lines: list[bytes]
     digest: str
-    items: list[Request | Result] = dataclasses.field(default_factory=list)
+    items: list[Item | Result] = dataclasses.field(default_factory=list)
 
     @property
-    def valid(self) -> list[Request]:
+    def valid(self) -> list[Item]:
         """The requests that can run."""
-        return [item for item in self.items if isinstance(item, Request)]
+        return [item for item in self.items if not isinstance(item, Result)]
 
     def notes(self, field: str) -> list[Any]:
         """What the line of each item says in a field that changes no result; None where it says nothing."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,23 +20,14 @@ import numpy as np
 from bicache_jax.core.boundary import clamp_boundary
 from bicache_jax.core.cache import DecodeState, Decoding, PrefixCache
 from bicache_jax.decoding.interval import NO_LIMIT, decode
-from bicache_jax.decoding.places import (
-    COUNTS,
-    Look,
-    look,
-    more_prefixes,
-    move_rows,
-    no_prefixes,
-    put_prefix,
-    seat,
-)
+from bicache_jax.decoding.places import COUNTS, Look, look, more_prefixes, move_rows, seat
 from bicache_jax.decoding.schedule import Stage, passes_saved
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.plan import Plan
-from bicache_jax.serving.programs import DecodeCall, EncodeCall
+from bicache_jax.serving.prefix_writer import PrefixWriter
+from bicache_jax.serving.programs import DecodeCall
 from bicache_jax.serving.run_prefixes import RunPrefixes
-from bicache_jax.serving.store import Piece
 
 EAGER = 16
 """A dispatch ends for waiting rows when a place in so many has become free, and at least one has."""
@@ -132,15 +122,13 @@ class Lane:
         self._executor, self._plan, self._call, self._known = executor, plan, call, prefixes
         groups, self._length, rows, _ = call.shape
         self._most = most
+        self._writer = PrefixWriter(executor, plan, prefixes, call.prefix_sizes, call.sampling.block_size)
         self._shards = [_Shard(min(most, rows // call.copies), groups, queue) for queue in queues]
-        self._cache: PrefixCache = no_prefixes(
-            executor.placement.partition.local, **call.prefix_sizes, mesh=executor.placement.mesh
-        )
+        self._cache: PrefixCache = self._writer.room()
         self._state: DecodeState | None = None
         self._decoding: Decoding | None = None
         self._look: Look | None = None
         self._passes = np.zeros(len(queues), np.int64)
-        self._blank: list[Piece] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -205,7 +193,8 @@ class Lane:
         if not any(joined) and not any(shard.given_up for shard in self._shards):
             return
         self._encode(joined)
-        self._put_prefixes(joined)
+        writes = [[write for _, of_row in places for write in of_row] for places in joined]
+        self._cache = self._writer.write(self._cache, writes, self._boundaries)
         self._seat(joined)
         for number, places in enumerate(joined):
             for place, _ in places:
@@ -246,8 +235,8 @@ class Lane:
         return [clamp_boundary(shard.leader.boundary if shard.leader else 0, last) for shard in self._shards]
 
     def _encode(self, joined: Sequence[Joined]) -> None:
-        """Encodes what is not known of the prefixes to write, one on every data shard at a time."""
-        executor, at, lacking = self._executor, self._boundaries, []
+        """Encodes what is not known of the prefixes to write."""
+        at, lacking = self._boundaries, []
         for number, places in enumerate(joined):
             of_shard = []
             for place, writes in places:
@@ -255,58 +244,11 @@ class Lane:
                 row = self._shards[number].rows[place]
                 assert row is not None
                 own = (row.namespace, row.prefix)
-                self._shards[number].cached[place] = self._beginning(own)[1] if own in missing else row.prefix_len
+                begun = self._writer.beginning(own)[1] if own in missing else row.prefix_len
+                self._shards[number].cached[place] = begun
                 of_shard += missing
             lacking.append(of_shard)
-        for prefixes in zip_longest(*lacking):
-            used = [
-                [] if prefix is None else self._known.boundaries(shard, prefix, at[shard])
-                for shard, prefix in enumerate(prefixes)
-            ]
-            tokens = [None if prefix is None else prefix[1] for prefix in prefixes]
-            before, begun = self._beginning(prefixes[0])
-            pieces = executor.placement.split(
-                executor.encode(
-                    EncodeCall(self._plan, tokens, used, self._length, self._call.sampling.block_size, before, begun)
-                )
-            )
-            for shard, prefix in enumerate(prefixes):
-                if prefix is not None:
-                    self._known.put(shard, prefix, pieces[shard], used[shard])
-            made = sum(prefix is not None for prefix in prefixes)
-            executor.counters.add(prefixes_encoded=made, prefix_hits=-made)
-
-    def _beginning(self, prefix: Named | None) -> tuple[Piece | None, int]:
-        """Under block-causal attention, an encoding of a prefix's first blocks, and their tokens; else nothing."""
-        if prefix is None or len(self._shards) > 1 or not self._plan.config.block_causal:
-            return None, 0
-        return self._known.beginning(0, prefix, self._call.sampling.block_size)
-
-    def _put_prefixes(self, joined: Sequence[Joined]) -> None:
-        """Writes prefixes into their places, one on every data shard at a time."""
-        placement = self._executor.placement
-        boundary = placement.put([np.asarray([b], np.int32) for b in self._boundaries])
-        for turn in zip_longest(*([write for _, writes in places for write in writes] for places in joined)):
-            pieces = [self._piece(shard, None if write is None else write[1]) for shard, write in enumerate(turn)]
-            self._cache = put_prefix(
-                self._cache,
-                placement.assemble(pieces),
-                placement.put([np.asarray([-1 if write is None else write[0]], np.int32) for write in turn]),
-                boundary,
-                mesh=placement.mesh,
-            )
-
-    def _piece(self, shard: int, prefix: Named | None) -> Piece:
-        """A shard's part of an encoding; None: that of a shard with nothing to write."""
-        if prefix is not None:
-            found = self._known.find(shard, prefix, self._boundaries[shard])
-            assert found is not None
-            return found
-        if self._blank is None:
-            placement = self._executor.placement
-            sizes = self._call.prefix_sizes | {"groups": 1, "slots": self._plan.buffers.slots}
-            self._blank = placement.split(no_prefixes(placement.partition.local, **sizes, mesh=placement.mesh))
-        return self._blank[shard]
+        self._writer.encode(lacking, at)
 
     def _seat(self, joined: Sequence[Joined]) -> None:
         """Puts rows into their places."""

@@ -101,19 +101,34 @@ class Planner:
                 detection=self.cache.prefix_detection,
                 added=added,
             )
-        rows, config = [], self.placement.config
+        rows = []
         for request, found in zip(requests, lengths, strict=True):
-            sampling, prompt_len = request.sampling, len(request.prompt_ids)
-            prefix_len = whole_blocks(found, prompt_len, sampling.block_size, config)
-            given = given_tokens(prompt_len, sampling.block_size, config)
-            filled = decoded_tokens(given, sampling, config) - given - sampling.gen_length
-            ratio = prefix_ratio(prefix_len, len(request.prompt_ids) + request.sampling.gen_length)
-            boundary = self.boundary_of(ratio) if prefix_len or self.cache.policy == "exact" else 0
-            facts = (prefix_len, ratio, boundary)
-            # An encoding under a block-causal mask belongs to one length of blocks.
-            scope = f"{namespace}\n{sampling.block_size}" if config.block_causal else namespace
-            rows += [Row(request, sample, *facts, namespace=scope, filled=filled) for sample in range(request.n)]
+            row = self.row(request, found, namespace)
+            rows += [dataclasses.replace(row, sample=sample) for sample in range(request.n)]
         return rows
+
+    def row(self, request: Request, prefix_len: int, namespace: str = "") -> Row:
+        """The row of a request's first sample.
+
+        Args:
+            request: the request.
+            prefix_len: tokens of the prefix that was found for it.
+            namespace: the prefix's.
+        """
+        sampling, prompt_len, config = request.sampling, len(request.prompt_ids), self.placement.config
+        prefix_len = whole_blocks(prefix_len, prompt_len, sampling.block_size, config)
+        given = given_tokens(prompt_len, sampling.block_size, config)
+        ratio = prefix_ratio(prefix_len, prompt_len + sampling.gen_length)
+        return Row(
+            request,
+            0,
+            prefix_len,
+            ratio,
+            self.boundary_of(ratio) if prefix_len or self.cache.policy == "exact" else 0,
+            # An encoding under a block-causal mask belongs to one length of blocks.
+            namespace=f"{namespace}\n{sampling.block_size}" if config.block_causal else namespace,
+            filled=decoded_tokens(given, sampling, config) - given - sampling.gen_length,
+        )
 
     def plan(self, rows: Sequence[Row], store: PrefixStore, *, growing: bool = False) -> Plan:
         """The plan of a run that ends with these rows; `growing` as in `Plan`."""

@@ -170,7 +170,7 @@ class Parser:
                 continue
             name = str(number)
             try:
-                record = _object(line)
+                record = json_object(line)
                 name = request_name(record, number)
                 if name in seen:
                     repeated, name = name, str(number)
@@ -262,7 +262,12 @@ def _check_holes(request: Request, config: ModelConfig) -> None:
         )
 
 
-def _object(line: Any) -> Mapping[str, Any]:
+def json_object(line: Any) -> Mapping[str, Any]:
+    """The JSON object on a line of text or bytes, or one that was read already.
+
+    Raises:
+        BadRequest: the line holds something else.
+    """
     if not isinstance(line, str | bytes):
         if not isinstance(line, Mapping):
             raise BadRequest("must be a JSON object")

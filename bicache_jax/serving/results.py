@@ -1,4 +1,4 @@
-"""Formats of results: our own, and OpenAI's batch output."""
+"""Formats of results: our own, OpenAI's batch output, and scores."""
 
 from __future__ import annotations
 
@@ -39,3 +39,23 @@ class ResultFormat:
         if self.name == "openai":
             return to_openai(records, model=self.model)
         return (None if record is None else native(record) for record in records)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreFormat(ResultFormat):
+    """How scores are written: the fields of `Score.to_json`."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nothing: lines are what journals keep."""
+        return {}
+
+    def lines(self, records: Iterable[Record | None]) -> Iterator[Record | None]:
+        """Scores without what journals and results have besides; `records` as in `ResultFormat.lines`."""
+        for record in records:
+            if record is None:
+                yield None
+            elif record["finish_reason"] == "error":
+                yield {name: record[name] for name in ("id", "error")}
+            else:
+                yield {name: value for name, value in record.items() if name not in ("sample", "finish_reason")}

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from bicache_jax.core.buckets import count_bucket, length_bucket, prefix_bucket, suffix_bucket, width_bucket
+from bicache_jax.core.buckets import count_bucket, prefix_bucket, suffix_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.serving.balance import Group, pack
 from bicache_jax.serving.flops import encode_flops, jobs, row_flops
@@ -113,24 +113,10 @@ def plan_rounds(
             batch_boundary=cache.batch_boundary,
             rows_of=rows_of,
         ):
-            of_shard = classes.setdefault(program_key(batch.rows[0], cache), [[] for _ in range(shards)])
+            of_shard = classes.setdefault(batch.rows[0].program(cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)
     rounds = []
     for _, of_shard in sorted(classes.items(), key=lambda item: str(item[0])):
         for turn in range(max(map(len, of_shard))):
             rounds.append(tuple(batches[turn] if turn < len(batches) else IDLE for batches in of_shard))
     return rounds
-
-
-def program_key(row: Row, cache: CacheConfig) -> tuple[object, ...]:
-    """What rows must have in common to run in the same program, in batches of a round or one after the other."""
-    sampling = row.request.sampling
-    shape = (
-        length_bucket(row.prefix_len),
-        length_bucket(row.suffix_len),
-        width_bucket(sampling.block_size),
-        length_bucket(sampling.block_steps),
-        len(sampling.suppress_tokens),
-        sampling.guided,
-    )
-    return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.gen_length)

@@ -23,7 +23,6 @@ from bicache_jax.serving.grouping import Named, Row
 from bicache_jax.serving.lane import Lane, Seen
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall
-from bicache_jax.serving.rounds import program_key
 from bicache_jax.serving.run_prefixes import RunPrefixes
 
 
@@ -126,7 +125,7 @@ class Scheduler:
 
     def submit(self, row: Row, shard: int = 0) -> None:
         """Lets a row wait for its turn on a data shard."""
-        key: Hashable = program_key(row, self._plan.cache)
+        key: Hashable = row.program(self._plan.cache)
         if self._lanes > 1:
             key = (key, row.settings)
         of_row = self._classes.get(key)
@@ -302,9 +301,9 @@ def scheduled(executor: Executor, plan: Plan, prefixes: RunPrefixes) -> Schedule
     """A scheduler with all rows of a plan, in its order."""
     most: dict[tuple[object, ...], int] = {}
     for batch in plan.batches:
-        key = program_key(batch.rows[0], plan.cache)
+        key = batch.rows[0].program(plan.cache)
         most[key] = max(most.get(key, 1), len(batch.rows))
-    scheduler = Scheduler(executor, plan, prefixes, lambda row: most[program_key(row, plan.cache)])
+    scheduler = Scheduler(executor, plan, prefixes, lambda row: most[row.program(plan.cache)])
     for batches in plan.rounds:
         for shard, batch in enumerate(batches):
             for row in batch.rows:

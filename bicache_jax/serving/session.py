@@ -12,12 +12,14 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from bicache_jax.core.config import CacheConfig, SamplingConfig
+from bicache_jax.core.score import Estimate, Score
 from bicache_jax.core.types import BicacheError, Key, Model, Record, Request, Result
 from bicache_jax.core.version import version
 from bicache_jax.serving.engine import Engine
@@ -26,7 +28,9 @@ from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.inputs import Requests, remaining
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.planner import cache_for
+from bicache_jax.serving.requests import error_result
 from bicache_jax.serving.rounds import divide
+from bicache_jax.serving.score_requests import ScoreRequest, read_lines
 from bicache_jax.serving.stats import Stats
 
 
@@ -63,6 +67,11 @@ class Session:
     def stats(self) -> Stats:
         """The engine's counts."""
         return self._engine.stats
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self._engine
 
     def iterate(self, lines: Iterable[bytes], source: str) -> Iterator[Request | Result]:
         """Tokenises lines one by one; a bad line becomes the result that says what is wrong with it."""
@@ -102,6 +111,16 @@ class Session:
         engine, tokens = self._engine, hashlib.sha256()
         for request in requests.valid:
             tokens.update(json.dumps(dataclasses.astuple(request)).encode())
+        return {
+            **self.settings(),
+            **dataclasses.asdict(engine.cache.with_blocks(engine.sampling, engine.model.config)),
+            "input": requests.digest,
+            "tokens": tokens.hexdigest(),  # the input through tokenizer and chat template
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What determines results besides requests and their decoding settings, by the names the user knows."""
+        engine = self._engine
         cache = dataclasses.asdict(engine.cache)
         if cache["table"] is not None:
             cache["table"] = {str(ratio): layers for ratio, layers in sorted(cache["table"].items())}
@@ -113,9 +132,6 @@ class Session:
             "dtype": str(engine.model.dtype),
             "mask_id": engine.model.config.mask_id,
             **cache,
-            **dataclasses.asdict(engine.cache.with_blocks(engine.sampling, engine.model.config)),
-            "input": requests.digest,
-            "tokens": tokens.hexdigest(),  # the input through tokenizer and chat template
         }
 
     def stream(
@@ -146,7 +162,7 @@ class Session:
         """
         if finished:
             requests = self.settle(requests)
-        try:
+        with _memory_named():
             while todo := remaining(requests, finished):
                 first = {request.id: sample for request, sample in todo}
                 left = [request for request, _ in todo]
@@ -154,7 +170,44 @@ class Session:
                     sample = result.sample + first[result.id]
                     yield {**result.to_record(), "sample": sample, "created": int(time.time())}
                 finished = {**finished, **{(r.id, s + i): {} for r, s in todo for i in range(r.n)}}
-        except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise BicacheError("the device is out of memory: choose a smaller batch size (--batch-size)") from error
+
+    def read_scores(self, requests: Requests[ScoreRequest], estimate: Estimate) -> list[ScoreRequest | Result]:
+        """Tokenises the lines of a file of texts to score; a bad line becomes the result that says what is wrong."""
+        found = read_lines(requests.lines, requests.source, self._engine.score_parser(estimate))
+        return [error_result(item.id, item.error or "") if isinstance(item, Score) else item for item in found]
+
+    def score_identity(self, requests: Requests[ScoreRequest], estimate: Estimate) -> dict[str, Any]:
+        """Everything that determines scores, by the names the user knows."""
+        tokens = hashlib.sha256()
+        for request in requests.valid:
+            tokens.update(json.dumps(dataclasses.astuple(request)).encode())
+        asked = {"input": requests.digest, "tokens": tokens.hexdigest()}
+        return {**self.settings(), **dataclasses.asdict(estimate), **asked}
+
+    def scores(
+        self, requests: Sequence[ScoreRequest], estimate: Estimate, finished: Mapping[Key, Any]
+    ) -> Iterator[Score]:
+        """Scores what is not finished, with the prefixes that all have among each other.
+
+        Raises:
+            BicacheError: the device is out of memory.
+        """
+        scorer = self._engine.scorer(estimate)
+        todo = [pair for pair in zip(requests, scorer.settle(requests), strict=True) if (pair[0].id, 0) not in finished]
+        with _memory_named():
+            yield from scorer.run([request for request, _ in todo], [prefix_len for _, prefix_len in todo])
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Says in a line that the device is out of memory, where it is.
+
+    Raises:
+        BicacheError: it is.
+    """
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BicacheError("the device is out of memory: choose a smaller batch size (--batch-size)") from error

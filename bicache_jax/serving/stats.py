@@ -24,7 +24,8 @@ class Stats:
         dispatches: calls of the decode program.
         compilations: programs compiled in the process since the engine was made.
         compile_seconds: time spent on that.
-        seconds: time spent in encode and decode, compilation included.
+        seconds: time spent in encode, decode and score, compilation included.
+        scored: texts scored.
     """
 
     rows: int = 0
@@ -39,6 +40,7 @@ class Stats:
     compilations: int = 0
     compile_seconds: float = 0.0
     seconds: float = 0.0
+    scored: int = 0
 
     def _repr_html_(self) -> str:
         return fields_table(self)._repr_html_()

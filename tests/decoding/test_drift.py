@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bicache_jax import CacheConfig, Engine, Model, Request, SamplingConfig, load_model
-from bicache_jax.decoding import drift as module
+from bicache_jax.decoding import tiles
 from bicache_jax.decoding.drift import divergence
 from bicache_jax.functional import forward
 from bicache_jax.serving.grouping import Row
@@ -24,7 +24,7 @@ def _nats(model: Model, prompt: tuple[int, ...], prefix_len: int, boundary: int,
 
 
 def test_divergence_over_tiles_is_that_of_whole_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE", 24)  # the last tile overlaps the one before it, and the vocabulary ends in it
+    monkeypatch.setattr(tiles, "TILE", 24)  # the last tile overlaps the one before it, and the vocabulary ends in it
     config = dataclasses.replace(load_model(golden.FOLDERS["llada"]).config, vocab_size=65, mask_id=3)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 2, 3, 8))

@@ -141,8 +141,9 @@ def test_what_ships_belongs_together() -> None:
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 8 * 2**20
     tokenizer = json.loads((DATA / "tokenizer.json").read_text())
     assert tokenizer["model"]["vocab"] == task.TOKEN_ID
-    for line in (ROOT / "examples" / "requests.jsonl").read_text().splitlines():
+    files = [ROOT / "examples" / name for name in ("requests.jsonl", "choices.jsonl")]
+    for line in [line for file in files for line in file.read_text().splitlines()]:
         record = json.loads(line)
         words = " ".join(message["content"] for message in record["messages"])
-        words = " ".join([words, *accepted(record["answer"])])
+        words = " ".join([words, *record.get("choices", accepted(record["answer"]))])
         assert set(words.split()) <= set(task.VOCABULARY)
