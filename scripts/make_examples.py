@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bicache_jax.cli.options import integer, integers
 from bicache_jax.example import task
 
 GEN_LENGTH = 16
@@ -23,12 +24,23 @@ def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(description="Draws the example requests.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--calibration", action="store_true", help="draw calibration requests, ten times as many")
+    parser.add_argument(
+        "--calibration",
+        type=integer(1),
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="draw calibration requests, N times as many (default: ten times)",
+    )
+    parser.add_argument("--shape", type=integers(1), metavar="P,F", help="only documents of P people with F facts each")
     args = parser.parse_args()
-    seed, repeats = (task.CALIBRATION, 10) if args.calibration else (task.FIRST_HELD_OUT, 1)
+    if args.shape is not None and len(args.shape) != 2:
+        parser.error("--shape: two numbers, people and facts")
+    seed, repeats = (task.CALIBRATION, args.calibration) if args.calibration else (task.FIRST_HELD_OUT, 1)
     rng = np.random.default_rng([seed, 3])
     lines = []
-    for index, (people, facts) in enumerate(SHAPES * repeats):
+    shapes = SHAPES if args.shape is None else (args.shape,)
+    for index, (people, facts) in enumerate(shapes * repeats):
         document = task.draw_document(rng, people, facts)
         for number, question in enumerate(task.pick_questions(rng, document, QUESTIONS)):
             record = {
