@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from bicache_jax.cli.options import integer, integers
 from bicache_jax.example import task
 
 GEN_LENGTH = 16
 # People and facts per person of each document: r grows with the document's length.
 SHAPES = ((2, 1), (2, 2), (3, 2), (4, 2), (6, 2), (6, 3), (8, 3), (12, 4))
 QUESTIONS = 10
-
-
 MOST_CHOICES = 4
 
 
@@ -43,13 +42,23 @@ def main() -> None:
     """Writes the file."""
     parser = argparse.ArgumentParser(description="Draws the example requests.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--calibration", action="store_true", help="draw calibration requests, ten times as many")
     parser.add_argument("--choices", action="store_true", help="draw choices to score, of the longest documents")
+    parser.add_argument(
+        "--calibration",
+        type=integer(1),
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="draw calibration requests, N times as many (default: ten times)",
+    )
+    parser.add_argument("--shape", type=integers(1), metavar="P,F", help="only documents of P people with F facts each")
     args = parser.parse_args()
-    seed, repeats = (task.CALIBRATION, 10) if args.calibration else (task.FIRST_HELD_OUT, 1)
+    if args.shape is not None and len(args.shape) != 2:
+        parser.error("--shape: two numbers, people and facts")
+    seed, repeats = (task.CALIBRATION, args.calibration) if args.calibration else (task.FIRST_HELD_OUT, 1)
     rng = np.random.default_rng([seed, 3])
     lines = []
-    shapes = SHAPES[-3:] if args.choices else SHAPES
+    shapes = (args.shape,) if args.shape is not None else SHAPES[-3:] if args.choices else SHAPES
     for index, (people, facts) in enumerate(shapes * repeats):
         document = task.draw_document(rng, people, facts)
         for number, question in enumerate(task.pick_questions(rng, document, QUESTIONS)):

@@ -1,7 +1,7 @@
 """Boundary tables: how deep a prefix's KV may be reused, by the prefix's share of the sequence.
 
 A table is made by `bicache profile` for one model, which it names by a fingerprint; see BiCache, arXiv 2606.07571,
-section 4.2.
+section 4.2. It is made by similarity, as published, or by answers (`bicache_jax.measure.by_answers`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bicache_jax.core.config import CRITERIA, Criterion
 from bicache_jax.core.table import Table
 from bicache_jax.core.types import BicacheError, Model
 
@@ -26,11 +27,18 @@ class BoundaryTable:
         model: name of the model it was made for.
         fingerprint: that model's fingerprint; empty in published tables.
         num_layers: L of that model.
-        threshold: mean cosine similarity from which a layer counts as shallow.
-        samples_per_ratio: sequences measured at each ratio.
+        threshold: mean cosine similarity from which a layer counts as shallow; in a table by answers it decides
+            nothing, and is that of the boundary by similarity which stands beside its evidence.
+        samples_per_ratio: sequences measured at each ratio, the fewest of any.
         table: b by r in percent, non-decreasing.
         similarity: mean similarity of each layer by r, where it is known.
         source: where a published table was published.
+        criterion: what its boundaries were chosen by.
+        refresh_interval: the longest one that keeps answers within the bound, where one was looked for. It is advice:
+            `refresh_interval="auto"` does not read it.
+        answers: evidence of a table by answers: `max_loss` (as a share), `confidence`, `refresh_interval` (at which
+            boundaries were tested), `requests`, `with_answers`, `decodes`, and what was `tested`, `by_ratio` and
+            `by_interval` (fields of `bicache_jax.measure.by_answers.Evidence`).
     """
 
     model: str
@@ -41,6 +49,9 @@ class BoundaryTable:
     table: Mapping[int, int] = dataclasses.field(hash=False)
     similarity: Mapping[int, tuple[float, ...]] | None = dataclasses.field(default=None, hash=False)
     source: str | None = None
+    criterion: Criterion = "similarity"
+    refresh_interval: int | None = None
+    answers: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def boundary(self, ratio: int) -> int:
         """The boundary at the largest listed ratio that is not above `ratio`; 0 if there is none."""
@@ -62,7 +73,10 @@ class BoundaryTable:
     def _repr_html_(self) -> str:
         ratios = sorted(self.table)
         heads = ("prefix ratio r, %", *map(str, ratios))
-        above = f"{self.model}: {self.num_layers} layers, similarity above {self.threshold:g}"
+        chosen = f"similarity above {self.threshold:g}"
+        if self.answers is not None:
+            chosen = f"by answers, loss at most {100 * self.answers['max_loss']:.3g} points"
+        above = f"{self.model}: {self.num_layers} layers, {chosen}"
         return Table(heads, [("boundary b", *(self.table[ratio] for ratio in ratios))], above=(above,))._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
@@ -71,9 +85,7 @@ class BoundaryTable:
         record["table"] = {str(ratio): b for ratio, b in sorted(self.table.items())}
         if self.similarity is not None:
             record["similarity"] = {str(ratio): list(values) for ratio, values in sorted(self.similarity.items())}
-        if self.source is None:
-            del record["source"]
-        return record
+        return {name: value for name, value in record.items() if value is not None or name == "similarity"}
 
 
 def clamp_boundary(boundary: Any, num_layers: int) -> Any:
@@ -131,6 +143,14 @@ def table_from_json(record: Any, source: str) -> BoundaryTable:
     for name, value in (("threshold", threshold), ("samples_per_ratio", samples)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fault(f"{name!r} must be a number, got {value!r}")
+    criterion, interval = record.get("criterion", CRITERIA[0]), record.get("refresh_interval")
+    if criterion not in CRITERIA:
+        raise fault(f"'criterion' must be one of {', '.join(CRITERIA)}, got {criterion!r:.80}")
+    if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
+        raise fault(f"'refresh_interval' must be null or a positive integer, got {interval!r:.80}")
+    answers = record.get("answers")
+    if answers is not None and not (isinstance(answers, dict) and isinstance(answers.get("max_loss"), int | float)):
+        raise fault("'answers' must be null or an object with 'max_loss'")
     return BoundaryTable(
         model=str(record.get("model", "")),
         fingerprint=str(record.get("fingerprint") or ""),
@@ -140,6 +160,9 @@ def table_from_json(record: Any, source: str) -> BoundaryTable:
         table=dict(sorted(table.items())),
         similarity=similarity,
         source=record.get("source"),
+        criterion=criterion,
+        refresh_interval=interval,
+        answers=answers,
     )
 
 

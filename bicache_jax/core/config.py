@@ -27,6 +27,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu")
 """Implementations of prefix attention; see `bicache_jax.kernels.prefix_attention`."""
 POLICIES: tuple[Policy, ...] = ("none", "naive", "bicache", "exact")
+Criterion = Literal["similarity", "answers"]
+CRITERIA: tuple[Criterion, ...] = typing.get_args(Criterion)
+"""What boundaries are chosen by: `similarity` of keys and values, as published, or what caches do to `answers`."""
 PrefixDetection = Literal["auto", "messages", "off"]
 PREFIX_DETECTIONS: tuple[PrefixDetection, ...] = ("auto", "messages", "off")
 CACHED_BLOCK = 32

@@ -39,7 +39,9 @@ class Item:
     kind: str = ""
 
 
-def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, source: str) -> list[Item]:
+def items_of(
+    lines: Sequence[Any], model: Model, sampling: SamplingConfig, source: str, *, unanswered: bool = False
+) -> list[Item]:
     """Questions from the lines of a request file whose requests have an `answer`, and perhaps a `kind`.
 
     Args:
@@ -47,6 +49,7 @@ def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, sourc
         model: who is asked.
         sampling: what requests do not set themselves.
         source: what messages call the file.
+        unanswered: take requests without an answer, too.
 
     Raises:
         BicacheError: a request is bad or has no answer, or there are none.
@@ -63,7 +66,7 @@ def items_of(lines: Sequence[Any], model: Model, sampling: SamplingConfig, sourc
     items = []
     for entry, record in zip(requests, records, strict=True):
         answers = accepted(record.get("answer"))
-        if not answers:
+        if not answers and not unanswered:
             raise BicacheError(f"{source}: request {entry.id!r} needs an 'answer', a string or a list of strings")
         items.append(Item(dataclasses.replace(entry, n=1), answers, str(record.get("kind", ""))))
     if not items:
@@ -222,10 +225,12 @@ def ask(
         progress: called with the number of responses that have been made since.
 
     Raises:
-        BicacheError: the scorer fails.
+        BicacheError: the scorer fails, or the model's logits are not finite.
     """
     answered: dict[str, Result] = {}
     for result in engine.stream(requests, partial=False):
+        if result.error is not None:
+            raise BicacheError(result.error)
         answered[result.id] = result
         progress(1)
     found = [answered[request.id] for request in requests]
