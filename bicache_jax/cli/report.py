@@ -59,8 +59,8 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
     if stats.tokens:
         decoding = max(stats.seconds - stats.compile_seconds, 1e-9)
         parts.append(
-            f"{stats.tokens} tokens in {stats.seconds:.1f} s: {stats.tokens / decoding:.0f} tokens/s, plus"
-            f" {stats.compile_seconds:.1f} s of compilation"
+            f"{stats.tokens} tokens in {stats.seconds:.1f} s, {stats.compile_seconds:.1f} s of them compilation:"
+            f" {stats.tokens / decoding:.0f} tokens/s without it"
         )
     saved = f" ({stats.passes_saved} saved by early stops)" if stats.passes_saved else ""
     parts.append(f"{stats.forward_passes} forward passes{saved}, {_count(stats.prefix_hits, 'prefix hit')}")

@@ -23,7 +23,7 @@ class Stats:
         row_steps: places of the batches times the passes made; of these, `forward_passes` were some row's own.
         dispatches: calls of the decode program.
         compilations: programs compiled in the process since the engine was made.
-        compile_seconds: time spent on that.
+        compile_seconds: time spent on that, tracing and lowering included.
         seconds: time spent in encode, decode and score, compilation included.
         scored: texts scored.
     """

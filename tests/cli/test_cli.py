@@ -138,8 +138,8 @@ def test_closing_line_has_accuracy_and_speed(generate, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     err = generate("--input", "in.jsonl")[2]
     assert err == (
-        "bicache: 4 results for 4 requests; accuracy 0.667 (2 of 3); 8 tokens in 2.0 s: 8 tokens/s, plus 1.0 s of"
-        " compilation; 7 forward passes, 3 prefix hits; boundary 3\n"
+        "bicache: 4 results for 4 requests; accuracy 0.667 (2 of 3); 8 tokens in 2.0 s, 1.0 s of them compilation:"
+        " 8 tokens/s without it; 7 forward passes, 3 prefix hits; boundary 3\n"
     )
     assert generate("--input", "in.jsonl", "--quiet")[2] == ""
 

@@ -14,6 +14,7 @@ import pytest
 from loops import taken_out
 
 from bicache_jax import BicacheError, CacheConfig, Engine, Model, Request, Result, SamplingConfig, load_model
+from bicache_jax.serving.compilation import CompileCounter
 from bicache_jax.serving.frames import Frames
 from bicache_jax.serving.grouping import detect_prefixes
 from bicache_jax.serving.openai import to_openai
@@ -285,3 +286,12 @@ def test_no_pass_is_made_that_no_step_uses(model: Model, cache: dict[str, Any]) 
     text = lower_decode(engine._executor.backbone, engine._executor.params, plan, *plan.rounds[0]).compile().as_text()
     for kind in ("refresh", "reuse"):
         assert not taken_out(text, f"/{kind}/while")
+
+
+def test_time_spent_compiling_holds_traces_and_counts_those_inside_of_others_once() -> None:
+    counter = CompileCounter()
+    trace = "/jax/core/compile/jaxpr_trace_duration"
+    jax.monitoring.record_event_duration_secs(trace, 0.25)
+    jax.monitoring.record_event_duration_secs(trace, 0.5)  # began before the other
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1e-7)
+    assert counter.count == 1 and counter.seconds == pytest.approx(0.5, abs=1e-6)
