@@ -292,7 +292,7 @@ def random_model(shape: str, *, dtype: Any = "auto", seed: int = 0, quantize: Qu
 
     Args:
         shape: a published one, such as `llada_8b`, `dream_7b`, `qwen3_0_6b`, `sdar_4b` or `llada2_mini`; or `small` or
-            `small_blocks` (block-causal), which run on CPUs.
+            `small_blocks` (block-causal), which run on CPUs, or `tiny`, whose work takes no time.
         dtype: as in `load_model`.
         seed: of the weights.
         quantize: their format.

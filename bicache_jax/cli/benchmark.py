@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("model")
     model = what.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="M", help="folder, hub id, or 'example' (see generate)")
-    model.add_argument("--random", metavar="SHAPE", help="random, such as llada_8b, sdar_4b, small or small_blocks")
+    model.add_argument(
+        "--random", metavar="SHAPE", help="random, such as llada_8b, sdar_4b, small, small_blocks or tiny"
+    )
     what.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     add_checkpoint_flags(what)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_step_flags
-from bicache_jax.cli.options import DTYPE_HELP, add_checkpoint_flags, fraction, from_flags, integer, warn
+from bicache_jax.cli.options import DTYPE_HELP, Parser, add_checkpoint_flags, fraction, from_flags, integer, warn
 from bicache_jax.core.config import CRITERIA, DTYPES, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.core.version import version
@@ -163,6 +164,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.criterion == "answers" and (args.synthetic or args.with_response):
         raise BicacheError("--criterion answers: --synthetic and --with-response are for --criterion similarity")
+    if args.criterion == "answers" and args.max_tokens != 1024:
+        raise BicacheError("--max-tokens is of split texts, for --criterion similarity")
+    if args.criterion == "similarity":
+        defaults = Parser()
+        add_arguments(defaults)
+        for name in ("max_loss", "confidence", "scorer", "steps", "steps_per_block", "block_length"):
+            if getattr(args, name) != defaults.get_default(name):
+                raise BicacheError(f"--{name.replace('_', '-')} is for --criterion answers")
     data = read_requests(args.data, flag="--data")
     plot = None if args.no_plot else Path(args.plot or Path(args.output).with_suffix(".png"))
     if plot is not None:
@@ -228,7 +237,7 @@ def _by_answers(
     )
     items = items_of(lines, model, sampling, f"--data {source}", unanswered=True)[: args.samples]
     names = (*_DETERMINING, "scorer", "steps", "steps_per_block", "block_length")
-    asked = [[item.request.id, item.request.prompt_ids, item.request.prefix_len, item.answers] for item in items]
+    asked = [[repr(dataclasses.astuple(item.request)), item.answers] for item in items]
     shape = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {name: getattr(args, name) for name in names}
     journal.begin({"version": version(), "model": model.fingerprint, **settings, "samples_hash": shape})
@@ -285,6 +294,9 @@ def _bar(args: argparse.Namespace, **settings: Any) -> Any:
 
 
 _DETERMINING = (
+    "mask_id",
+    "block_causal",
+    "right_shift_logits",
     "criterion",
     "synthetic",
     "samples",

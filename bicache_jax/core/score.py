@@ -84,8 +84,8 @@ class Likelihood:
         log_likelihood: natural logarithm of its probability, or the bound of it.
         tokens: its tokens.
         bytes: its bytes in UTF-8; None where it was given as tokens.
-        standard_error: of the estimate, from its batches, which are independent; None where there are not two of them,
-            0 where nothing is drawn.
+        standard_error: of the estimate, from its batches, which are independent; None where there are not two of them
+            (`pseudo` has one look), 0 with `exact`, which looks at every set of masks.
         passes: passes over its tokens; equal masks are looked at once.
         greedy: whether decoding at temperature 0, a token a step, gives this very text; None if that was not asked.
     """

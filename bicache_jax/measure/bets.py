@@ -24,19 +24,19 @@ PARTS = np.array([0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
 """The wealth that each of them begins with."""
 
 
-def _log_wealth(losses: Float[np.ndarray, " n"], mean: float) -> float:
-    """Logarithm of what bets against a mean loss of at least `mean` (below 1) have become."""
+def _log_wealth(losses: Float[np.ndarray, " n"], mean: float, times: int = 1) -> float:
+    """Logarithm of what bets against a mean loss of at least `mean` (below 1) have become, after all losses `times`."""
     with np.errstate(divide="ignore"):  # a stake of all there is can lose it
-        growth = np.log1p(STAKES[:, None] * (mean - losses) / (1 - mean)).sum(axis=1)
+        growth = times * np.log1p(STAKES[:, None] * (mean - losses) / (1 - mean)).sum(axis=1)
     return float(np.logaddexp.reduce(growth + np.log(PARTS)))
 
 
-def at_most(losses: Float[np.ndarray, " n"], confidence: float) -> float:
-    """Smallest mean loss that is ruled out, with all above it; 1 if none is."""
+def at_most(losses: Float[np.ndarray, " n"], confidence: float, times: int = 1) -> float:
+    """Smallest mean loss that is ruled out, with all above it; 1 if none is. Every loss came so many `times`."""
     low, high, wanted = -1.0, 1.0, -math.log1p(-confidence)
     for _ in range(40):  # wealth grows with the mean that is bet against
         middle = (low + high) / 2
-        low, high = (low, middle) if _log_wealth(losses, middle) >= wanted else (middle, high)
+        low, high = (low, middle) if _log_wealth(losses, middle, times) >= wanted else (middle, high)
     return high
 
 
@@ -91,11 +91,18 @@ class LossTest:
 
 def least_shown(count: int, confidence: float) -> float:
     """The smallest bound that so many losses of 0 are within."""
-    return at_most(np.zeros(count), confidence)
+    return at_most(np.zeros(1), confidence, count)
 
 
 def losses_needed(bound: float, confidence: float) -> int:
-    """How many losses of 0 it takes to be within a bound above 0."""
+    """How many losses of 0 it takes to be within a bound above 0.
+
+    Raises:
+        ValueError: the bound is not between 0 and 1, or the confidence is not.
+    """
+    for name, value in (("bound", bound), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     few, many = 0, 1
     while least_shown(many, confidence) > bound:
         few, many = many, 2 * many

@@ -125,6 +125,8 @@ class _Trials:
         """The engine of a boundary (None: without a prefix cache), and its name."""
         name = "none" if boundary is None else f"{boundary}/{interval}"
         if name not in self._engines:
+            # Each keeps prefixes of its own: there is room for those of two.
+            self._engines = {kept: engine for kept, engine in self._engines.items() if kept == "none"}
             cache = CacheConfig(policy="none")
             if boundary is not None:
                 cache = CacheConfig(policy="bicache", boundary=boundary, refresh_interval=interval)
@@ -226,7 +228,7 @@ def boundaries_by_answers(
         items: calibration requests (`bicache_jax.measure.evaluate.items_of`), with or without answers; those without a
             prefix are left out.
         sampling: decoding settings that requests do not set themselves; as they will be asked.
-        max_loss: largest mean loss, 0 to 1; None: `MAX_LOSS`, or what so few requests can show.
+        max_loss: largest mean loss, between 0 and 1; None: `MAX_LOSS`, or what so few requests can show.
         confidence: with which a boundary that is chosen loses no more, each tested boundary by itself.
         scorer: decides whether a response is right.
         ratio_step: percent from one ratio to the next; ratios with few requests share an entry.
@@ -251,8 +253,10 @@ def boundaries_by_answers(
     interval = CacheConfig(policy="bicache", boundary=0).interval(sampling)
     settings = {"sampling": sampling, "attention": attention}
     trials = _Trials(model, items, settings, scorer, {} if known is None else known, progress)
+    few = losses_needed(bound, confidence)
     order: list[int] = np.random.default_rng(seed).permutation(len(items)).tolist()
-    groups = merged_ratios(ratios, ratio_step, ROOM * losses_needed(bound, confidence))
+    turn = np.argsort(order).tolist()
+    groups = merged_ratios(ratios, ratio_step, ROOM * few)
     layers = model.config.num_layers
     candidates = [boundary for boundary in range(layers + 1) if boundary != layers - 1]  # L - 1 is the same as L
 
@@ -269,7 +273,7 @@ def boundaries_by_answers(
     similarity: dict[int, tuple[float, ...]] = {}
     evidence: dict[str, Any] = {}
     for ratio, members in groups.items():
-        places = sorted(members, key=order.index)
+        places = sorted(members, key=turn.__getitem__)
         log: list[Evidence] = []
 
         def test(boundary: int, places: Sequence[int] = places, log: list[Evidence] = log) -> Evidence:
@@ -331,8 +335,8 @@ def summary(table: BoundaryTable) -> list[str]:
     answers: Mapping[str, Any] = table.answers or {}
     bound, confidence = 100 * answers["max_loss"], 100 * answers["confidence"]
     lines = [
-        f"{answers['requests']} requests, {answers['decodes']} responses; a loss above {bound:.3g} points is ruled out"
-        f" ({confidence:g} %)"
+        f"{answers['requests']} requests, {answers['decodes']} responses; within: a loss above {bound:.3g} points is"
+        f" ruled out ({confidence:g} %)"
     ]
     for ratio, boundary in table.table.items():
         found = answers["by_ratio"][str(ratio)]
@@ -380,7 +384,6 @@ def _similarity(model: Model, items: Sequence[Item], attention: str) -> tuple[fl
     samples = []
     for item in items:
         request = item.request
-        ids = request.prompt_ids + (model.config.mask_id,) * request.sampling.gen_length
-        samples.append(Sample(ids, request.prefix_len or 0, 0))
+        samples.append(Sample(request.canvas(model.config.mask_id), request.prefix_len or 0, 0))
     found = [layers for _, layers in measure(model, samples, attention=attention)]
     return tuple(round(float(value), 6) for value in np.mean(found, axis=0))

@@ -227,8 +227,8 @@ class Looking:
         for batch, missing in zip(batches, lacking, strict=True):
             for row in batch.rows:
                 assert isinstance(row, LookRow)
-                if row.pending.cached is not None:
-                    continue
+                if row.pending.cached is not None or len(row.request.prompt_ids) > len(row.pending.request.prompt_ids):
+                    continue  # noted, or a later block, before which there are tokens of the text
                 if writer is not None and row.prefix in missing:
                     missing.remove(row.prefix)
                     row.pending.cached = writer.beginning((row.namespace, row.prefix))[1]

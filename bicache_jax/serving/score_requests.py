@@ -10,11 +10,12 @@ from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.score import Estimate, Score
 from bicache_jax.core.types import BicacheError, Tokenizer
 from bicache_jax.serving.admission import Errors
-from bicache_jax.serving.fields import NOTES, PROMPTS, SEED_LIMIT, BadRequest, check_keys, encodable, integer, shown
+from bicache_jax.serving.fields import NOTES, SEED_LIMIT, BadRequest, check_keys, encodable, flag, integer, shown
 from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.prompts import chat_prompt, text_prompt, token_prompt
 from bicache_jax.serving.requests import error_result, json_object, request_name
 
+PROMPTS = ("prompt", "messages", "prompt_ids")
 TEXTS = ("continuation", "choices", "continuation_ids", "choices_ids")
 KEYS = ("id", *PROMPTS, *TEXTS, "prefix_len", "seed", "greedy", *NOTES)
 MOST_CHOICES = 4096
@@ -129,7 +130,7 @@ class ScoreParser:
         sizes: tuple[int | None, ...]
         if text.endswith("_ids"):
             lists = [record[text]] if text == "continuation_ids" else _listed(record[text], text)
-            texts = [self._tokens(ids, text) for ids in lists]
+            texts = [token_prompt(ids, self.config, text) for ids in lists]
             sizes = (None,) * len(texts)
         else:
             words = [record[text]] if text == "continuation" else _listed(record[text], text)
@@ -156,9 +157,7 @@ class ScoreParser:
                 place = f" (choice {number})" if len(texts) > 1 else ""
                 raise BadRequest(f"{text!r} has no tokens{place}")
         explicit = integer(record, "prefix_len", 0, len(ids) + 1)
-        seed, greedy = integer(record, "seed", 0, SEED_LIMIT), record.get("greedy")
-        if greedy is not None and not isinstance(greedy, bool):
-            raise BadRequest(f"'greedy' must be true or false, got {shown(greedy)}")
+        seed, greedy = integer(record, "seed", 0, SEED_LIMIT), flag(record, "greedy")
         return self.checked(
             ScoreRequest(
                 id=name,
@@ -180,15 +179,17 @@ class ScoreParser:
             BadRequest: it is too long for the model or the method, its tokens are not the model's, or it has none.
         """
         longest = max(map(len, request.texts), default=0)
-        if not request.prompt_ids or not longest:
-            raise BadRequest(f"the {'text' if request.prompt_ids else 'prompt'} has no tokens")
+        if not request.prompt_ids or not all(request.texts) or not longest:
+            raise BadRequest(f"{'a text' if request.prompt_ids else 'the prompt'} has no tokens")
+        if request.prefix_len is not None and not 0 <= request.prefix_len <= len(request.prompt_ids):
+            raise BadRequest(f"prefix_len must lie in 0..{len(request.prompt_ids)}, got {request.prefix_len}")
         if len(request.prompt_ids) + longest > self.config.max_length:
             raise BadRequest(
                 f"{len(request.prompt_ids)} prompt tokens and {longest} of the text exceed the model's"
                 f" {self.config.max_length} tokens; shorten one of them"
             )
         for tokens in (request.prompt_ids, *request.texts):
-            self._tokens(tokens, "prompt_ids" if tokens is request.prompt_ids else "texts")
+            token_prompt(tokens, self.config, "prompt_ids" if tokens is request.prompt_ids else "texts")
         most, block = self.estimate.longest, self.config.block_length if self.config.block_causal else longest
         if most is not None and min(longest, block) > most:
             raise BadRequest(
@@ -205,12 +206,6 @@ class ScoreParser:
                 f"must have exactly one of {', '.join(map(repr, fields))}, has {', '.join(given) or 'none'}"
             )
         return given[0]
-
-    def _tokens(self, value: Any, field: str) -> tuple[int, ...]:
-        try:
-            return token_prompt(value, self.config)
-        except BadRequest as fault:
-            raise BadRequest(str(fault).replace("'prompt_ids'", repr(field))) from None
 
 
 def _listed(value: Any, field: str) -> Sequence[Any]:

@@ -204,6 +204,8 @@ class Scorer:
         if not rows:
             return {}
         plan = planner.plan(rows, self.store)
+        # A token a step, whatever the family's schedule makes of as many steps as there are tokens.
+        plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, schedule="even"))
         known, found = RunPrefixes(plan, self.store), {}
         try:
             for seen in scheduled(self.executor, plan, known).run():

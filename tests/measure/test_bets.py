@@ -68,3 +68,7 @@ def test_faults():
         LossTest(1.0, 0.9)
     with pytest.raises(ValueError, match="confidence"):
         LossTest(0.1, 1.0)
+    for bound in (0.0, 1.0):
+        with pytest.raises(ValueError, match="bound"):
+            losses_needed(bound, 0.9)
+    assert losses_needed(1e-7, 0.95) > 1e7  # without so many numbers in memory

@@ -159,6 +159,8 @@ def test_a_model_of_another_family_without_answers(tmp_path: Path) -> None:
         (["--max-loss", "0"], "--max-loss"),
         (["--confidence", "1"], "--confidence"),
         (["--synthetic"], "--synthetic"),
+        (["--max-tokens", "9"], "--max-tokens"),
+        (["--criterion", "similarity", "--max-loss", "2"], "--max-loss"),
         (["--scorer", "nothing"], "scorer 'nothing'"),
         (["--gen-length", "4", "--steps", "3", "--block-length", "2"], "steps"),
     ],

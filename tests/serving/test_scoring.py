@@ -16,7 +16,7 @@ from bicache_jax import BicacheError, CacheConfig, Engine, Model, Score, load_mo
 from bicache_jax.core.layout import noise_words
 from bicache_jax.core.masks import every, monte_carlo
 from bicache_jax.functional import forward
-from bicache_jax.serving.score_requests import cut
+from bicache_jax.serving.score_requests import ScoreRequest, cut
 
 FULL = pytest.mark.full
 PROMPT = tuple(range(20, 47))
@@ -183,11 +183,12 @@ def test_choices_share_their_prompt_and_the_likelier_one_is_the_label() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["llada", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
 def test_greedy_is_what_decoding_gives(family: str) -> None:
     model = families.load(family) if family == "sdar" else load_model(golden.FOLDERS[family])
     engine = Engine(model, cache=CacheConfig() if family == "sdar" else CacheConfig(boundary=2))
-    (made,) = engine.generate({"prompt_ids": PROMPT, "prefix_len": 16, "gen_length": 6})
+    one_a_step = {"entropy_bound": 1e-9} if family == "dream" else {}  # its schedule begins and ends with others
+    (made,) = engine.generate({"prompt_ids": PROMPT, "prefix_len": 16, "gen_length": 6, **one_a_step})
     other = (*made.token_ids[:-1], (made.token_ids[-1] + 1) % 200)
     request = {"prompt_ids": PROMPT, "prefix_len": 16, "choices_ids": [made.token_ids, other]}
     (score,) = engine.score(request, method="pseudo", greedy=True)
@@ -226,6 +227,7 @@ def test_white_space_between_prompt_and_text_belongs_to_the_text() -> None:
         ({"prompt_ids": [5], "continuation": "x"}, "give 'continuation_ids'"),
         ({"prompt_ids": [5], "continuation_ids": [5], "gen_length": 3}, "'gen_length' is not a key"),
         ({"prompt_ids": [5], "continuation_ids": [5], "prefix_len": 2}, "'prefix_len' must be"),
+        ({"template_ids": [5, 9], "continuation_ids": [7]}, "'template_ids' is not a key"),
     ],
 )
 def test_faults_are_named(request_: dict[str, Any], said: str) -> None:
@@ -237,6 +239,13 @@ def test_faults_are_named(request_: dict[str, Any], said: str) -> None:
     bad, kept = engine.score([request_, good], errors="return")
     assert said in (bad.error or "") and "requests[0]" in (bad.error or "") and kept.error is None
     assert bad.to_json() == {"id": "1", "error": bad.error} and kept.to_json()["choices"][0]["tokens"] == 1
+
+
+def test_requests_made_by_hand_are_checked() -> None:
+    engine = _engine("llada", policy="none")
+    for texts, prefix_len, said in ((((6,), ()), None, "a text has no tokens"), (((6,),), -3, "prefix_len must lie")):
+        with pytest.raises(BicacheError, match=said):
+            engine.score(ScoreRequest("a", (5,), texts, prefix_len=prefix_len))
 
 
 def test_arguments_are_checked() -> None:
