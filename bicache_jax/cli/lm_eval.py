@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MISSING = "lm-evaluation-harness is not installed: pip install 'bicache-jax[lm-eval]'"
 JOURNAL = "lm-eval.journal"
+ASKING = ("tasks", "num_fewshot", "limit", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+"""What decides the harness's requests: a journal goes on with the same only."""
 HELP = "run tasks of lm-evaluation-harness"
 DESCRIPTION = """\
 Runs tasks of lm-evaluation-harness (lm_eval 0.4.9 or newer), those that generate and those that compare likelihoods.
@@ -43,7 +46,9 @@ examples:
 def add_arguments(parser: Parser) -> None:
     """Adds the flags of `lm-eval`."""
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--tasks", type=listed, required=True, metavar="LIST", help="tasks or groups, with commas")
+    tasks.add_argument(
+        "--tasks", type=listed, required=True, metavar="LIST", help="tasks, groups or patterns (mmlu_*), with commas"
+    )
     tasks.add_argument(
         "--num-fewshot", type=integer(0), metavar="K", help="examples in front of each item (default: the task's)"
     )
@@ -102,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
     manager = _tasks(args)
     journal = None
     if args.output is not None:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BicacheError(f"--output {args.output}: cannot make the folder: {error.strerror}") from error
         journal = Path(args.output) / JOURNAL
     model = open_model(args, journal=journal, resume=args.resume, overwrite=args.overwrite)
     tracker = EvaluationTracker(output_path=args.output)
@@ -111,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         results: Any = simple_evaluate(
             model=model,
             model_args={"model": args.model},
-            tasks=list(args.tasks),
+            tasks=[task for name in args.tasks for task in manager.match_tasks([name])],
             num_fewshot=args.num_fewshot,
             limit=args.limit,
             log_samples=args.log_samples,
@@ -147,19 +155,43 @@ def _tasks(args: argparse.Namespace) -> Any:
     """What knows the tasks that are asked for.
 
     Raises:
-        BicacheError: there is no such task, or no such folder.
+        BicacheError: there is no such task, or no such folder; or, from what is returned, a task cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
+
+    def load(how: Callable[..., Any], names: Any) -> Any:
+        try:
+            return how(names)
+        except Exception as error:  # files, functions in them, data sets, the hub: anything
+            reason = next(iter(str(error).splitlines()), "")
+            raise BicacheError(
+                f"--tasks {','.join(args.tasks)}: cannot be loaded: {type(error).__name__}: {reason}"
+            ) from error
+
+    class Manager(TaskManager):
+        """Says in a line what cannot be loaded; the second is what older releases call."""
+
+        def load(self, task_list: Any) -> Any:
+            return load(super().load, task_list)
+
+        def load_task_or_group(self, task_list: Any = None) -> Any:
+            return load(super().load_task_or_group, task_list)
 
     own = args.include_path
     if own is not None and not Path(own).is_dir():
         raise BicacheError(f"--include-path {own}: there is no such folder")
     # The harness's own tasks are thousands of files: they are read where one of them is meant.
     for defaults in (False, True) if own is not None else (True,):
-        manager = TaskManager(include_path=own, include_defaults=defaults)
+        manager = Manager(include_path=own, include_defaults=defaults)
         unknown = [name for name in args.tasks if not manager.match_tasks([name])]
         if not unknown:
             return manager
+    yaml = importlib.import_module("yaml")  # the harness needs it; its types are in few environments
+    for path in sorted(Path(own).rglob("*.yaml")) if own is not None else ():
+        try:
+            yaml.compose(path.read_bytes())
+        except (OSError, yaml.YAMLError) as error:  # the harness goes past such a file
+            raise BicacheError(f"--include-path: cannot read {path}: {error}") from error
     raise BicacheError(f"--tasks: there is no task {unknown[0]!r}; 'lm-eval ls tasks' lists them")
 
 
@@ -186,6 +218,7 @@ def open_model(
         gen_length=args.gen_length,
         max_length=args.max_length,
         journal=journal,
+        run={name: getattr(args, name) for name in ASKING if hasattr(args, name)},
         resume=resume,
         overwrite=overwrite,
         quiet=args.quiet,
@@ -205,13 +238,15 @@ def model_arguments(arguments: Mapping[str, Any]) -> argparse.Namespace:
     """
     parser = Parser(prog="--model_args")
     add_model_flags(parser)
+    known = parser._option_string_actions
     words = []
     for name, value in arguments.items():
         flag = "--" + ("model" if name == "pretrained" else name.replace("_", "-"))
+        negated = f"--no-{flag[2:]}"
         if value is True or str(value).lower() == "true":
             words.append(flag)
         elif value is False or str(value).lower() == "false":
-            continue
+            words += [negated] if negated in known else [] if flag in known else [flag]
         elif value is not None:
             words += [flag, str(value).replace(";", ",")]  # the harness parts arguments at commas: mesh=data=2;model=4
     found: argparse.Namespace = parser.parse_args(words)

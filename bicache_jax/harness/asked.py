@@ -13,7 +13,8 @@ from bicache_jax.serving.fields import MOST_STOPS
 
 USUAL_LENGTH = 256
 """Response tokens where neither the task nor the user says how many, as in the harness's own models."""
-_IGNORED = ("do_sample", "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_length")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_IGNORED = ("do_sample", "until", *_LENGTHS, "max_length")
 _PASSED = ("temperature", "top_p", "top_k", "seed")
 
 
@@ -43,14 +44,18 @@ def settings_of(arguments: Mapping[str, Any], gen_length: int | None) -> dict[st
 
     Returns:
         Fields; the temperature is 0 unless the task samples. A warning names arguments that mean nothing here.
+
+    Raises:
+        BicacheError: the length that the task asks for is not a number of tokens.
     """
     unknown = [name for name in arguments if name not in (*_IGNORED, *_PASSED)]
     if unknown:
         warnings.warn(f"generation arguments that mean nothing here: {', '.join(unknown)}", UserWarning, stacklevel=2)
-    asked = next(
-        (arguments[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in arguments), None
-    )
-    fields: dict[str, Any] = {"gen_length": gen_length or asked or USUAL_LENGTH}
+    name = next((name for name in _LENGTHS if arguments.get(name) is not None), None)
+    asked = USUAL_LENGTH if name is None else arguments[name]
+    if gen_length is None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        raise BicacheError(f"generation argument {name} must be an integer of at least 1, got {asked!r}")
+    fields: dict[str, Any] = {"gen_length": gen_length or asked}
     fields |= {name: arguments[name] for name in _PASSED if arguments.get(name) is not None}
     sampled = arguments.get("do_sample")
     if sampled is False or (sampled is None and "temperature" not in arguments):

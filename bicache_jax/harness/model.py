@@ -51,6 +51,7 @@ class BicacheLM(LM):
         gen_length: int | None = None,
         max_length: int | None = None,
         journal: Path | None = None,
+        run: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         quiet: bool = False,
@@ -64,6 +65,7 @@ class BicacheLM(LM):
             gen_length: response tokens, whatever a task asks for; None: what it asks for.
             max_length: most tokens of prompt and response; None: the model's.
             journal: file that keeps what was answered until the run is over; None: none.
+            run: what decides the requests, by the names the user knows; a journal is continued with the same only.
             resume: continue the journal that is there.
             overwrite: drop it.
             quiet: show no bars.
@@ -87,9 +89,10 @@ class BicacheLM(LM):
         self._journal: Journal | None = None
         if journal is not None:
             self._journal = Journal(journal, resume=resume, overwrite=overwrite)
-            self._journal.begin(self._identity())
+            self._journal.begin({**self._identity(), **(run or {})})
             self._kept = self._journal.finished
-        self._resumed = len(self._kept)
+        self._call = ""
+        self._resumed = 0
 
     @property
     def tokenizer_name(self) -> str:
@@ -102,7 +105,11 @@ class BicacheLM(LM):
         return template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; one whose last message is to be continued ends with that message."""
+        """A conversation as text; one whose last message is to be continued ends with that message.
+
+        Raises:
+            BicacheError: the template does not take the conversation, or changes the message that is to be continued.
+        """
         self._templated = True
         try:
             text: str = self._tokenizer.chat_text(chat_history, generate=add_generation_prompt)
@@ -111,7 +118,13 @@ class BicacheLM(LM):
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        end = text.rfind(last)
+        if end < 0:
+            raise BicacheError(
+                f"{self._name}'s chat template changes the text that its answer is to begin with ({last[:60]!r}), which"
+                " a task needs as it is: run that task without --apply-chat-template"
+            )
+        return text[: end + len(last)]
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands in the harness's results beside its own settings: ours, and what the caches did."""
@@ -141,7 +154,21 @@ class BicacheLM(LM):
             "max_length": self._max_length,
         }
 
+    def _recalled(self, requests: Sequence[Request | ScoreRequest]) -> dict[tuple[str, int], Record]:
+        """Begins a call; returns what is known of it.
+
+        Prefixes follow from all requests of a call, so an answer that was given among others is not used again.
+        """
+        self._call = name_of(*(name_of(request.id, request.n, request.prompt_ids) for request in requests))
+        found = {key: record for key, record in self._kept.items() if record.get("call") == self._call}
+        if self._journal is not None:
+            self._resumed += len(found)
+            if not found and any((request.id, 0) in self._kept for request in requests):
+                _log.warning("%s holds answers that were given among other requests: all is asked", self._journal.path)
+        return found
+
     def _keep(self, record: Record) -> None:
+        record = {**record, "call": self._call}
         if self._journal is not None and record["finish_reason"] != "error":
             self._journal.add(record)
         else:
@@ -193,8 +220,9 @@ class BicacheLM(LM):
                 asked[name] = dataclasses.replace(asked[name], n=seen[name])
         texts: dict[tuple[str, int], str] = {}
         with self._bar("answers", len({*places}), disable_tqdm) as bar:
-            bar.update(sum(place in self._kept for place in {*places}))
-            for record in self._session.stream(list(asked.values()), self._kept, partial=False):
+            known = self._recalled(list(asked.values()))
+            bar.update(len(known))
+            for record in self._session.stream(list(asked.values()), known, partial=False):
                 self._keep(record)
                 bar.update()
         for instance, place in zip(requests, places, strict=True):
@@ -208,21 +236,26 @@ class BicacheLM(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihoods, and whether greedy decoding gives the continuation.
 
-        Continuations of one context are the choices of one request. The second is only looked at where a context has
-        one continuation, as in LAMBADA, or the estimate asks for it; else it is False.
+        Continuations of one context in a document are the choices of one request. The second is only looked at where
+        there is one continuation, as in LAMBADA, or the estimate asks for it; else it is False. A continuation without
+        tokens is certain.
         """
-        texts: dict[str, dict[str, int]] = {}
-        for instance in requests:
+        texts: dict[tuple[Any, ...], dict[str, None]] = {}
+        documents = []
+        for place, instance in enumerate(requests):
             context, continuation = instance.args
-            of_context = texts.setdefault(context, {})
-            of_context.setdefault(continuation, len(of_context))
-        asked = {context: self._choices(context, list(of_context)) for context, of_context in texts.items()}
-        self._score(asked.values(), disable_tqdm)
+            document = place if instance.doc_id is None else instance.doc_id  # one made by hand belongs to no document
+            documents.append((instance.task_name, document, context))
+            texts.setdefault(documents[-1], {})[continuation] = None
+        asked = {document: self._choices(document[-1], list(words)) for document, words in texts.items()}
+        self._score([request for request, _ in asked.values() if request is not None], disable_tqdm)
         found = []
-        for instance in requests:
-            context, continuation = instance.args
-            choice = self._record(asked[context].id)["choices"][texts[context][continuation]]
-            answer = choice["log_likelihood"], bool(choice.get("greedy", False))
+        for instance, document in zip(requests, documents, strict=True):
+            request, numbers = asked[document]
+            answer = 0.0, True
+            if request is not None and instance.args[1] in numbers:
+                choice = self._record(request.id)["choices"][numbers[instance.args[1]]]
+                answer = choice["log_likelihood"], bool(choice.get("greedy", False))
             self.cache_hook.add_partial("loglikelihood", instance.args, answer)
             found.append(answer)
         return found
@@ -257,15 +290,22 @@ class BicacheLM(LM):
             raise BicacheError("a request has no context, and the model has no end-of-text token to put there")
         return ends[:1]
 
-    def _choices(self, context: str, texts: Sequence[str]) -> ScoreRequest:
-        """The request of a context and all that may follow it."""
+    def _choices(self, context: str, texts: Sequence[str]) -> tuple[ScoreRequest | None, dict[str, int]]:
+        """The request of a context and what may follow it in a document, and each text's number among its choices.
+
+        Texts without tokens have none; where no text has any, there is no request.
+        """
         if context.strip():
             ids, cuts = cut(context, texts, self._encoder())
         else:
-            ids, cuts = self._nothing, [self._encoder(bare=True).encode(context + text) for text in texts]
+            ids, cuts = (), [self._encoder(bare=True).encode(context + text) for text in texts]
+        tokens = {text: own for text, own in zip(texts, cuts, strict=True) if own}
+        if not tokens:
+            return None, {}
         name = name_of("loglikelihood", context, texts, self._templated)
-        request = self._request(name, ids or self._nothing, cuts)
-        return dataclasses.replace(request, greedy=request.greedy or len(texts) == 1)
+        request = self._request(name, ids or self._nothing, list(tokens.values()))
+        request = dataclasses.replace(request, greedy=request.greedy or len(texts) == 1)
+        return request, {text: number for number, text in enumerate(tokens)}
 
     def _request(self, name: str, ids: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> ScoreRequest:
         ids = self._fitting(ids, self._max_length - max(map(len, texts)), "a text")
@@ -277,11 +317,13 @@ class BicacheLM(LM):
             raise BicacheError(f"a request of the harness cannot run: {fault}") from None
 
     def _score(self, asked: Iterable[ScoreRequest], hidden: bool) -> None:
-        """Scores what the journal has not."""
-        requests = [dataclasses.replace(request, index=at) for at, request in enumerate(asked)]
+        """Scores what the journal has not; documents that ask the same share a request."""
+        by_name = {request.id: request for request in asked}
+        requests = [dataclasses.replace(request, index=at) for at, request in enumerate(by_name.values())]
         with self._bar("likelihoods", len(requests), hidden) as bar:
-            bar.update(sum((request.id, 0) in self._kept for request in requests))
-            for score in self._session.scores(requests, self._estimate, self._kept):
+            known = self._recalled(requests)
+            bar.update(len(known))
+            for score in self._session.scores(requests, self._estimate, known):
                 self._keep(score.to_record())
                 bar.update()
 

@@ -15,12 +15,20 @@ from bicache_jax.harness.asked import cut_at, name_of, settings_of, stops_of, wi
         ({"until": "\n\n", "max_gen_toks": 32}, None, {"gen_length": 32, "stop": ["\n\n"]}),
         ({"until": ["a", "", "b"], "max_gen_toks": 32}, 64, {"gen_length": 64, "stop": ["a", "b"]}),
         ({"do_sample": False, "temperature": 0.7}, 8, {"gen_length": 8}),
+        ({"max_gen_toks": None, "max_new_tokens": 16}, None, {"gen_length": 16}),
+        ({"max_gen_toks": "many"}, 4, {"gen_length": 4}),
         ({"do_sample": True}, 8, {"gen_length": 8, "temperature": 1.0}),
         ({"temperature": 0.7, "top_p": 0.9, "top_k": None}, 8, {"gen_length": 8, "temperature": 0.7, "top_p": 0.9}),
     ],
 )
 def test_arguments_of_generation(arguments, gen_length, fields) -> None:
     assert settings_of(arguments, gen_length) == fields
+
+
+@pytest.mark.parametrize("length", ["32", 2.5, True, 0])
+def test_lengths_are_numbers_of_tokens(length) -> None:
+    with pytest.raises(BicacheError, match="max_gen_toks must be an integer"):
+        settings_of({"max_gen_toks": length}, None)
 
 
 def test_arguments_that_mean_nothing_are_named() -> None:
