@@ -35,7 +35,7 @@ A request is a JSON object on one line, with one of
   "prompt": text    "messages": [{"role": ..., "content": ...}, ...]    "prompt_ids": [token, ...]
   "template": text with holes    "template_ids": [token, ...], in which each run of the model's mask token is a hole
 where content is a text or a list of {"type": "text", "text": ...}. A hole is {mask:N}, N tokens long, and a brace of
-the text is doubled: {{ or }}; or a template is a list of texts and of lengths of holes. Messages may end with one:
+the text is doubled, {{ or }}; or a template is a list of texts and of lengths of holes. Messages may end with one, as
 {"role": "assistant", "template": ...}. The model sees what stands between and behind the holes. And optionally
   "id": a name (default: the number of the line)   "prefix_len": tokens of the prefix   "n": samples
   "stop": a string or a list of strings that end the text, or that of the hole in which they are

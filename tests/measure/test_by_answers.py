@@ -145,7 +145,9 @@ def test_a_random_model_is_measured_and_goes_on_where_it_was_cut_short(
 def test_a_model_of_another_family_without_answers(tmp_path: Path) -> None:
     data = _data(tmp_path, 8, answers=False)
     output = tmp_path / "table.json"
-    assert _profile(golden.DATA / "a2d-qwen3", data, output, "--quiet", "--steps", "2") == 0
+    folder = golden.DATA / "a2d-qwen3"
+    mask = json.loads((folder / "cases.json").read_text())["mask_token_id"]
+    assert _profile(folder, data, output, "--quiet", "--steps", "2", "--mask-id", str(mask)) == 0
     table = load_table(output)
     assert table.answers is not None and table.answers["with_answers"] == 0
     for found in table.answers["by_ratio"].values():

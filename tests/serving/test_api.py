@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import golden
+import jax
 import numpy as np
 import pytest
 from word_tokenizer import word_tokenizer
@@ -236,7 +237,7 @@ def test_things_print_in_a_line_compare_and_have_hashes(model: Model, engine: En
     request = Request("r", IDS)
     for thing in (model, engine, result, request, EIGHT, CacheConfig(table={0: 1}), Result("e", error="bad")):
         assert thing == thing and thing != 5 and isinstance(hash(thing), int)
-        assert len(repr(thing)) < 500 and "\n" not in repr(thing)
+        assert len(repr(thing)) < 600 and "\n" not in repr(thing)
     assert repr(model).startswith("Model(") and "6 layers" in repr(model) and "parameters" in repr(model)
     assert result == dataclasses.replace(result) and hash(result) == hash(dataclasses.replace(result))
     assert model != dataclasses.replace(model)
@@ -268,10 +269,10 @@ def test_a_text_ends_at_the_first_of_its_ends(model: Model) -> None:
     read = lambda tokens, **more: read_text(  # noqa: E731
         tokens, Request("r", IDS, **more), model.config, model.tokenizer
     )
-    assert dataclasses.astuple(read((5, 6, eos, 7))) == ("w5 w6", 2, True)
-    assert dataclasses.astuple(read((5, 6, eos, 7), max_tokens=2)) == ("w5 w6", 2, False)
-    assert dataclasses.astuple(read((5, 6, eos, 7), stop=("w6", "5 w6"))) == ("w", 2, True)
-    assert dataclasses.astuple(read((5, 6, eos, 7), stop=("w7",))) == ("w5 w6", 2, True)
+    assert dataclasses.astuple(read((5, 6, eos, 7))) == ("w5 w6", 2, True, ())
+    assert dataclasses.astuple(read((5, 6, eos, 7), max_tokens=2)) == ("w5 w6", 2, False, ())
+    assert dataclasses.astuple(read((5, 6, eos, 7), stop=("w6", "5 w6"))) == ("w", 2, True, ())
+    assert dataclasses.astuple(read((5, 6, eos, 7), stop=("w7",))) == ("w5 w6", 2, True, ())
     assert read((5, model.config.mask_id, 8), stop=("w8",)).text == "w5\u2591 "
 
 
@@ -306,6 +307,7 @@ def test_without_other_requests_for_a_prefix_company_does_not_matter(model: Mode
 @pytest.mark.parametrize("block_cache", ["off", "prefix"])
 def test_after_a_warm_up_nothing_is_compiled(model: Model, block_cache: str) -> None:
     sampling = SamplingConfig(gen_length=16, steps=8, block_length=8)
+    jax.clear_caches()  # another test may have compiled the same
     engine = Engine(model, cache=CacheConfig(boundary=3, block_cache=block_cache), sampling=sampling)  # type: ignore[arg-type]
     asked = [{"prompt_ids": [*range(10, 40), 50 + i], "prefix_len": 30} for i in range(2)]
     warmed = engine.warmup(asked)
