@@ -238,7 +238,8 @@ def model_arguments(arguments: Mapping[str, Any]) -> argparse.Namespace:
     """
     parser = Parser(prog="--model_args")
     add_model_flags(parser)
-    known = parser._option_string_actions
+    some_model = ["--model", "example"]
+    known = vars(parser.parse_args(some_model))
     words = []
     for name, value in arguments.items():
         flag = "--" + ("model" if name == "pretrained" else name.replace("_", "-"))
@@ -246,7 +247,9 @@ def model_arguments(arguments: Mapping[str, Any]) -> argparse.Namespace:
         if value is True or str(value).lower() == "true":
             words.append(flag)
         elif value is False or str(value).lower() == "false":
-            words += [negated] if negated in known else [] if flag in known else [flag]
+            _, unknown = parser.parse_known_args([*some_model, negated])
+            is_flag = flag[2:].replace("-", "_") in known
+            words += [negated] if not unknown else [] if is_flag else [flag]
         elif value is not None:
             words += [flag, str(value).replace(";", ",")]  # the harness parts arguments at commas: mesh=data=2;model=4
     found: argparse.Namespace = parser.parse_args(words)
