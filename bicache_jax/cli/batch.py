@@ -14,8 +14,8 @@ from bicache_jax.bulk.job import Job, Stopped
 from bicache_jax.bulk.state import State, Worker
 from bicache_jax.bulk.storage import inputs
 from bicache_jax.cli import backend
+from bicache_jax.cli.file_run import EXIT_ERRORS
 from bicache_jax.cli.generate import (
-    EXIT_ERRORS,
     add_answering_arguments,
     add_running_arguments,
     configurations,

@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
 
-from bicache_jax.bulk.manifest import Entry
 from bicache_jax.cli import backend
 from bicache_jax.cli.canvas import Canvas, is_terminal
 from bicache_jax.cli.decoding import add_decoding_flags, add_step_flags, sampling_from_flags
+from bicache_jax.cli.file_run import FileRun, status
 from bicache_jax.cli.interrupt import ends_at_once
-from bicache_jax.cli.options import (
-    Parser,
-    auto_or_integer,
-    integer,
-)
-from bicache_jax.cli.outputs import Output, open_output, write_event
+from bicache_jax.cli.options import Parser, auto_or_integer, integer
+from bicache_jax.cli.outputs import write_event
 from bicache_jax.cli.presets import add_preset_flag, preset_summary
-from bicache_jax.cli.report import Progress, closing_line
+from bicache_jax.cli.report import closing_line
 from bicache_jax.cli.running import add_cache_arguments, add_device_arguments, add_model_arguments, cache_from_flags
 from bicache_jax.core.config import CacheConfig, SamplingConfig
-from bicache_jax.core.types import Record, Result
+from bicache_jax.core.types import Result
 from bicache_jax.serving.inputs import read_requests
 from bicache_jax.serving.results import FORMATS, ResultFormat
 
@@ -61,8 +55,6 @@ exit status: 0 all is well, 2 bad flags or an unreadable file, 3 some requests h
 examples:
   bicache generate --model example --input examples/requests.jsonl --output out.jsonl
   bicache generate --model ./LLaDA-8B-Instruct --input - --output - --gen-length 256 --steps 128 --block-length 32"""
-
-EXIT_ERRORS = 3
 
 
 def add_arguments(parser: Parser) -> None:
@@ -167,49 +159,25 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(args)
     cache, sampling = configurations(args)
-    output: Output | None = None
-    progress: Progress | None = None
-
-    def last_words() -> str:
-        if progress is not None:
-            progress.close()
-        return output.last_words() if output is not None else ""
-
-    with ExitStack() as stack:
-        stack.enter_context(ends_at_once(last_words))
-        requests = read_requests(args.input)
-        # The output comes before the model: a bad output must not cost a load.
-        output = open_output(args.output, args.input, resume=args.resume, stream=args.stream, overwrite=args.overwrite)
-        stack.callback(output.close)
+    with FileRun(args, "results", stream=args.stream) as job:
+        requests = job.requests
         run = backend.open_session(args, cache, sampling)
         requests.items = run.parse(requests)
-        output.format = result_format(args)
-        output.begin(requests, {**run.identity(requests), **output.format.identity})
-        if output.complete is not None:
-            return _already(args, output.complete)
-        resumed = len(output.finished)
+        form = result_format(args)
+        complete = job.begin(form, {**run.identity(requests), **form.identity})
+        if complete is not None:
+            return complete
         drawn = args.stream and is_terminal(sys.stdout)
-        show = Canvas().show if drawn else write_event
-        if args.stream:
-            for item in requests.items:
-                if isinstance(item, Result):
-                    show(item.to_json())
-        progress = Progress(requests, resumed, quiet=args.quiet or drawn)
-        stack.callback(progress.close)
+        show = (Canvas().show if drawn else write_event) if args.stream else lambda record: None
+        for item in requests.items:
+            if isinstance(item, Result):
+                show(item.to_json())
         every = None if args.stream_every == "auto" else args.stream_every
-        try:
-            for record in run.stream(requests.valid, output.finished, partial=args.stream, every=every):
-                if args.stream:
-                    show(record)
-                if record["finish_reason"] is not None:
-                    output.add(record)
-                    progress.update()
-            records = output.finish()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(output.last_words()) from None
+        events = run.stream(requests.valid, job.output.finished, partial=args.stream, every=every)
+        records = job.collect(events, bar=not (args.quiet or drawn), show=show)
     if not args.quiet:
-        print(closing_line(records, requests, run.stats, resumed), file=sys.stderr)
-    return _status(records)
+        print(closing_line(records, requests, run.stats, job.resumed), file=sys.stderr)
+    return status(records)
 
 
 def configurations(args: argparse.Namespace) -> tuple[CacheConfig, SamplingConfig]:
@@ -245,16 +213,4 @@ def show_plan(args: argparse.Namespace, *, as_json: bool = False) -> int:
     errors = [item.to_json() for item in requests.items if isinstance(item, Result)]
     for error in errors:
         print(f"bicache: {error['error']}", file=sys.stderr)
-    return _status(errors)
-
-
-def _already(args: argparse.Namespace, entry: Entry) -> int:
-    """What `--resume` says where there is nothing left to do."""
-    if not args.quiet:
-        errors = f", {entry.errors} of them errors" if entry.errors else ""
-        print(f"bicache: {args.output} is complete: {entry.results} results{errors}", file=sys.stderr)
-    return EXIT_ERRORS if entry.errors else 0
-
-
-def _status(records: Sequence[Record]) -> int:
-    return EXIT_ERRORS if any(record["finish_reason"] == "error" for record in records) else 0
+    return status(errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
@@ -235,6 +235,27 @@ def add_weights_flag(group: FlagGroup) -> None:
         help="look for NaN and infinity in every tensor while the model is loaded, and name those tensors"
         " (default: off)",
     )
+
+
+def refuse_flags(
+    args: argparse.Namespace, names: Iterable[str], add_arguments: Callable[[Parser], None], why: str
+) -> None:
+    """Refuses flags that have no use here.
+
+    Args:
+        args: what was parsed.
+        names: the flags' names.
+        add_arguments: what adds the command's flags, and so knows their defaults.
+        why: what is said of one that was given.
+
+    Raises:
+        BicacheError: one has another value than its default.
+    """
+    defaults = Parser()
+    add_arguments(defaults)
+    for name in names:
+        if getattr(args, name) != defaults.get_default(name):
+            raise BicacheError(f"--{name.replace('_', '-')} {why}")
 
 
 def from_flags(make: Callable[..., C], **fields: Any) -> C:

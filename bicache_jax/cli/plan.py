@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from bicache_jax.cli.generate import add_running_arguments, configurations, show_plan
-from bicache_jax.cli.options import Parser, flag_named, fraction, integer, row_count
+from bicache_jax.cli.options import Parser, flag_named, fraction, integer, refuse_flags, row_count
 from bicache_jax.core.types import BicacheError
 
 HELP = "show what generate would do with a file of requests, or what a model would need on a device"
@@ -88,11 +88,7 @@ def _show_capacity(args: argparse.Namespace, given: set[str]) -> int:
     from bicache_jax.serving.capacity import Shape, capacity, describe
     from bicache_jax.wiring import device
 
-    defaults = Parser()
-    add_arguments(defaults)
-    for name in _NOT_OF_SHAPES:
-        if getattr(args, name) != defaults.get_default(name):
-            raise BicacheError(f"--{name.replace('_', '-')} has no place in a plan from shapes alone (--config)")
+    refuse_flags(args, _NOT_OF_SHAPES, add_arguments, "has no place in a plan from shapes alone (--config)")
     cache, sampling = configurations(args)
     with flag_named("device"):
         chip, _ = device(args.device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bicache_jax.bulk.journal import Journal, journal_path, write_atomic
 from bicache_jax.cli import backend
 from bicache_jax.cli.decoding import add_step_flags
-from bicache_jax.cli.options import DTYPE_HELP, Parser, add_checkpoint_flags, fraction, from_flags, integer, warn
+from bicache_jax.cli.options import DTYPE_HELP, add_checkpoint_flags, fraction, from_flags, integer, refuse_flags, warn
 from bicache_jax.core.config import CRITERIA, DTYPES, SamplingConfig
 from bicache_jax.core.types import BicacheError, Model
 from bicache_jax.core.version import version
@@ -162,16 +162,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs `bicache profile`; returns the exit status."""
     from bicache_jax.measure.profile import refuse_exact
 
-    if args.criterion == "answers" and (args.synthetic or args.with_response):
-        raise BicacheError("--criterion answers: --synthetic and --with-response are for --criterion similarity")
-    if args.criterion == "answers" and args.max_tokens != 1024:
-        raise BicacheError("--max-tokens is of split texts, for --criterion similarity")
-    if args.criterion == "similarity":
-        defaults = Parser()
-        add_arguments(defaults)
-        for name in ("max_loss", "confidence", "scorer", "steps", "steps_per_block", "block_length"):
-            if getattr(args, name) != defaults.get_default(name):
-                raise BicacheError(f"--{name.replace('_', '-')} is for --criterion answers")
+    for criterion, names in _ONLY.items():
+        if criterion != args.criterion:
+            refuse_flags(args, names, add_arguments, f"is for --criterion {criterion}")
     data = read_requests(args.data, flag="--data")
     plot = None if args.no_plot else Path(args.plot or Path(args.output).with_suffix(".png"))
     if plot is not None:
@@ -293,6 +286,11 @@ def _bar(args: argparse.Namespace, **settings: Any) -> Any:
     return tqdm(disable=args.quiet or not sys.stderr.isatty(), leave=False, **settings)
 
 
+_ONLY = {
+    "similarity": ("synthetic", "with_response", "max_tokens"),
+    "answers": ("max_loss", "confidence", "scorer", "steps", "steps_per_block", "block_length"),
+}
+"""Flags of one criterion alone."""
 _DETERMINING = (
     "mask_id",
     "block_causal",

@@ -49,8 +49,8 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
     """
     errors = sum(record["finish_reason"] == "error" for record in records)
     boundaries = sorted({record["boundary"] for record in records if record["prefix_len"]})
-    done = f"{_count(len(records), 'result')} for {_count(len(requests.items), 'request')}"
-    notes = [_count(errors, "error")] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
+    done = f"{count(len(records), 'result')} for {count(len(requests.items), 'request')}"
+    notes = [count(errors, "error")] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
     parts = [f"{done} ({', '.join(notes)})" if notes else done]
     scored = accuracy(records, requests)
     if scored is not None:
@@ -63,12 +63,13 @@ def closing_line(records: Sequence[Record], requests: Requests, stats: Any, resu
             f" {stats.tokens / decoding:.0f} tokens/s without it"
         )
     saved = f" ({stats.passes_saved} saved by early stops)" if stats.passes_saved else ""
-    parts.append(f"{stats.forward_passes} forward passes{saved}, {_count(stats.prefix_hits, 'prefix hit')}")
+    parts.append(f"{stats.forward_passes} forward passes{saved}, {count(stats.prefix_hits, 'prefix hit')}")
     if boundaries:
         first, last = boundaries[0], boundaries[-1]
         parts.append(f"boundary {first}" if first == last else f"boundary {first} to {last}")
     return f"bicache: {'; '.join(parts)}"
 
 
-def _count(number: int, thing: str) -> str:
+def count(number: int, thing: str) -> str:
+    """So many things, in words."""
     return f"{number} {thing}{'' if number == 1 else 's'}"

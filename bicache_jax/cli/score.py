@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from bicache_jax.cli import backend
-from bicache_jax.cli.generate import EXIT_ERRORS
-from bicache_jax.cli.interrupt import ends_at_once
+from bicache_jax.cli.file_run import FileRun, status
 from bicache_jax.cli.options import Parser, from_flags, integer
-from bicache_jax.cli.outputs import Output, open_output
-from bicache_jax.cli.report import Progress
+from bicache_jax.cli.report import count
 from bicache_jax.cli.running import add_cache_arguments, add_device_arguments, add_model_arguments, cache_from_flags
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.score import METHODS, MOST_SAMPLES, Estimate
 from bicache_jax.core.types import Record
-from bicache_jax.serving.inputs import Requests, read_requests
+from bicache_jax.serving.inputs import Requests
 from bicache_jax.serving.results import ScoreFormat
 
 if TYPE_CHECKING:
@@ -127,47 +124,25 @@ def estimate_from_flags(args: argparse.Namespace) -> Estimate:
 def run(args: argparse.Namespace) -> int:
     """Runs `bicache score`; returns the exit status."""
     cache, estimate = cache_from_flags(args), estimate_from_flags(args)
-    output: Output | None = None
-    progress: Progress | None = None
-
-    def last_words() -> str:
-        if progress is not None:
-            progress.close()
-        return output.last_words() if output is not None else ""
-
-    with ExitStack() as stack:
-        stack.enter_context(ends_at_once(last_words))
-        requests = read_requests(args.input)
-        output = open_output(args.output, args.input, resume=args.resume, stream=False, overwrite=args.overwrite)
-        stack.callback(output.close)
+    with FileRun(args, "scores") as job:
+        requests = job.requests
         args.early_stop = False
         session = backend.open_session(args, cache, SamplingConfig(seed=args.seed))
         requests.items = session.read_scores(requests, estimate)
-        output.format = ScoreFormat()
-        output.begin(requests, {"command": "score", **session.score_identity(requests, estimate)})
-        if output.complete is not None:
-            if not args.quiet:
-                print(f"bicache: {args.output} is complete: {output.complete.results} scores", file=sys.stderr)
-            return EXIT_ERRORS if output.complete.errors else 0
-        resumed = len(output.finished)
-        progress = Progress(requests, resumed, quiet=args.quiet)
-        stack.callback(progress.close)
-        try:
-            for score in session.scores(requests.valid, estimate, output.finished):
-                output.add(score.to_record())
-                progress.update()
-            records = output.finish()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(output.last_words()) from None
+        complete = job.begin(ScoreFormat(), {"command": "score", **session.score_identity(requests, estimate)})
+        if complete is not None:
+            return complete
+        scores = session.scores(requests.valid, estimate, job.output.finished)
+        records = job.collect((score.to_record() for score in scores), bar=not args.quiet)
     if not args.quiet:
-        print(_closing_line(records, requests, session.stats, resumed), file=sys.stderr)
-    return EXIT_ERRORS if any(record["finish_reason"] == "error" for record in records) else 0
+        print(_closing_line(records, requests, session.stats, job.resumed), file=sys.stderr)
+    return status(records)
 
 
 def _closing_line(records: Sequence[Record], requests: Requests[Any], stats: Stats, resumed: int) -> str:
     """The run in one line."""
     errors = sum(record["finish_reason"] == "error" for record in records)
-    done = f"{len(records)} scores" if len(records) != 1 else "1 score"
+    done = count(len(records), "score")
     notes = [f"{errors} of them errors"] * bool(errors) + [f"{resumed} from the journal"] * bool(resumed)
     parts = [f"{done} ({', '.join(notes)})" if notes else done]
     right = [

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from bicache_jax.core.config import SamplingConfig
 from bicache_jax.core.types import BicacheError, Request, Result
 from bicache_jax.serving.fields import SAMPLING, BadRequest, given_sampling, is_int, nearest, shown, with_settings
-from bicache_jax.serving.requests import Parser, error_result, request_name
+from bicache_jax.serving.requests import Parsed, Parser, error_result, request_name
 
 Errors = Literal["raise", "return"]
+Fault = TypeVar("Fault")
 # Wrong types get a message of ours that says where they are, so nothing checks these before it.
 if TYPE_CHECKING:
     Message: TypeAlias = Mapping[str, Any]
@@ -68,36 +69,86 @@ def admit(asked: Asked, parser: Parser, *, errors: Errors) -> list[Request | Res
         ValueError: `errors` is something else.
         BicacheError: with `errors="raise"`, a request is faulty; the message names the first and counts the others.
     """
+    single, entries = entries_of(asked, errors, single=_is_one(asked), forms=_FORMS)
+
+    def name_of(entry: Any, number: int) -> str:
+        record = entry if isinstance(entry, Request) else _record(entry)
+        return record.id if isinstance(record, Request) else request_name(record, number)
+
+    def parse(entry: Any, name: str, place: int) -> Request:
+        if isinstance(entry, Request):
+            return dataclasses.replace(parser.checked(entry), index=place)
+        return parser.parse(_record(entry), name, place)
+
+    return admit_each(entries, errors, single=single, name_of=name_of, parse=parse, fault=error_result, done=Result)
+
+
+def entries_of(asked: Any, errors: str, *, single: bool, forms: str) -> tuple[bool, list[Any]]:
+    """What was asked, one by one.
+
+    Args:
+        asked: one request or an iterable of them.
+        errors: as `admit` takes it.
+        single: whether it is one.
+        forms: what a request may be, for messages.
+
+    Returns:
+        `single`, and the requests.
+
+    Raises:
+        TypeError: this is neither a request nor a collection of them.
+        ValueError: `errors` is none of its values.
+    """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors must be 'raise' or 'return', got {errors!r}")
-    single = _is_one(asked)
-    if not single and (isinstance(asked, bytes) or not isinstance(asked, Iterable)):
-        raise TypeError(f"requests must be {_FORMS}, or a list of such, got {_what(asked)}")
-    entries: list[Any] = [asked]
-    if not single:
-        entries = list(cast(Iterable[Any], asked))
-    admitted: list[Request | Result] = []
+    if not single and (isinstance(asked, str | bytes) or not isinstance(asked, Iterable)):
+        raise TypeError(f"requests must be {forms}, or a list of such, got {_what(asked)}")
+    return single, [asked] if single else list(asked)
+
+
+def admit_each(
+    entries: Sequence[Any],
+    errors: Errors,
+    *,
+    single: bool,
+    name_of: Callable[[Any, int], str],
+    parse: Callable[[Any, str, int], Parsed],
+    fault: Callable[[str, str], Fault],
+    done: type[Fault] | tuple[()] = (),
+) -> list[Parsed | Fault]:
+    """Makes requests of what was asked, and finds every fault of them.
+
+    Args:
+        entries: what was asked, one by one.
+        errors: as `admit` takes it.
+        single: whether it was one request, and not a list of one.
+        name_of: the id of an entry, which is the `number`-th; raises `TypeError` or `BadRequest`.
+        parse: the request of an entry, its id and its place; raises likewise.
+        fault: what stands in the place of a faulty request, by its id and the message.
+        done: what passes through.
+
+    Raises:
+        TypeError: with `errors="raise"`, an entry has no form of a request.
+        BicacheError: with `errors="raise"`, a request is faulty; the message names the first and counts the others.
+    """
+    admitted: list[Parsed | Fault] = []
     faults: list[TypeError | BicacheError] = []
     seen: set[str] = set()
     for place, entry in enumerate(entries):
+        if isinstance(entry, done):
+            admitted.append(entry)
+            continue
         where, name = "request" if single else f"requests[{place}]", str(place + 1)
         try:
-            if isinstance(entry, Result):
-                admitted.append(entry)
-                continue
-            record = entry if isinstance(entry, Request) else _record(entry)
-            name = record.id if isinstance(record, Request) else request_name(record, place + 1)
+            name = name_of(entry, place + 1)
             if name in seen:
                 raise BadRequest(f"id {name!r} is that of an earlier request; give every request an id of its own")
             seen.add(name)
-            if isinstance(record, Request):
-                admitted.append(dataclasses.replace(parser.checked(record), index=place))
-            else:
-                admitted.append(parser.parse(record, name, place))
-        except (BadRequest, TypeError) as fault:
-            message = f"{where}: {fault}"
-            faults.append(TypeError(message) if isinstance(fault, TypeError) else BicacheError(message))
-            admitted.append(error_result(name, message))
+            admitted.append(parse(entry, name, place))
+        except (BadRequest, TypeError) as error:
+            message = f"{where}: {error}"
+            faults.append(TypeError(message) if isinstance(error, TypeError) else BicacheError(message))
+            admitted.append(fault(name, message))
     if faults and errors == "raise":
         first, others = faults[0], len(faults) - 1
         more = f" (and {others} more of the {len(entries)} requests {'is' if others == 1 else 'are'} faulty)"

@@ -25,6 +25,14 @@ from bicache_jax.serving.stats import Counters
 from bicache_jax.serving.texts import read_text
 
 
+def not_finite(request_id: str, when: str = "") -> str:
+    """What is said where logits are not finite."""
+    return (
+        f"request {request_id!r}: the model's logits are not finite{when}: its weights hold NaN or infinity, or"
+        " overflow in this dtype; load it with --check-weights (check_weights=True) to see which"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Executor:
     """A model on its devices.
@@ -158,8 +166,7 @@ class Executor:
             id=row.request.id,
             sample=row.sample,
             finish_reason="error",
-            error=f"request {row.request.id!r}: the model's logits are not finite at step {step}: its weights hold NaN"
-            " or infinity, or overflow in this dtype; load it with --check-weights (check_weights=True) to see which",
+            error=not_finite(row.request.id, f" at step {step}"),
             steps=step,
             chat=row.request.chat,
             engine_fault=True,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from bicache_jax.core.config import CacheConfig, ModelConfig, SamplingConfig
 from bicache_jax.core.types import BicacheError, Request, Result, Tokenizer
@@ -28,6 +28,8 @@ from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.openai import from_openai, is_openai
 from bicache_jax.serving.prompts import chat_prompt, text_prompt, token_prompt
 from bicache_jax.serving.templates import Template, text_template, token_template
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,26 +162,10 @@ class Parser:
                 a fault.
             source: what messages call the file.
 
-        Yields:
-            A request, or an error result that names the line and the fault, for each line, in order.
+        Returns:
+            An iterator: a request, or an error result that names the line and the fault, for each line, in order.
         """
-        seen: set[str] = set()
-        index = 0
-        for number, line in enumerate(lines, 1):
-            if is_blank(line):
-                continue
-            name = str(number)
-            try:
-                record = json_object(line)
-                name = request_name(record, number)
-                if name in seen:
-                    repeated, name = name, str(number)
-                    raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request its own id")
-                seen.add(name)
-                yield self.parse(record, name, index)
-            except BadRequest as fault:
-                yield error_result(name, f"{source}, line {number}: {fault}")
-            index += 1
+        return parsed_lines(lines, source, self.parse)
 
     def requests(self, lines: Iterable[Any], source: str = "<input>") -> list[Request]:
         """The requests of a file that must not have a bad line; arguments as `lines`.
@@ -193,6 +179,35 @@ class Parser:
                 raise BicacheError(entry.error)
             found.append(entry)
         return found
+
+
+def parsed_lines(
+    lines: Iterable[Any], source: str, parse: Callable[[Mapping[str, Any], str, int], Parsed]
+) -> Iterator[Parsed | Result]:
+    """Parses the lines of a file one by one; see `Parser.lines`.
+
+    Args:
+        lines: the lines.
+        source: what messages call the file.
+        parse: makes a request of an object, its name and its place in the input; raises `BadRequest`.
+    """
+    seen: set[str] = set()
+    index = 0
+    for number, line in enumerate(lines, 1):
+        if is_blank(line):
+            continue
+        name = str(number)
+        try:
+            record = json_object(line)
+            name = request_name(record, number)
+            if name in seen:
+                repeated, name = name, str(number)
+                raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request its own id")
+            seen.add(name)
+            yield parse(record, name, index)
+        except BadRequest as fault:
+            yield error_result(name, f"{source}, line {number}: {fault}")
+        index += 1
 
 
 def error_result(name: str, message: str) -> Result:

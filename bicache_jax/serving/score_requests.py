@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from bicache_jax.core.config import ModelConfig
 from bicache_jax.core.score import Estimate, Score
-from bicache_jax.core.types import BicacheError, Tokenizer
-from bicache_jax.serving.admission import Errors
+from bicache_jax.core.types import Tokenizer
+from bicache_jax.serving.admission import Errors, admit_each, entries_of
 from bicache_jax.serving.fields import NOTES, SEED_LIMIT, BadRequest, check_keys, encodable, flag, integer, shown
-from bicache_jax.serving.inputs import is_blank
 from bicache_jax.serving.prompts import chat_prompt, text_prompt, token_prompt
-from bicache_jax.serving.requests import error_result, json_object, request_name
+from bicache_jax.serving.requests import error_result, request_name
 
 PROMPTS = ("prompt", "messages", "prompt_ids")
 TEXTS = ("continuation", "choices", "continuation_ids", "choices_ids")
@@ -228,62 +227,22 @@ def admit(asked: Scorable, parser: ScoreParser, *, errors: Errors) -> list[Score
     Raises:
         TypeError: this is neither a request nor a collection of them; or, with `errors="raise"`, one of them is not.
         ValueError: `errors` is something else.
-        BicacheError: with `errors="raise"`, a request is faulty; the message names its place.
+        BicacheError: with `errors="raise"`, a request is faulty; the message names the first and counts the others.
     """
-    if errors not in ("raise", "return"):
-        raise ValueError(f"errors must be 'raise' or 'return', got {errors!r}")
-    single = isinstance(asked, Mapping | ScoreRequest)
-    if not single and (isinstance(asked, str | bytes) or not isinstance(asked, Iterable)):
-        raise TypeError(f"requests must be {_FORMS}, or a list of such, got {shown(asked)}")
-    entries: list[Any] = [asked] if isinstance(asked, Mapping | ScoreRequest) else list(asked)
-    found: list[ScoreRequest | Score] = []
-    seen: set[str] = set()
-    for place, entry in enumerate(entries):
-        where, name = "request" if single else f"requests[{place}]", str(place + 1)
-        try:
-            if not isinstance(entry, Mapping | ScoreRequest):
-                raise TypeError(f"a request to score must be {_FORMS}, got {shown(entry)}")
-            name = entry.id if isinstance(entry, ScoreRequest) else request_name(entry, place + 1)
-            if name in seen:
-                raise BadRequest(f"id {name!r} is that of an earlier request; give every request an id of its own")
-            seen.add(name)
-            if isinstance(entry, ScoreRequest):
-                found.append(dataclasses.replace(parser.checked(entry), index=place))
-            else:
-                found.append(parser.parse(entry, name, place))
-        except (BadRequest, TypeError) as fault:
-            message = f"{where}: {fault}"
-            if errors == "raise":
-                raise (TypeError if isinstance(fault, TypeError) else BicacheError)(message) from None
-            found.append(_error(name, message))
-    return found
+    one = Mapping | ScoreRequest
+    single, entries = entries_of(asked, errors, single=isinstance(asked, one), forms=_FORMS)
 
+    def name_of(entry: Any, number: int) -> str:
+        if not isinstance(entry, one):
+            raise TypeError(f"a request to score must be {_FORMS}, got {shown(entry)}")
+        return entry.id if isinstance(entry, ScoreRequest) else request_name(entry, number)
 
-def read_lines(lines: Iterable[bytes], source: str, parser: ScoreParser) -> list[ScoreRequest | Score]:
-    """The requests of a file, one JSON object a line; a bad line becomes a score with the error.
+    def parse(entry: Any, name: str, place: int) -> ScoreRequest:
+        if isinstance(entry, ScoreRequest):
+            return dataclasses.replace(parser.checked(entry), index=place)
+        return parser.parse(entry, name, place)
 
-    Args:
-        lines: the lines; blank ones are skipped.
-        source: what messages call the file.
-        parser: what makes requests of objects.
-    """
-    found: list[ScoreRequest | Score] = []
-    seen: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if is_blank(line):
-            continue
-        name = str(number)
-        try:
-            record = json_object(line)
-            name = request_name(record, number)
-            if name in seen:
-                repeated, name = name, str(number)
-                raise BadRequest(f"id {repeated!r} is that of an earlier line; give every request its own id")
-            seen.add(name)
-            found.append(parser.parse(record, name, len(found)))
-        except BadRequest as fault:
-            found.append(_error(name, f"{source}, line {number}: {fault}"))
-    return found
+    return admit_each(entries, errors, single=single, name_of=name_of, parse=parse, fault=_error)
 
 
 def _error(name: str, message: str) -> Score:

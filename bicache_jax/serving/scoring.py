@@ -20,7 +20,7 @@ from bicache_jax.core.layout import given_tokens, noise_words, response_slots
 from bicache_jax.core.masks import Masks
 from bicache_jax.core.score import Estimate, Likelihood, Score
 from bicache_jax.core.types import Request
-from bicache_jax.serving.executor import Executor
+from bicache_jax.serving.executor import Executor, not_finite
 from bicache_jax.serving.grouping import detect_prefixes, prefix_ratio
 from bicache_jax.serving.looking import Looking, LookRow, Part, Pending
 from bicache_jax.serving.planner import Planner
@@ -226,9 +226,7 @@ class Scorer:
             if not np.isfinite(estimates).all():
                 return Score(
                     request.id,
-                    error=f"request {request.id!r}: the model's logits are not finite: its weights hold NaN or"
-                    " infinity, or overflow in this dtype; load it with --check-weights (check_weights=True) to see"
-                    " which",
+                    error=not_finite(request.id),
                     engine_fault=True,
                 )
             size = len(estimates)

@@ -28,9 +28,9 @@ from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.inputs import Requests, remaining
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.planner import cache_for
-from bicache_jax.serving.requests import error_result
+from bicache_jax.serving.requests import parsed_lines
 from bicache_jax.serving.rounds import divide
-from bicache_jax.serving.score_requests import ScoreRequest, read_lines
+from bicache_jax.serving.score_requests import ScoreRequest
 from bicache_jax.serving.stats import Stats
 
 
@@ -173,8 +173,7 @@ class Session:
 
     def read_scores(self, requests: Requests[ScoreRequest], estimate: Estimate) -> list[ScoreRequest | Result]:
         """Tokenises the lines of a file of texts to score; a bad line becomes the result that says what is wrong."""
-        found = read_lines(requests.lines, requests.source, self._engine.score_parser(estimate))
-        return [error_result(item.id, item.error or "") if isinstance(item, Score) else item for item in found]
+        return list(parsed_lines(requests.lines, requests.source, self._engine.score_parser(estimate).parse))
 
     def score_identity(self, requests: Requests[ScoreRequest], estimate: Estimate) -> dict[str, Any]:
         """Everything that determines scores, by the names the user knows."""
