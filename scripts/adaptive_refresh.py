@@ -21,6 +21,8 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +217,8 @@ def study(name: str, model: Model, lines: list[Any], boundary: int, gen_length: 
     deep_layers = model.config.num_layers - 1 - boundary
     batches = [_batch(model, requests[begin : begin + ROWS], sampling) for begin in range(0, len(requests), ROWS)]
     ends = [next((i for i, t in enumerate(r.token_ids) if t in model.config.eos_ids), gen_length) for r in plain]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    answers = []
     for rule in RULES:
         tokens, work = [], []
         for cache, laid in batches:
@@ -251,6 +254,9 @@ def study(name: str, model: Model, lines: list[Any], boundary: int, gen_length: 
                 "equal_tokens": round(float(np.mean(equal)), 4),
             }
         )
+        answers.append(np.asarray(same, float))
+    for row, gain in zip(rows, gains(rows, np.stack(answers)), strict=True):
+        row["gain"] = gain
     return {
         "model": name,
         "boundary": boundary,
@@ -260,17 +266,47 @@ def study(name: str, model: Model, lines: list[Any], boundary: int, gen_length: 
     }
 
 
-def beaten(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The realisable rules that give more of the same answers than a fixed N would with as much work.
+def gains(rows: list[dict[str, Any]], answers: np.ndarray) -> list[list[float] | None]:
+    """What each realisable rule gains over a fixed N with as much work, request by request.
 
     Args:
-        rows: of a study; between two fixed intervals agreement is taken to change evenly with work.
+        rows: of a study; between two fixed intervals a request's agreement is taken to change evenly with work.
+        answers: whether each rule gave each request the same answer as none [rules, requests].
+
+    Returns:
+        The mean difference in same answers with a 95 % interval, corrected for the number of rules (Bonferroni; normal
+        approximation); None for fixed intervals and for what could not be had.
     """
-    fixed = sorted((r["work"], r["same_answer"]) for r in rows if r["signal"] == "fixed" and r["share"] == 1)
-    work, same = zip(*fixed, strict=True)
-    best = np.maximum.accumulate(same)
-    mine = [r for r in rows if r["signal"] != "all" and (r["signal"] != "fixed" or r["share"] < 1)]
-    return [r for r in mine if r["same_answer"] > np.interp(r["work"], work, best) + 1e-9]
+    fixed = sorted(
+        (i for i, r in enumerate(rows) if r["signal"] == "fixed" and r["share"] == 1),
+        key=lambda i: float(rows[i]["work"]),
+    )
+    work = [rows[i]["work"] for i in fixed]
+    mine = [i for i, r in enumerate(rows) if i not in fixed and r["signal"] != "all"]
+    quantile = statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, len(mine)))
+    found: list[list[float] | None] = [None] * len(rows)
+    for i in mine:
+        place = float(np.interp(rows[i]["work"], work, np.arange(len(fixed))))
+        low, high = answers[fixed[int(place)]], answers[fixed[math.ceil(place)]]
+        difference = answers[i] - (low + (place - int(place)) * (high - low))
+        mean, error = difference.mean(), quantile * difference.std() / np.sqrt(len(difference))
+        found[i] = [round(float(value), 4) for value in (mean, mean - error, mean + error)]
+    return found
+
+
+def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rules that give more of the same answers than a fixed N with as much work, beyond chance."""
+    return [row for row in rows if row["gain"] is not None and row["gain"][1] > 0]
+
+
+HEADS = (
+    "rule",
+    "refreshes",
+    "with looking",
+    "same answer as none",
+    "equal tokens",
+    "points over a fixed N of as much work (95 %)",
+)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -284,12 +320,13 @@ def page(record: dict[str, Any]) -> str:
                 f"{row['work']:.2f}" if row["signal"] != "all" else None,
                 f"{100 * row['same_answer']:.1f} %",
                 f"{100 * row['equal_tokens']:.1f} %",
+                row["gain"] and "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in row["gain"])),
             )
             for row in part["rows"]
         ]
         said.append(
             f"## {part['model']}: {part['requests']} requests, {part['layers']} layers, b = {part['boundary']}\n\n"
-            + Table(("rule", "refreshes", "with looking", "same answer as none", "equal tokens"), rows).markdown()
+            + Table(HEADS, rows).markdown()
         )
     return "\n\n".join(said) + "\n"
 
@@ -313,7 +350,7 @@ def main() -> None:
     args.output.with_suffix(".md").write_text(page(record))
     print(page(record), end="")
     for part in studies:
-        won = ", ".join(row["rule"] for row in beaten(part["rows"])) or "none"
+        won = ", ".join(row["rule"] for row in winners(part["rows"])) or "none"
         print(f"{part['model']}: rules that beat a fixed N at equal work: {won}")
 
 

@@ -150,7 +150,7 @@ def lower_program(
     cache = CacheConfig(boundary=boundary, block_cache=block_cache, cache_dtype=cache_dtype)
     prompt = (1,) * (prefix + suffix - gen_length)
     requests = [Row(Request(str(row), prompt, prefix, sampling), 0, prefix, 70, boundary) for row in range(rows)]
-    batches = plan_batches(requests, mask_id=config.mask_id, batch_size=rows, batch_boundary="own")
+    batches = plan_batches(requests, mask_id=config.mask_id, cache=cache, batch_size=rows)
     dtype = jnp.dtype(jnp.bfloat16)
     rounds = [(batch,) for batch in batches]
     plan = Plan(config, dtype, cache, tuple(rounds), Buffers.of(rounds, layers))

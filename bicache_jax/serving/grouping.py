@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby, pairwise
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,24 @@ MOST_ROWS = 64
 
 Named = tuple[str, tuple[int, ...]]
 """A prefix by its namespace and its tokens."""
+
+
+class Program(NamedTuple):
+    """What the rows of a program have in common.
+
+    Attributes:
+        prefix: P in buckets.
+        suffix: U in buckets.
+        sizes: its other sizes.
+    """
+
+    prefix: int
+    suffix: int
+    sizes: tuple[int, ...]
+
+    def holds(self, other: Program) -> bool:
+        """Whether rows of a program of shorter suffixes may run in this one, as padding allows."""
+        return self.suffix > other.suffix and (self.prefix, self.sizes) == (other.prefix, other.sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +88,39 @@ class Row:
         """U."""
         return suffix_length(self.request, self.prefix_len) + self.filled
 
+    @property
+    def buckets(self) -> tuple[int, int]:
+        """P and U in buckets."""
+        return length_bucket(self.prefix_len), length_bucket(self.suffix_len)
+
     @functools.cached_property
     def settings(self) -> tuple[object, ...]:
-        """What rows that run together have in common: the boundary, shapes in buckets, decoding settings."""
-        sampling = dataclasses.replace(self.request.sampling, seed=0)
+        """What rows that run together have in common beside their program: the boundary and how tokens are decided.
+
+        Blocks are of one size and have as many steps, the last one too; how many there are is each row's own.
+        """
+        sampling = self.request.sampling
+        last = sampling.gen_length - (sampling.num_blocks - 1) * sampling.block_size
+        rest = dataclasses.replace(sampling, seed=0, gen_length=1, block_length=1, steps=None, steps_per_block=None)
         return (
             self.boundary,
-            length_bucket(self.prefix_len),
-            length_bucket(self.suffix_len),
-            *(str(value) for value in dataclasses.astuple(sampling)),
+            sampling.block_size,
+            last,
+            sampling.block_steps,
+            *(str(value) for value in dataclasses.astuple(rest)),
         )
 
-    def program(self, cache: CacheConfig) -> tuple[object, ...]:
+    def program(self, cache: CacheConfig) -> Program:
         """What rows must have in common to run in the same program, in batches of a round or one after the other."""
         sampling = self.request.sampling
         shape = (
-            length_bucket(self.prefix_len),
-            length_bucket(self.suffix_len),
             width_bucket(sampling.block_size),
             length_bucket(sampling.block_steps),
             len(sampling.suppress_tokens),
             sampling.guided,
         )
-        return shape if cache.block_cache == "off" else (*shape, sampling.block_size, sampling.gen_length)
+        blocks = () if cache.block_cache == "off" else (sampling.block_size, sampling.gen_length)
+        return Program(*self.buckets, (*shape, *blocks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,20 +263,20 @@ def plan_batches(
     rows: Sequence[Row],
     *,
     mask_id: int,
+    cache: CacheConfig,
     batch_size: int | None = None,
-    batch_boundary: Literal["own", "min"] = "own",
     rows_of: Callable[[int, int], int] | None = None,
 ) -> list[Batch]:
     """Puts rows into batches.
 
-    Rows of a batch share boundary, decoding settings and shape buckets, but may have different prefixes. Rows that can
+    Rows of a batch share boundary, decoding settings and program, but may have different prefixes. Rows that can
     share a batch are sorted by prefix, so that rows of the same prefix are neighbours and their batches consecutive.
 
     Args:
         rows: the rows to run.
         mask_id: the mask token; prefixes of twins consist of it.
+        cache: `batch_boundary` `own` separates rows by boundary; `min` merges them and uses the smallest of the batch.
         batch_size: largest number of rows in a batch; None: from `rows_of`.
-        batch_boundary: `own` separates rows by boundary; `min` merges them and uses the smallest boundary of the batch.
         rows_of: largest number of rows for buckets of P and U; None: `default_rows`.
 
     Returns:
@@ -257,7 +285,7 @@ def plan_batches(
 
     def together(row: Row) -> tuple[object, ...]:
         boundary, *settings = row.settings
-        return (boundary if batch_boundary == "own" else -1, *settings)
+        return (boundary if cache.batch_boundary == "own" else -1, row.program(cache), *settings)
 
     def order(row: Row) -> tuple[object, ...]:
         return (*together(row), row.prefix, row.request.index, row.sample)
@@ -267,7 +295,7 @@ def plan_batches(
         todo = list(members)
         copies = 1 + todo[0].request.sampling.guided
         usual = rows_of or default_rows
-        planned = usual(*(copies * length_bucket(size) for size in (todo[0].prefix_len, todo[0].suffix_len)))
+        planned = usual(*(copies * size for size in todo[0].buckets))
         size = batch_size or planned
         for begin in range(0, len(todo), size):
             chosen = todo[begin : begin + size]

@@ -64,6 +64,7 @@ class _Shard:
 
     def __init__(self, rows: int, prefixes: int, queue: deque[Row]) -> None:
         self.queue = queue
+        self.guests: Sequence[deque[Row]] = ()
         self.rows: list[Row | None] = [None] * rows
         self.index: list[tuple[int, ...]] = [()] * rows  # prefix places of each row
         self.blocks = [0] * rows
@@ -75,6 +76,20 @@ class _Shard:
     @property
     def live(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row is not None]
+
+    @property
+    def waiting(self) -> deque[Row] | None:
+        """The queue from which the next row joins; None: nobody waits.
+
+        Where this lane's own queue is empty, its free places are for guests: rows that would fit a lane of shorter
+        suffixes. The passes that the last of its own rows needs are made anyway; once these have left, guests would
+        make passes that are larger than theirs, so nobody joins any more.
+        """
+        if self.queue or self.leader is None:
+            return self.queue or None
+        if not any(row is not None and row.buckets == self.leader.buckets for row in self.rows):
+            return None
+        return next((queue for queue in self.guests if queue and queue[0].settings == self.leader.settings), None)
 
     def hold(self, prefixes: Sequence[Named]) -> list[tuple[int, bool]] | None:
         """A place for each prefix and whether it is to be written there; None if there is no room for all."""
@@ -143,7 +158,7 @@ class Lane:
     @property
     def waiting(self) -> bool:
         """Whether a row waits."""
-        return any(shard.queue for shard in self._shards)
+        return any(shard.waiting for shard in self._shards)
 
     def under_way(self) -> list[list[Row]]:
         """The rows of each data shard that are under way."""
@@ -187,8 +202,14 @@ class Lane:
             self._cache = more_prefixes(self._cache, groups=shape[0], mesh=placement.mesh)
         self._call = dataclasses.replace(self._call, shape=shape)
 
-    def join(self) -> None:
-        """Gives free places to waiting rows that go with those under way."""
+    def join(self, guests: Sequence[Sequence[deque[Row]]] = ()) -> None:
+        """Gives free places to waiting rows that go with those under way.
+
+        Args:
+            guests: for each lane of shorter suffixes, those of the longest first, its queues by data shard.
+        """
+        for number, shard in enumerate(self._shards):
+            shard.guests = [queues[number] for queues in guests]
         busy, joined = self.busy, [self._admit(shard) for shard in self._shards]
         if not any(joined) and not any(shard.given_up for shard in self._shards):
             return
@@ -208,8 +229,8 @@ class Lane:
         """Takes rows from a queue: the place of each, and the prefixes to write, with their places."""
         joined: Joined = []
         free = [place for place, row in enumerate(shard.rows) if row is None]
-        while shard.queue and free:
-            row: Row = shard.queue[0]
+        while free and (queue := shard.waiting) is not None:
+            row = queue[0]
             if shard.leader is None or row.settings != shard.leader.settings:
                 if shard.live:
                     break  # they share a boundary and settings, so these go first
@@ -219,7 +240,7 @@ class Lane:
             held = shard.hold(prefixes)
             if held is None:
                 break
-            shard.queue.popleft()
+            queue.popleft()
             place = free.pop(0)
             shard.rows[place], shard.blocks[place] = row, 0
             shard.index[place] = tuple(index for index, _ in held) or (0,) * self._call.copies
@@ -290,7 +311,7 @@ class Lane:
         assert self._decoding is not None
         for shard in self._shards:
             free = call.shape[2] - call.copies * len(shard.live)  # padding included
-            stops.append(free + max(1, len(shard.rows) // EAGER) * call.copies if shard.queue else NO_LIMIT)
+            stops.append(free + max(1, len(shard.rows) // EAGER) * call.copies if shard.waiting else NO_LIMIT)
         if self.waiting and len(self._shards) > 1:  # no shard waits for long for the others
             num_steps = min(num_steps, self._plan.cache.interval(call.sampling))
         self._state = decode(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bicache_jax.core.boundary import clamp_boundary
-from bicache_jax.core.buckets import count_bucket, length_bucket, width_bucket
+from bicache_jax.core.buckets import count_bucket, width_bucket
 from bicache_jax.core.cache import PrefixCache
 from bicache_jax.core.config import REFRESH_INTERVAL, CacheConfig
 from bicache_jax.core.layout import lay_out
@@ -17,7 +17,7 @@ from bicache_jax.core.masks import Masks
 from bicache_jax.core.types import Request
 from bicache_jax.decoding.likelihood import Scored
 from bicache_jax.serving.executor import Executor
-from bicache_jax.serving.grouping import Row
+from bicache_jax.serving.grouping import Program, Row
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.prefix_writer import PrefixWriter
 from bicache_jax.serving.rounds import Round
@@ -91,18 +91,13 @@ class LookRow(Row):
     looks: int = 0
 
     @property
-    def _shape(self) -> tuple[object, ...]:
-        width = width_bucket(self.request.sampling.block_size)
-        return length_bucket(self.prefix_len), length_bucket(self.suffix_len), width, _room(self.looks)
-
-    @property
     def settings(self) -> tuple[object, ...]:
-        """What rows that run together have in common: the boundary, shapes in buckets, and about as many looks."""
-        return self.boundary, *self._shape, count_bucket(self.looks)
+        """What rows that run together have in common beside their program: the boundary, and about as many looks."""
+        return self.boundary, count_bucket(self.looks)
 
-    def program(self, cache: CacheConfig) -> tuple[object, ...]:
+    def program(self, cache: CacheConfig) -> Program:
         """What rows of one program have in common."""
-        return self._shape
+        return Program(*self.buckets, (width_bucket(self.request.sampling.block_size), _room(self.looks)))
 
 
 def _looks(row: Row) -> int:

@@ -163,8 +163,7 @@ class Planner:
 
         def places(row: Row) -> int:
             copies = 1 + row.request.sampling.guided
-            _, prefix, suffix = row.settings[:3]
-            assert isinstance(prefix, int) and isinstance(suffix, int)
+            prefix, suffix = row.buckets
             return self.batch_size or fitting(copies * prefix, copies * suffix)
 
         return self._plan((), buffers, device), places

@@ -14,7 +14,7 @@ from bicache_jax.core.buckets import count_bucket, prefix_bucket, suffix_bucket
 from bicache_jax.core.config import CacheConfig, ModelConfig
 from bicache_jax.serving.balance import Group, pack
 from bicache_jax.serving.flops import encode_flops, jobs, row_flops
-from bicache_jax.serving.grouping import Batch, Row, plan_batches
+from bicache_jax.serving.grouping import Batch, Program, Row, plan_batches
 
 Round = tuple[Batch, ...]
 IDLE = Batch(rows=(), prefixes=((),), prefix_index=(), boundary=0)
@@ -104,19 +104,19 @@ def plan_rounds(
     Returns:
         Rounds of one batch a shard, every row in exactly one of them; where a shard has none left, `IDLE`.
     """
-    classes: dict[tuple[object, ...], list[list[Batch]]] = {}
+    classes: dict[Program, list[list[Batch]]] = {}
     for shard, share in enumerate(share_out(config, cache, rows, shards)):
         for batch in plan_batches(
             share,
             mask_id=config.mask_id,
+            cache=cache,
             batch_size=batch_size,
-            batch_boundary=cache.batch_boundary,
             rows_of=rows_of,
         ):
             of_shard = classes.setdefault(batch.rows[0].program(cache), [[] for _ in range(shards)])
             of_shard[shard].append(batch)
     rounds = []
-    for _, of_shard in sorted(classes.items(), key=lambda item: str(item[0])):
+    for _, of_shard in sorted(classes.items(), key=lambda item: item[0], reverse=True):
         for turn in range(max(map(len, of_shard))):
             rounds.append(tuple(batches[turn] if turn < len(batches) else IDLE for batches in of_shard))
     return rounds

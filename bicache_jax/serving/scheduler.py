@@ -19,7 +19,7 @@ from bicache_jax.core.buckets import count_bucket
 from bicache_jax.core.types import Result
 from bicache_jax.serving.executor import Executor
 from bicache_jax.serving.frames import Frames
-from bicache_jax.serving.grouping import Named, Row
+from bicache_jax.serving.grouping import Named, Program, Row
 from bicache_jax.serving.lane import Lane, Seen
 from bicache_jax.serving.plan import Plan
 from bicache_jax.serving.programs import DecodeCall
@@ -49,6 +49,7 @@ class _Class:
     """Rows that may share a lane, waiting and under way.
 
     Attributes:
+        program: what they have in common.
         queues: those that wait, by data shard.
         lane: their lane, if one is open.
         most: most rows of it on a data shard.
@@ -57,7 +58,8 @@ class _Class:
         closing: whether nobody joins the lane any more.
     """
 
-    def __init__(self, shards: int, since: float) -> None:
+    def __init__(self, program: Program, shards: int, since: float) -> None:
+        self.program = program
         self.queues: list[deque[Row]] = [deque() for _ in range(shards)]
         self.lane: Lane | None = None
         self.most, self.turn, self.since, self.closing = 1, 0, since, False
@@ -125,12 +127,11 @@ class Scheduler:
 
     def submit(self, row: Row, shard: int = 0) -> None:
         """Lets a row wait for its turn on a data shard."""
-        key: Hashable = row.program(self._plan.cache)
-        if self._lanes > 1:
-            key = (key, row.settings)
+        program = row.program(self._plan.cache)
+        key: Hashable = (program, row.settings) if self._lanes > 1 else program
         of_row = self._classes.get(key)
         if of_row is None:
-            of_row = self._classes[key] = _Class(self._executor.placement.shards, self._clock())
+            of_row = self._classes[key] = _Class(program, self._executor.placement.shards, self._clock())
         of_row.most = max(of_row.most, self._places(row))
         of_row.put(row, shard)
         self._prefixes.expect(shard, row)
@@ -208,7 +209,8 @@ class Scheduler:
                 if not one.waiting:
                     del self._classes[key]
         self._make_room()
-        for key, one in sorted(self._classes.items(), key=lambda item: item[1].turn):
+        # The longest first: when they become few, shorter ones fill their lane.
+        for key, one in sorted(self._classes.items(), key=lambda item: (item[1].turn, -item[1].program.suffix)):
             if one.lane is None and self._open >= self._lanes:
                 continue
             self._turns += 1
@@ -217,9 +219,14 @@ class Scheduler:
                 self._fit(key, one)
             assert one.lane is not None
             if not one.closing:
-                one.lane.join()
+                one.lane.join(self._guests(one))
             return one.lane
         return None
+
+    def _guests(self, one: _Class) -> list[list[deque[Row]]]:
+        """The queues of the classes whose rows may take places that a class has no use for, longest suffixes first."""
+        shorter = [other for other in self._classes.values() if other.waiting and one.program.holds(other.program)]
+        return [other.queues for other in sorted(shorter, key=lambda other: other.program.suffix, reverse=True)]
 
     @property
     def _open(self) -> int:
@@ -299,7 +306,7 @@ def result_of(executor: Executor, seen: Seen) -> Result | None:
 
 def scheduled(executor: Executor, plan: Plan, prefixes: RunPrefixes) -> Scheduler:
     """A scheduler with all rows of a plan, in its order."""
-    most: dict[tuple[object, ...], int] = {}
+    most: dict[Program, int] = {}
     for batch in plan.batches:
         key = batch.rows[0].program(plan.cache)
         most[key] = max(most.get(key, 1), len(batch.rows))

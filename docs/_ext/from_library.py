@@ -140,8 +140,14 @@ def _letters(app: Sphinx, what: str, name: str, documented: Any, options: Any, l
     lines[:] = [re.sub(r"^(:\w+ \w+: )([A-Z]\.)", r"\1\\\2", line) for line in lines]
 
 
+def _files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Makes links to Markdown files beside the site downloads; as they are written, they work in the repository."""
+    source[0] = re.sub(r"\]\((?=\.\./\.\./[^)]*\.md\))", "](path:", source[0])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the directives."""
+    app.connect("source-read", _files)
     app.connect("doctree-read", _dashes)
     app.connect("autodoc-process-docstring", _letters, priority=900)  # after napoleon
     app.add_directive("commands", Commands)

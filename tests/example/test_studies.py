@@ -77,7 +77,7 @@ def test_the_committed_table_is_of_its_model() -> None:
 
 def test_refreshing_by_drift_is_the_engines_loop_where_it_does_not_adapt() -> None:
     import adaptive_refresh
-    from adaptive_refresh import RULES, beaten
+    from adaptive_refresh import RULES
 
     lines = list(task.draw_requests(task.FIRST_HELD_OUT, 6, people=(3, 3), facts=(2, 2)))
     found = adaptive_refresh.study("example", load_model("example"), lines, 2, 4)
@@ -88,9 +88,22 @@ def test_refreshing_by_drift_is_the_engines_loop_where_it_does_not_adapt() -> No
     loose, tight = rows["all > 0.2"], rows["all > 0.01"]
     assert 1 <= loose["refreshes"] <= tight["refreshes"] <= 4
 
-    def row(signal: str, work: float, same: float, share: float = 1.0) -> dict[str, Any]:
-        return {"rule": f"{signal} {work}", "signal": signal, "share": share, "work": work, "same_answer": same}
-
-    made = [row("fixed", 1, 0.8), row("fixed", 3, 0.9), row("suffix", 2, 0.86), row("first", 2, 0.84)]
-    assert [one["rule"] for one in beaten([*made, row("all", 1, 1.0)])] == ["suffix 2"]
     assert np.isfinite([one["same_answer"] for one in found["rows"]]).all()
+
+
+def test_a_rule_wins_where_it_gains_more_than_chance_over_as_much_work() -> None:
+    from adaptive_refresh import gains, winners
+
+    signals = [("fixed", 1), ("fixed", 3), ("suffix", 2), ("first", 2), ("suffix", 9), ("all", 1)]
+    rows = [{"signal": signal, "share": 1.0, "work": work} for signal, work in signals]
+    right = [80, 90, 100, 86, 90, 100]  # of a hundred requests, the first so many
+    answers = np.asarray([np.arange(100) < count for count in right], float)
+    found = gains(rows, answers)
+    assert [found[place] for place in (0, 1, 5)] == [None] * 3
+    won, close, beyond = (np.asarray(found[place]) for place in (2, 3, 4))
+    assert won[0] == pytest.approx(0.15) and won[1] > 0  # half way between 80 and 90
+    assert close[0] == pytest.approx(0.01) and close[1] < 0 < close[2]
+    assert beyond.tolist() == [0, 0, 0]
+    assert winners([{**row, "gain": gain} for row, gain in zip(rows, found, strict=True)]) == [
+        {**rows[2], "gain": found[2]}
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -51,18 +52,27 @@ def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
 
 
 def test_the_planner_agrees_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against recorded figures, at the largest batches that are planned: both models on every generation."""
+    """Against recorded figures, at the largest batches that are planned.
+
+    Within a tenth for the two models on every generation. Elsewhere the compiler may find more room than is planned,
+    and hardly less.
+    """
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     import what_fits
 
-    records = json.loads((SCRIPT.parent / "results" / "what_fits.json").read_text())
+    records = []
+    for study, cases in what_fits.CASES.items():
+        file = {"slices": "what_fits", "one_chip": "one_chip"}[study]
+        of_study = json.loads((SCRIPT.parent / "results" / f"{file}.json").read_text())
+        assert [dataclasses.replace(what_fits.case_of(found), rows="max") for found in of_study] == cases
+        records += of_study
     fitting = [found for found in records if found["fits"]]
-    cases = {(found["config"], found["topology"].split(":")[0]) for found in fitting}
-    assert cases == {(model, name) for model in ("llada_8b", "dream_7b") for name in names("topologies")}
-    eight_bits = json.loads((SCRIPT.parent / "results" / "one_chip.json").read_text())
-    for found in (*fitting, *(found for found in eight_bits if found["fits"])):
-        assert what_fits.planned(found) == pytest.approx(found["decode"]["peak_bytes"], rel=0.1), found["topology"]
-        assert what_fits.planned(found) <= topology(found["topology"]).memory_gib * 2**30
+    assert {found["topology"].split(":")[0] for found in fitting} == set(names("topologies"))
+    for found in fitting:
+        planned, peak = what_fits.planned(found), found["decode"]["peak_bytes"]
+        usual = found["config"] in what_fits.MODELS and found.get("quantize", "none") == "none"
+        assert 0.96 * peak < planned < (1.1 if usual else 1.4) * peak, (found["config"], found["topology"])
+        assert planned <= topology(found["topology"]).memory_gib * 2**30
 
 
 def test_most_rows_is_the_last_bucket_that_fits() -> None:

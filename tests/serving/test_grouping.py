@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 
 from bicache_jax.core.buckets import count_bucket, layer_bucket, length_bucket, width_bucket
-from bicache_jax.core.config import SamplingConfig
+from bicache_jax.core.config import CacheConfig, SamplingConfig
 from bicache_jax.core.types import Request
 from bicache_jax.serving.grouping import DEEPER, Row, detect_prefixes, plan_batches, prefix_ratio
 
@@ -102,7 +102,8 @@ def test_every_row_runs_once_with_its_like(rows: list[tuple[int, int, int, int]]
         Row(_request(str(i), (prefix,) * 40 + (5,) * rest, index=i), 0, 40, 50, boundary)
         for i, (prefix, _, rest, boundary) in enumerate(rows)
     ]
-    batches = plan_batches(made, mask_id=1, batch_size=size, batch_boundary=merge)  # type: ignore[arg-type]
+    cache = CacheConfig(batch_boundary=merge)  # type: ignore[arg-type]
+    batches = plan_batches(made, mask_id=1, cache=cache, batch_size=size)
     assert sorted(row.request.id for batch in batches for row in batch.rows) == sorted(row.request.id for row in made)
     for batch in batches:
         assert len(batch.rows) <= (size or 64)
@@ -112,7 +113,7 @@ def test_every_row_runs_once_with_its_like(rows: list[tuple[int, int, int, int]]
         assert batch.boundary == min(row.boundary for row in batch.rows)
         if merge == "own":
             assert {row.boundary for row in batch.rows} == {batch.boundary}
-    assert plan_batches(made[::-1], mask_id=1, batch_size=size, batch_boundary=merge) == batches  # type: ignore[arg-type]
+    assert plan_batches(made[::-1], mask_id=1, cache=cache, batch_size=size) == batches
 
 
 @hypothesis.given(st.integers(0, 200_000))
@@ -126,3 +127,16 @@ def test_buckets_hold_what_they_are_for_and_waste_little(size: int) -> None:
         assert count_bucket(size) <= size * 1.5
     assert layer_bucket(size, 30) <= 30 and layer_bucket(min(size, 30), 30) >= min(size, 30)
     assert length_bucket(0) == 0 and layer_bucket(0, 30) == 0
+
+
+def test_rows_of_many_lengths_share_a_batch_unless_blocks_are_cached() -> None:
+    made = []
+    for index, (length, steps) in enumerate([(8, 8), (12, 12), (16, 16), (12, 6), (10, 10)]):
+        sampling = SamplingConfig(gen_length=length, steps=steps, block_length=4, seed=index)
+        made.append(Row(Request(f"{index}", (5,) * 20, 16, sampling, index=index), 0, 16, 50, 2))
+
+    def sizes(**cache: object) -> list[int]:
+        return sorted(len(batch.rows) for batch in plan_batches(made, mask_id=1, cache=CacheConfig(**cache)))  # type: ignore[arg-type]
+
+    assert sizes() == [1, 1, 3]  # apart are two steps for a block of four, and a last block of two
+    assert sizes(block_cache="prefix") == [1] * 5

@@ -47,6 +47,15 @@ def pool(**sampling: Any) -> list[Request]:
     return found
 
 
+def of_lengths(*lengths: int) -> list[Request]:
+    """Requests whose responses have so many tokens."""
+    requests = pool(temperature=0.5, early_stop=False)
+    return [
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, gen_length=length, steps=length))
+        for request, length in zip(requests, lengths, strict=False)
+    ]
+
+
 @pytest.fixture(scope="module", params=["llada", "dream"])
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     return ending(request.param)
@@ -68,6 +77,8 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
 def test_who_joins_and_who_leaves_changes_no_token(family: str, policy: str, threshold: float | None) -> None:
     model = ending(family)
     requests = pool(threshold=threshold)
+    longer = dataclasses.replace(requests[0].sampling, gen_length=40, steps=40)  # in a bucket of its own
+    requests[::5] = [dataclasses.replace(request, sampling=longer) for request in requests[::5]]
     cache = CacheConfig(**CACHES[policy])
     alone = Engine(model, cache=cache, batch_size=1)
     wanted = {request.id: alone.generate([request])[0] for request in requests}
@@ -98,6 +109,30 @@ def test_rows_take_free_places_and_nothing_is_compiled_for_them(model: Model) ->
     assert compiled.count == 0
     assert after.batches - before.batches < len(results) / 4  # fewer than batches that wait for their slowest row
     assert after.dispatches - before.dispatches > after.batches - before.batches
+
+
+def test_shorter_rows_take_the_places_that_the_last_long_ones_leave_idle() -> None:
+    model = ending("dream")
+    requests = of_lengths(36, 44, 48, 8, 8, 8)
+    cache = CacheConfig(**CACHES["bicache"])
+
+    def run(*parts: list[Request]) -> tuple[list[Any], int]:
+        engine = Engine(model, cache=cache, batch_size=3)
+        return [result for part in parts for result in engine.generate(part)], engine.stats.row_steps
+
+    apart, steps_apart = run(requests[:3], requests[3:])
+    together, steps = run(requests)
+    assert together == apart
+    assert steps_apart == 3 * (48 + 8) and steps < steps_apart
+
+
+def test_rows_of_one_bucket_share_a_lane_whatever_their_lengths() -> None:
+    model = ending("llada")
+    requests = of_lengths(8, 12, 16)
+    cache = CacheConfig(**CACHES["bicache"])
+    engine = Engine(model, cache=cache, batch_size=3)
+    assert engine.generate(requests) == [Engine(model, cache=cache).generate([request])[0] for request in requests]
+    assert engine.stats.batches == 1
 
 
 def test_a_batch_may_have_fewer_rows_than_its_shape_has_places(model: Model) -> None:
