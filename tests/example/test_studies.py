@@ -16,6 +16,7 @@ from bicache_jax.example import task
 
 ROOT = Path(__file__).parents[2]
 TRIPS = ROOT / "examples" / "trips"
+RESULTS = ROOT / "scripts" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +70,21 @@ def test_claims_are_judged_by_what_was_measured() -> None:
     assert verdicts(none=none) == [None, True, True, None, None]
 
 
-def test_the_committed_table_is_of_its_model() -> None:
-    table = load_table(TRIPS / "by_answers.json")
-    assert table.criterion == "answers" and set(table.table.values()) == {1}
-    assert table.doubt(load_model(str(TRIPS / "bidirectional" / "model"))) is None
+@pytest.mark.parametrize(
+    ("path", "name", "boundary"),
+    [
+        (TRIPS / "by_answers.json", str(TRIPS / "bidirectional" / "model"), 1),
+        (RESULTS / "by_answers_example.json", "example", 8),
+    ],
+)
+def test_the_committed_tables_are_of_their_models_and_on_the_page(path: Path, name: str, boundary: int) -> None:
+    table = load_table(path)
+    assert table.criterion == "answers" and set(table.table.values()) == {boundary}
+    assert table.doubt(load_model(name)) is None
+    page = (ROOT / "docs" / "results" / "by-answers.md").read_text()
+    for found in next(iter(json.loads(path.read_text())["answers"]["by_ratio"].values()))["tested"]:
+        loss = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * found[key] for key in ("loss", "at_least", "at_most")))
+        assert f"| {loss} | {found['requests']} |" in page
 
 
 def test_refreshing_by_drift_is_the_engines_loop_where_it_does_not_adapt() -> None:
