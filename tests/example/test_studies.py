@@ -70,6 +70,14 @@ def test_claims_are_judged_by_what_was_measured() -> None:
     assert verdicts(none=none) == [None, True, True, None, None]
 
 
+@pytest.mark.parametrize("name", ["reproduction_example", "reproduction_trips"])
+def test_committed_pages_are_made_of_committed_results(name: str) -> None:
+    import reproduce_paper
+
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    assert (RESULTS / f"{name}.md").read_text() == reproduce_paper.page(record)
+
+
 @pytest.mark.parametrize(
     ("path", "name", "boundary"),
     [
