@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -70,12 +71,17 @@ def test_claims_are_judged_by_what_was_measured() -> None:
     assert verdicts(none=none) == [None, True, True, None, None]
 
 
-@pytest.mark.parametrize("name", ["reproduction_example", "reproduction_trips"])
-def test_committed_pages_are_made_of_committed_results(name: str) -> None:
-    import reproduce_paper
-
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("reproduction_example", "reproduce_paper"),
+        ("reproduction_trips", "reproduce_paper"),
+        ("adaptive_refresh", "adaptive_refresh"),
+    ],
+)
+def test_committed_pages_are_made_of_committed_results(name: str, script: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    assert (RESULTS / f"{name}.md").read_text() == reproduce_paper.page(record)
+    assert (RESULTS / f"{name}.md").read_text() == importlib.import_module(script).page(record)
 
 
 @pytest.mark.parametrize(
