@@ -254,7 +254,8 @@ class Scheduler:
         rows = call.shape[2]
         known = (key, call.shape) in self._executor.shapes
         if lane is not None and lane.busy:
-            shape = (max(call.shape[0], lane.shape[0]), call.shape[1], rows, call.shape[3])
+            groups, prefix, _, suffix = lane.shape  # the first of its rows may be a guest
+            shape = (max(call.shape[0], groups), prefix, rows, suffix)
             if rows > lane.shape[2] or (2 * rows <= lane.shape[2] and (key, shape) in self._executor.shapes):
                 lane.resize(shape, one.most)
         elif lane is None or not _suits(lane, call, known=known):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from bicache_jax import CacheConfig, Engine, Model, Request, SamplingConfig, loa
 from bicache_jax.serving.compilation import CompileCounter
 from bicache_jax.serving.grouping import Row
 from bicache_jax.serving.lane import _Shard
-from bicache_jax.serving.scheduler import most_prefixes
+from bicache_jax.serving.scheduler import most_prefixes, result_of
 
 CACHES: dict[str, dict[str, Any]] = {
     "bicache": {"boundary": 2, "refresh_interval": 3},
@@ -124,6 +125,32 @@ def test_shorter_rows_take_the_places_that_the_last_long_ones_leave_idle() -> No
     together, steps = run(requests)
     assert together == apart
     assert steps_apart == 3 * (48 + 8) and steps < steps_apart
+
+
+def test_a_batch_that_has_guests_grows_for_rows_of_its_own() -> None:
+    requests = of_lengths(36, 48, 48, 16, 16, 44, 48, 48)
+    engine = Engine(ending("dream"), cache=CacheConfig(**CACHES["bicache"]), batch_size=6)
+    wanted = {result.id: result for result in engine.generate(requests)}
+    _, rows = engine.admitted(requests, None, "raise")
+    scheduler, prefixes = engine.open_scheduler(lanes=1, patience=math.inf)
+    late = rows[5:]
+    for row in rows[:5]:
+        scheduler.submit(row)
+    sizes = []
+
+    def between() -> bool:
+        lane = next((one.lane for one in scheduler._classes.values() if one.lane is not None), None)
+        if lane is not None:
+            sizes.append((lane.shape[2:], sum(row in rows[3:5] for row in lane.under_way()[0])))
+            if sizes[-1][1]:
+                while late:
+                    scheduler.submit(late.pop())
+        return True
+
+    found = [result_of(engine.executor, seen) for seen in scheduler.run(between=between)]
+    prefixes.close()
+    assert {result.id: result for result in found if result is not None} == wanted
+    assert ((3, 64), 1) in sizes and ((4, 64), 0) in sizes  # a guest in a lane of long rows, which then grows
 
 
 def test_rows_of_one_bucket_share_a_lane_whatever_their_lengths() -> None:
