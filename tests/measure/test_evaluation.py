@@ -100,7 +100,7 @@ def test_differences_are_judged_as_scipy_does() -> None:
         paired=True,
         method="percentile",
         n_resamples=4000,
-        rng=np.random.default_rng(1),
+        random_state=np.random.default_rng(1),  # `rng` from scipy 1.15 on
     ).confidence_interval
     np.testing.assert_allclose(found.interval, wanted, atol=0.01)
     exact = compare([True] * 2 + [False] * 8 + [True] * 90, [False] * 2 + [True] * 98)
