@@ -505,6 +505,11 @@ class SamplingConfig:
         return -(-self.gen_length // self.block_size)
 
     @property
+    def last_block_size(self) -> int:
+        """Tokens of the last block."""
+        return self.gen_length - (self.num_blocks - 1) * self.block_size
+
+    @property
     def block_steps(self) -> int:
         """Denoising steps of a block."""
         if self.steps_per_block is not None:

@@ -94,7 +94,7 @@ def last_block(config: ModelConfig, sampling: SamplingConfig) -> int:
     """Masks of the last block; where the prompt is part of the first one (`ModelConfig.padded_prompt`), it is whole."""
     if config.block_causal and not config.padded_prompt:
         return sampling.block_size
-    return sampling.gen_length - (sampling.num_blocks - 1) * sampling.block_size
+    return sampling.last_block_size
 
 
 @dataclasses.dataclass(frozen=True)

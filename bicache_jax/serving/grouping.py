@@ -100,12 +100,11 @@ class Row:
         Blocks are of one size and have as many steps, the last one too; how many there are is each row's own.
         """
         sampling = self.request.sampling
-        last = sampling.gen_length - (sampling.num_blocks - 1) * sampling.block_size
         rest = dataclasses.replace(sampling, seed=0, gen_length=1, block_length=1, steps=None, steps_per_block=None)
         return (
             self.boundary,
             sampling.block_size,
-            last,
+            sampling.last_block_size,
             sampling.block_steps,
             *(str(value) for value in dataclasses.astuple(rest)),
         )

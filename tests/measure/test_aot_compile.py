@@ -54,8 +54,8 @@ def test_llada_8b_compiles_for_eight_chips_and_fits_as_planned() -> None:
 def test_the_planner_agrees_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against recorded figures, at the largest batches that are planned.
 
-    Within a tenth for the two models on every generation. Elsewhere the compiler may find more room than is planned,
-    and hardly less.
+    Within a tenth for LLaDA-8B and Dream-7B in every format, but for one line. There, and for other models, the
+    compiler may find more room than is planned, and hardly less.
     """
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     import what_fits
@@ -70,8 +70,9 @@ def test_the_planner_agrees_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -
     assert {found["topology"].split(":")[0] for found in fitting} == set(names("topologies"))
     for found in fitting:
         planned, peak = what_fits.planned(found), found["decode"]["peak_bytes"]
-        usual = found["config"] in what_fits.MODELS and found.get("quantize", "none") == "none"
-        assert 0.96 * peak < planned < (1.1 if usual else 1.4) * peak, (found["config"], found["topology"])
+        line = found["config"], found["topology"], found.get("quantize", "none")
+        close = found["config"] in what_fits.MODELS and line != ("dream_7b", "v6e:1x1", "w8a8")
+        assert 0.96 * peak < planned < (1.1 if close else 1.4) * peak, line
         assert planned <= topology(found["topology"]).memory_gib * 2**30
 
 
